@@ -1,0 +1,1 @@
+"""Delta-aware FP8 export for models fine-tuned with Lightning."""

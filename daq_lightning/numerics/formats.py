@@ -1,0 +1,102 @@
+"""What a number format and a granularity are: data, and what follows from it.
+
+A weight is stored as codes of a `FloatFormat` and one scale per group of elements; the granularity says which
+elements share a scale. A scale MULTIPLIES to dequantize: ``weight = code * scale``.
+
+Legend: M out, N in, G groups.
+
+Sources: OCP 8-bit floating point (E4M3: maximum 448, no infinities); arXiv 2603.22324, section 3.1 (block 128 and
+per channel); https://docs.vllm.ai (power-of-two scales, "ue8m0").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatFormat:
+    """A small floating point format.
+
+    Attributes:
+        name: Short name, as checkpoints write it.
+        dtype: The torch dtype that holds the codes.
+        max: Largest finite value; larger magnitudes saturate to it.
+        min_normal: Smallest normal number. Below it the grid is even, with step `subnormal_step`.
+        mantissa_bits: Explicit bits of the significand.
+    """
+
+    name: str
+    dtype: torch.dtype
+    max: float
+    min_normal: float
+    mantissa_bits: int
+
+    @property
+    def subnormal_step(self) -> float:
+        """Distance between neighbours below `min_normal`."""
+        return self.min_normal / 2**self.mantissa_bits
+
+
+FP8_E4M3 = FloatFormat(name="e4m3", dtype=torch.float8_e4m3fn, max=448.0, min_normal=2.0**-6, mantissa_bits=3)
+
+ScaleFormat: TypeAlias = Literal["float32", "bfloat16", "ue8m0"]
+"""How a reader keeps a scale: float32, rounded to bfloat16, or a power of two."""
+
+SMALLEST_SCALE = 2.0**-126
+"""Smallest normal float32: below it the reciprocal of a scale would overflow."""
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole weight; scale shape (1, 1)."""
+
+    def grid(self, shape_MN: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the scale tensor of a weight of this shape."""
+        return (min(shape_MN[0], 1), min(shape_MN[1], 1))
+
+    def cell(self, shape_MN: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of one group."""
+        return shape_MN
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale per output row; scale shape (M, 1)."""
+
+    def grid(self, shape_MN: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the scale tensor of a weight of this shape."""
+        return (shape_MN[0], min(shape_MN[1], 1))
+
+    def cell(self, shape_MN: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of one group."""
+        return (1, shape_MN[1])
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale per block of `rows` x `cols`; scale shape (ceil(M / rows), ceil(N / cols)).
+
+    The last blocks of a weight whose size is not a multiple are smaller ("ragged").
+    """
+
+    rows: int = 128
+    cols: int = 128
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1:
+            raise ValueError(f"PerBlock needs rows and cols of at least 1, got {self.rows} x {self.cols}.")
+
+    def grid(self, shape_MN: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the scale tensor of a weight of this shape."""
+        return (-(-shape_MN[0] // self.rows), -(-shape_MN[1] // self.cols))
+
+    def cell(self, shape_MN: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of one group."""
+        return (self.rows, self.cols)
+
+
+Granularity: TypeAlias = PerTensor | PerChannel | PerBlock

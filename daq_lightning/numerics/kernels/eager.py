@@ -1,0 +1,48 @@
+"""The reference: one candidate after the other, on pieces small enough to keep memory bounded.
+
+Legend: M out, N in, G groups, E elements of a group, K candidates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from daq_lightning.numerics.formats import Granularity
+from daq_lightning.numerics.objectives import DeltaStats, sums
+from daq_lightning.numerics.quantize import encode
+from daq_lightning.numerics.tiling import bands, group_sizes, to_groups
+
+_PIECE = 1 << 16  # elements that are held in float32 and float64 at a time
+
+
+def delta_stats_eager(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> DeltaStats:
+    """See `daq_lightning.numerics.kernels.delta_stats`."""
+    shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
+    parts, start = [], 0
+    for rows in bands(shape_MN, granularity, _PIECE):
+        weight_GE, base_GE = to_groups(weight_MN[rows], granularity), to_groups(base_MN[rows], granularity)
+        stop = start + weight_GE.shape[0]
+        parts.append(_band_stats(weight_GE, base_GE, scale_GK[start:stop]))
+        start = stop
+    stats = DeltaStats(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    # the zeros that fill up a ragged block count as elements with equal signs, and nowhere else
+    fill_G1 = (stats.n - group_sizes(shape_MN, granularity, weight_MN.device)[:, None])[:, :1]
+    return stats._replace(n=stats.n - fill_G1, sign_equal=stats.sign_equal - fill_G1)
+
+
+def _band_stats(weight_GE: Tensor, base_GE: Tensor, scale_GK: Tensor) -> DeltaStats:
+    groups = weight_GE.shape[0]
+    step = max(1, _PIECE // groups)
+    total: DeltaStats | None = None
+    for start in range(0, weight_GE.shape[1], step):
+        weight = weight_GE[:, start : start + step].float()
+        base = base_GE[:, start : start + step].float()
+        columns = []
+        for scale_G in scale_GK.unbind(1):
+            codes = encode(weight * scale_G.reciprocal()[:, None])
+            columns.append(sums(weight, base, codes.float() * scale_G[:, None]))
+        piece = DeltaStats(*(torch.stack(fields, 1) for fields in zip(*columns, strict=True)))
+        total = piece if total is None else total.add(piece)
+    assert total is not None
+    return total

@@ -1,0 +1,185 @@
+"""Additive sums over a group, and every objective and metric as a function of them.
+
+    delta   = weight - base             both upcast to float32 first
+    delta_q = code * scale - base
+
+Sums over disjoint sets of elements add, so kernels, search, metrics, ranks and reports all share `DeltaStats` and
+nothing is measured twice in two ways.
+
+| metric | score (larger is better) |
+| --- | --- |
+| sign | sign_equal / n |
+| cosine | dot / sqrt(delta_sq * delta_q_sq); 1 if both are zero, 0 if exactly one is |
+| mse | -error_sq / n; does not look at the base (Eq. 7) |
+| hybrid | -[(gain - 1)^2 + tau * (delta_q_sq / delta_sq - gain^2)], gain = dot / delta_sq |
+
+`gain` says at which strength the update survives along its own direction: 1 in full, 0 not at all. The second term of
+the hybrid is the energy of the quantization noise orthogonal to the update; tau = 1 makes the hybrid -MSE up to a
+factor, tau = 0 asks for the right strength and nothing else.
+
+Sources: arXiv 2603.22324, Eq. 6 (mse), 7, 8 (sign), 9 (cosine); the hybrid is this project's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+Metric: TypeAlias = Literal["sign", "cosine", "mse", "hybrid"]
+METRICS: tuple[str, ...] = get_args(Metric)
+
+
+class DeltaStats(NamedTuple):
+    """Additive sums. All fields have one shape: () for a tensor, (G,) per group, (G, K) per candidate.
+
+    Counts are int64, sums float64.
+    """
+
+    n: Tensor
+    """Elements."""
+    n_changed: Tensor
+    """Elements with delta != 0; always preserved + flipped + lost."""
+    sign_equal: Tensor
+    """Elements with sign(delta_q) == sign(delta), where sign(0) = 0."""
+    preserved: Tensor
+    """Changed elements whose delta_q has the sign of delta."""
+    flipped: Tensor
+    """Changed elements whose delta_q has the opposite sign."""
+    lost: Tensor
+    """Changed elements whose delta_q is 0."""
+    dot: Tensor
+    """Sum of delta * delta_q."""
+    delta_sq: Tensor
+    """Sum of delta^2."""
+    delta_q_sq: Tensor
+    """Sum of delta_q^2."""
+    error_sq: Tensor
+    """Sum of (code * scale - weight)^2."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> DeltaStats:
+        """The same function applied to every sum."""
+        return DeltaStats(*(function(field) for field in self))
+
+    def add(self, other: DeltaStats) -> DeltaStats:
+        """Sums over the union of two disjoint sets of elements."""
+        return DeltaStats(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def total(self) -> DeltaStats:
+        """Sums over all groups: shape (G, ...) -> (...)."""
+        return self.map(lambda field: field.sum(0))
+
+
+def sign_rate(stats: DeltaStats) -> Tensor:
+    """Share of elements whose update keeps its sign, in [0, 1] (Eq. 8)."""
+    return stats.sign_equal / stats.n
+
+
+def cosine(stats: DeltaStats) -> Tensor:
+    """Cosine between delta and delta_q, in [-1, 1] (Eq. 9). Both zero: 1. Exactly one zero: 0."""
+    norms = (stats.delta_sq * stats.delta_q_sq).sqrt()
+    both_zero = (stats.delta_sq == 0) & (stats.delta_q_sq == 0)
+    return torch.where(norms > 0, stats.dot / norms, both_zero.to(stats.dot.dtype)).clamp(-1, 1)
+
+
+def gain(stats: DeltaStats) -> Tensor:
+    """Strength of the update along its own direction: dot / delta_sq. An update of zero: 1 if kept, else NaN."""
+    unchanged = torch.where(stats.delta_q_sq == 0, 1.0, torch.nan)
+    return torch.where(stats.delta_sq > 0, stats.dot / stats.delta_sq, unchanged)
+
+
+def mse(stats: DeltaStats) -> Tensor:
+    """Mean squared error of the weight, equally of the delta (Eq. 6 and 7), in squared weight units."""
+    return stats.error_sq / stats.n
+
+
+def score(stats: DeltaStats, metric: Metric, *, tau: float = 0.01) -> Tensor:
+    """The objective that a search maximizes.
+
+    Args:
+        stats: Sums of any shape.
+        metric: "sign", "cosine", "mse" or "hybrid".
+        tau: Weight of the orthogonal noise in the hybrid, >= 0.
+
+    Returns:
+        float64 scores of the shape of the sums. A group without any update scores -inf under "hybrid" unless it is
+        reproduced exactly (then 0).
+
+    Raises:
+        ValueError: Unknown metric.
+
+    Example:
+        >>> one = lambda x: torch.tensor(x, dtype=torch.float64)
+        >>> sums = DeltaStats(*map(one, (4.0, 4.0, 3.0, 3.0, 1.0, 0.0, 6.0, 4.0, 16.0, 8.0)))
+        >>> [round(float(score(sums, metric)), 3) for metric in ("sign", "cosine", "mse", "hybrid")]
+        [0.75, 0.75, -2.0, -0.268]
+    """
+    if metric == "sign":
+        return sign_rate(stats).double()
+    if metric == "cosine":
+        return cosine(stats)
+    if metric == "mse":
+        return -mse(stats)
+    if metric == "hybrid":
+        rho = stats.dot / stats.delta_sq
+        loss = (rho - 1).square() + tau * (stats.delta_q_sq / stats.delta_sq - rho.square())
+        unchanged = torch.where(stats.delta_q_sq == 0, 0.0, -torch.inf)
+        return torch.where(stats.delta_sq > 0, -loss, unchanged)
+    raise ValueError(f"Unknown metric {metric!r}: expected one of {', '.join(METRICS)}.")
+
+
+def measure(weight: Tensor, base: Tensor, dequantized: Tensor) -> DeltaStats:
+    """Sums of three tensors of equal shape, in float64 from float32 inputs: the definition, written to be read.
+
+    Args:
+        weight: The fine-tuned weight, any floating dtype.
+        base: The weight before fine-tuning.
+        dequantized: What a reader of the quantized file computes.
+
+    Returns:
+        `DeltaStats` of shape ().
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if not weight.shape == base.shape == dequantized.shape:
+        raise ValueError(
+            "weight, base and dequantized must have one shape, got "
+            f"{tuple(weight.shape)}, {tuple(base.shape)} and {tuple(dequantized.shape)}."
+        )
+    return sums(weight.float().flatten(), base.float().flatten(), dequantized.float().flatten())
+
+
+def sums(weight: Tensor, base: Tensor, dequantized: Tensor) -> DeltaStats:
+    """Sums over the last dimension of float32 tensors that broadcast against each other."""
+    delta, delta_q, error = weight - base, dequantized - base, dequantized - weight
+    # compared, not subtracted: a difference of two tiny numbers may be flushed to zero on some devices
+    sign, sign_q = _sign_of_difference(weight, base), _sign_of_difference(dequantized, base)
+    changed = sign != 0
+    shape = torch.broadcast_shapes(delta.shape, delta_q.shape)[:-1]
+
+    def count(mask: Tensor) -> Tensor:
+        return mask.sum(-1, dtype=torch.int64).expand(shape)
+
+    def total(values: Tensor) -> Tensor:
+        return values.sum(-1).expand(shape)
+
+    delta, delta_q, error = delta.double(), delta_q.double(), error.double()
+    return DeltaStats(
+        n=torch.full(shape, delta.shape[-1], dtype=torch.int64, device=delta.device),
+        n_changed=count(changed),
+        sign_equal=count(sign_q == sign),
+        preserved=count(changed & (sign_q == sign)),
+        flipped=count(changed & (sign_q == -sign)),
+        lost=count(changed & (sign_q == 0)),
+        dot=total(delta * delta_q),
+        delta_sq=total(delta.square()),
+        delta_q_sq=total(delta_q.square()),
+        error_sq=total(error.square()),
+    )
+
+
+def _sign_of_difference(left: Tensor, right: Tensor) -> Tensor:
+    return (left > right).to(torch.int8) - (left < right).to(torch.int8)

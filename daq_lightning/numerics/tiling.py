@@ -1,0 +1,75 @@
+"""Between a weight and its groups: ``weight_MN <-> groups_GE``.
+
+A group is the set of elements that share a scale. Groups are numbered row by row of the scale tensor. A ragged block
+is filled up with zeros; a zero weight over a zero base adds to no sum except the number of equal signs, from which
+`group_sizes` takes the filling away again.
+
+Legend: M out, N in, G groups, E elements in a (filled) group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from daq_lightning.numerics.formats import Granularity, PerBlock, PerTensor
+
+
+def to_groups(weight_MN: Tensor, granularity: Granularity) -> Tensor:
+    """Rearranges a weight into groups.
+
+    Args:
+        weight_MN: Any dtype, shape (M, N).
+        granularity: Which elements share a scale.
+
+    Returns:
+        groups_GE of the same dtype. A view where the layout allows it (rows, whole tensor), else one copy.
+    """
+    shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
+    (grid_rows, grid_cols), (rows, cols) = granularity.grid(shape_MN), granularity.cell(shape_MN)
+    pad_rows, pad_cols = grid_rows * rows - shape_MN[0], grid_cols * cols - shape_MN[1]
+    if pad_rows or pad_cols:
+        filled_MN = weight_MN.new_zeros(grid_rows * rows, grid_cols * cols)
+        filled_MN[: shape_MN[0], : shape_MN[1]] = weight_MN
+        weight_MN = filled_MN
+    blocks = weight_MN.reshape(grid_rows, rows, grid_cols, cols).transpose(1, 2)
+    return blocks.reshape(grid_rows * grid_cols, rows * cols)
+
+
+def from_groups(groups_GE: Tensor, shape_MN: tuple[int, int], granularity: Granularity) -> Tensor:
+    """Inverse of `to_groups`: the weight of shape (M, N), its filling cut off."""
+    (grid_rows, grid_cols), (rows, cols) = granularity.grid(shape_MN), granularity.cell(shape_MN)
+    blocks = groups_GE.reshape(grid_rows, grid_cols, rows, cols).transpose(1, 2)
+    return blocks.reshape(grid_rows * rows, grid_cols * cols)[: shape_MN[0], : shape_MN[1]]
+
+
+def group_sizes(shape_MN: tuple[int, int], granularity: Granularity, device: torch.device | str = "cpu") -> Tensor:
+    """Number of real elements in each group: int64, shape (G,)."""
+    (grid_rows, grid_cols), (rows, cols) = granularity.grid(shape_MN), granularity.cell(shape_MN)
+    height = (shape_MN[0] - rows * torch.arange(grid_rows, device=device)).clamp(max=rows)
+    width = (shape_MN[1] - cols * torch.arange(grid_cols, device=device)).clamp(max=cols)
+    return (height[:, None] * width[None, :]).flatten()
+
+
+def bands(shape_MN: tuple[int, int], granularity: Granularity, elements: int) -> Iterator[slice]:
+    """Cuts the rows of a weight into bands of whole groups, of about `elements` elements each (at least one group).
+
+    Yields:
+        Row slices. The bands of `PerTensor` are the whole weight.
+    """
+    rows = shape_MN[0] if isinstance(granularity, PerTensor) else granularity.cell(shape_MN)[0]
+    step = max(1, elements // max(1, rows * shape_MN[1])) * max(1, rows)
+    for start in range(0, shape_MN[0], step):
+        yield slice(start, min(start + step, shape_MN[0]))
+
+
+def scale_of_rows(scale: Tensor, rows: slice, shape_MN: tuple[int, int], granularity: Granularity) -> Tensor:
+    """The scales of some rows of a weight, so that they broadcast against ``weight_MN[rows]``."""
+    if isinstance(granularity, PerTensor):
+        return scale
+    if isinstance(granularity, PerBlock):
+        block_rows = torch.arange(rows.start, rows.stop, device=scale.device) // granularity.rows
+        return scale.repeat_interleave(granularity.cols, 1)[:, : shape_MN[1]][block_rows]
+    return scale[rows]
