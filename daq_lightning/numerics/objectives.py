@@ -74,7 +74,7 @@ class DeltaStats(NamedTuple):
 
 def sign_rate(stats: DeltaStats) -> Tensor:
     """Share of elements whose update keeps its sign, in [0, 1] (Eq. 8)."""
-    return stats.sign_equal / stats.n
+    return stats.sign_equal.double() / stats.n
 
 
 def cosine(stats: DeltaStats) -> Tensor:
@@ -92,7 +92,7 @@ def gain(stats: DeltaStats) -> Tensor:
 
 def mse(stats: DeltaStats) -> Tensor:
     """Mean squared error of the weight, equally of the delta (Eq. 6 and 7), in squared weight units."""
-    return stats.error_sq / stats.n
+    return stats.error_sq.double() / stats.n
 
 
 def score(stats: DeltaStats, metric: Metric, *, tau: float = 0.01) -> Tensor:
@@ -117,7 +117,7 @@ def score(stats: DeltaStats, metric: Metric, *, tau: float = 0.01) -> Tensor:
         [0.75, 0.75, -2.0, -0.268]
     """
     if metric == "sign":
-        return sign_rate(stats).double()
+        return sign_rate(stats)
     if metric == "cosine":
         return cosine(stats)
     if metric == "mse":
