@@ -1,0 +1,258 @@
+"""Writing a checkpoint folder so that it is either complete or not there.
+
+Shards are planned from names and sizes before a byte is written, so every tensor has a known place and can be written
+the moment it is ready, by any thread, without a buffer. Everything goes into a hidden sibling of the destination:
+
+    out/../.out.partial-<random>/      shards, other files, index and config.json last; all fsynced
+    rename -> out
+
+A kill at any moment leaves at most that sibling, which the next export to the same place removes (it knows by a lock
+that no living process owns it). An earlier export at the destination stays until the new one is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from daq_lightning.checkpoint.reader import INDEX, REPORT, SINGLE
+from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, TensorSpec, make_header, tensor_bytes
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+_LOCK = ".lock"
+_FLUSH = 64 << 20  # bytes after which written data is pushed to the disk, so that the final fsync has little to do
+
+
+def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> dict[str, list[TensorSpec]]:
+    """Which tensor goes into which file: in order, a new file when the next tensor would not fit.
+
+    Depends on names and sizes only, so that every run and every rank plans the same.
+
+    Returns:
+        File name -> tensors: one `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on.
+    """
+    shards: list[list[TensorSpec]] = [[]]
+    used = 0
+    for spec in specs:
+        if shards[-1] and used + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(spec)
+        used += spec.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def check_destination(out: Path) -> None:
+    """Refuses a destination that holds something else than an earlier export, before any work is done.
+
+    Raises:
+        CheckpointError: The destination is a file, a folder that is not an export, or cannot be created.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError(f"{out} exists and is not a folder: choose another destination.")
+    if out.is_dir() and any(out.iterdir()) and not (out / REPORT).is_file():
+        raise CheckpointError(
+            f"{out} exists and was not written by this package (it has no {REPORT}): choose another destination, or "
+            "remove the folder yourself."
+        )
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{out} cannot be written: no permission for {out.absolute().parent}.")
+
+
+class CheckpointWriter:
+    """Writes one checkpoint folder; use as a context manager and call `publish` at the end.
+
+    Leaving the context without `publish`, or with an exception, removes everything that was written.
+
+    Args:
+        out: Destination folder; may be an earlier export, which is replaced on success.
+        specs: All tensors, in file order.
+        max_shard_bytes: Size at which a new file begins.
+
+    Attributes:
+        folder: Where the files lie until they are published. Other files (tokenizer and so on) are put there.
+
+    Raises:
+        CheckpointError: The destination is not free, cannot be written, or the disk is full.
+    """
+
+    def __init__(
+        self, out: str | os.PathLike[str], specs: Sequence[TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    ) -> None:
+        self.out = Path(os.path.abspath(out))
+        check_destination(self.out)
+        self._shards = plan_shards(specs, max_shard_bytes)
+        self._total = sum(spec.nbytes for spec in specs)
+        self._missing = {spec.name for spec in specs}
+        if len(self._missing) != len(specs):
+            raise AssertionError("two tensors of one name")
+        self.folder = self.out.parent / f".{self.out.name}.partial-{secrets.token_hex(4)}"
+
+    def __enter__(self) -> CheckpointWriter:
+        remove_leftovers(self.out)
+        self._files: dict[Path, int] = {}
+        self._unflushed = 0
+        self._entries: dict[str, TensorEntry] = {}
+        with self._explained():
+            self.folder.mkdir()
+            self._lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            try:
+                for file, specs in self._shards.items():
+                    self._create(self.folder / file, specs)
+            except BaseException:
+                self._discard()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._discard()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes one tensor at its place. Thread-safe for different names.
+
+        Raises:
+            CheckpointError: The disk is full or the destination is gone.
+        """
+        entry = self._entries[name]
+        if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+            raise AssertionError(f"{name}: planned {entry.dtype} {entry.shape}, got {tensor.dtype} {tensor.shape}")
+        data, offset = tensor_bytes(tensor.cpu()), entry.offset
+        with self._explained():
+            while data:
+                count = os.pwrite(self._files[entry.path], data[:_FLUSH], offset)
+                data, offset = data[count:], offset + count
+                self._unflushed += count
+                if self._unflushed >= _FLUSH:
+                    self._unflushed = 0
+                    os.fdatasync(self._files[entry.path])
+        self._missing.discard(name)
+
+    def write_json(self, file: str, content: Any) -> None:
+        """Writes a JSON file into the folder."""
+        with self._explained():
+            (self.folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    def publish(self, config: dict[str, Any] | None = None) -> Path:
+        """Writes index and config.json, makes everything durable and gives the folder its name.
+
+        Args:
+            config: Content of config.json; None writes none.
+
+        Returns:
+            The destination.
+        """
+        assert not self._missing, f"{len(self._missing)} tensors were planned and not written"
+        with self._explained():
+            for descriptor in self._files.values():
+                os.fsync(descriptor)
+            if len(self._shards) > 1:
+                weight_map = {spec.name: file for file, specs in self._shards.items() for spec in specs}
+                self.write_json(INDEX, {"metadata": {"total_size": self._total}, "weight_map": weight_map})
+            if config is not None:
+                self.write_json("config.json", config)
+            for path in [path for path in self.folder.rglob("*") if path not in self._files]:
+                _fsync(path)
+            _fsync(self.folder)
+            self._replace()
+        return self.out
+
+    def _create(self, path: Path, specs: list[TensorSpec]) -> None:
+        header, entries = make_header(specs, path)
+        descriptor = self._files[path] = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
+        size = len(header) + sum(spec.nbytes for spec in specs)
+        os.truncate(descriptor, size)
+        try:
+            os.posix_fallocate(descriptor, 0, size)  # a full disk is known now, not after the search
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        os.pwrite(descriptor, header, 0)
+        self._entries |= {entry.name: entry for entry in entries}
+
+    def _replace(self) -> None:
+        """Gives the finished folder its name; an earlier export steps aside and is removed afterwards."""
+        check_destination(self.out)
+        os.unlink(self.folder / _LOCK)
+        earlier = self.out.parent / f".{self.out.name}.earlier-{secrets.token_hex(4)}"
+        replaced = self.out.exists()
+        if replaced:
+            os.rename(self.out, earlier)
+        try:
+            os.rename(self.folder, self.out)
+        except BaseException:
+            if replaced:
+                os.rename(earlier, self.out)
+            raise
+        _fsync(self.out.parent)
+        if replaced:
+            shutil.rmtree(earlier, ignore_errors=True)
+
+    def _discard(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _cannot_write(self.out, error) from error
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes what killed exports to this destination left behind; puts back an export that was being replaced."""
+    for path in out.parent.glob(f".{_escape(out.name)}.earlier-*"):
+        if out.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.rename(path, out)
+    for path in out.parent.glob(f".{_escape(out.name)}.partial-*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a living process writes there
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _escape(name: str) -> str:
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(out: Path, error: OSError) -> CheckpointError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(out.parent).free if out.parent.exists() else 0
+        return CheckpointError(
+            f"{out} could not be written: {error.strerror} ({free / 1e9:.2f} GB free there). Nothing was left behind; "
+            "free some space or choose another destination."
+        )
+    return CheckpointError(f"{out} could not be written: {error}. Nothing was left behind.")
