@@ -195,6 +195,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def companion_files(folder: Path) -> list[Path]:
+    """The files beside the weights that belong to a model: tokenizer, chat template, generation config, own code."""
+    suffixes = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm"}
+    skipped = {"config.json", INDEX, MANIFEST, REPORT, "adapter_config.json", "trainer_state.json", "hf_quant_config.json"}
+    files = [file for pattern in ("*", "chat_templates/*") for file in sorted(folder.glob(pattern))]
+    return [
+        _inside(file.parent, file.name)
+        for file in files
+        if file.suffix in suffixes and file.name not in skipped and not file.name.endswith(".index.json") and file.is_file()
+    ]
+
+
 def _weight_files(path: Path) -> list[Path]:
     """The safetensors files that make up a checkpoint."""
     if path.is_file():
@@ -208,7 +220,7 @@ def _weight_files(path: Path) -> list[Path]:
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{path / INDEX} has no weight_map from names to files.")
-        return [_inside(path, file) for file in sorted(set(weight_map.values()))]
+        return [_shard(path, file) for file in sorted(set(weight_map.values()))]
     if (path / SINGLE).exists():
         return [_inside(path, SINGLE)]
     files = sorted(file.name for file in path.glob("*.safetensors"))
@@ -224,15 +236,19 @@ def _weight_files(path: Path) -> list[Path]:
     return [_inside(path, file) for file in files]
 
 
-def _inside(folder: Path, file: str) -> Path:
-    """The path of a file that an index names, if it lies in the folder (or is a link of a Hugging Face cache)."""
+def _shard(folder: Path, file: str) -> Path:
     if Path(file).name != file or Path(file).suffix != ".safetensors":
         raise CheckpointError(
             f"{folder / INDEX} names the file {file!r}: expected the plain name of a safetensors file in this folder."
         )
+    return _inside(folder, file)
+
+
+def _inside(folder: Path, file: str) -> Path:
+    """The path of a file, if it lies in the folder (or is a link of a Hugging Face cache)."""
     path, root = folder / file, folder.resolve()
     if not path.is_file():
-        raise CheckpointError(f"{folder / file} is missing, though the index of the folder names it.")
+        raise CheckpointError(f"{path} is missing, though the index of the folder names it.")
     allowed = [root]
     if root.parent.name == "snapshots":  # the hub's cache links snapshots/<commit>/* to blobs/*
         allowed.append(root.parent.parent / "blobs")

@@ -85,6 +85,11 @@ class ScaleSearch:
         if not (math.isfinite(self.tau) and self.tau >= 0):
             raise ValueError(f"tau must be a finite number >= 0, got {self.tau}.")
 
+    @classmethod
+    def absmax(cls) -> ScaleSearch:
+        """No search: plain absmax quantization, measured like any other."""
+        return cls(alpha_min=1.0, alpha_max=1.0, n_coarse=1, n_fine=0)
+
     @property
     def radius(self) -> float:
         """Half width of the fine stage: `fine_radius`, or half a coarse interval."""

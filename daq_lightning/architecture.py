@@ -1,0 +1,214 @@
+"""What each tensor of a checkpoint is to its model: a Linear weight, an expert, a router, an embedding, ...
+
+Two name spaces meet here. A model in memory has parameters such as `mlp.experts.gate_up_proj` (experts stacked in
+three dimensions); its checkpoint has `mlp.experts.0.gate_proj.weight` and so on. Servers read the checkpoint's names.
+transformers knows how to translate in both directions, and its own conversion is used for both, so that no list of
+architectures has to be kept here.
+
+Sources: transformers 5 `core_model_loading` (`revert_weight_conversion`, `rename_source_key`), PEFT 0.21 (names of
+wrapped modules).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from daq_lightning.checkpoint.tensor_file import CheckpointError
+
+Role: TypeAlias = Literal["linear", "expert", "router", "head", "outside", "conv1d", "other"]
+"""linear and expert weights can be quantized. head: lm_head, classifiers. outside: Linear weights that are not part
+of the language model (vision tower, projector). conv1d: GPT-2's transposed Linear."""
+
+_ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
+_HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
+
+
+class Architecture:
+    """The modules of a model and the role of its tensors; holds no weights of its own.
+
+    Args:
+        model: A `PreTrainedModel` (also on the meta device, also with PEFT adapters inside) or any other module.
+
+    Attributes:
+        model: The model.
+        linear_modules: Names of all Linear modules and routers, in memory names.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.is_transformers = any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__)
+        self._modules = dict(_clean_modules(model))
+        decoder = model.get_decoder() if self.is_transformers and hasattr(model, "get_decoder") else None  # type: ignore[operator]
+        self._decoder = next((name for name, module in self._modules.items() if module is decoder), "")
+        output = model.get_output_embeddings() if self.is_transformers else None  # type: ignore[operator]
+        self._heads = {name for name, module in self._modules.items() if module is output and output is not None}
+        self._conversion: _Conversion | None = None
+        self.linear_modules = [
+            name
+            for name, module in self._modules.items()
+            if isinstance(module, nn.Linear) or self._module_role(name) == "router"
+        ]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Architecture:
+        """The architecture that a folder's config.json describes, built without memory for weights.
+
+        Raises:
+            CheckpointError: No config.json, or a model that transformers does not know.
+        """
+        import transformers
+
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder} has no config.json, which says what the tensors are: pass a Hugging Face model folder."
+            )
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder)
+            names = config.architectures or []
+            model_class = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
+            # a quantized folder is described by its config too: the plain architecture is asked for here
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            logger = logging.getLogger("transformers")
+            level = logger.level
+            logger.setLevel(logging.ERROR)
+            try:
+                with torch.device("meta"):
+                    model = model_class._from_config(config) if names else model_class.from_config(config)
+            finally:
+                logger.setLevel(level)
+        except (OSError, ValueError, AttributeError, KeyError, ImportError) as error:
+            raise CheckpointError(
+                f"transformers {transformers.__version__} cannot build the model that {folder / 'config.json'} "
+                f"describes: {error}. Models with code of their own are not supported."
+            ) from error
+        return cls(model)
+
+    def keys_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Checkpoint names -> memory names, as transformers would load them; unknown names map to themselves."""
+        if not self.is_transformers:
+            return {name: name for name in names}
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        mapping = get_model_conversion_mapping(self.model)  # type: ignore[arg-type]
+        renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
+        converters = [item for item in mapping if isinstance(item, WeightConverter)]
+        known: dict[str, Any] = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        keys = {}
+        for name in names:
+            key, _ = rename_source_key(name, renamings, converters, prefix, known)  # type: ignore[arg-type]
+            if key not in known and name in known:
+                key, _ = rename_source_key(name, [], [], prefix, known)  # type: ignore[arg-type]
+            keys[name] = key
+        return keys
+
+    def split(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The checkpoint tensors of one tensor in memory: views of it, under checkpoint names."""
+        if not self.is_transformers:
+            return {key: tensor}
+        if self._conversion is None:
+            self._conversion = _Conversion(self.model)
+        return self._conversion.revert({key: tensor})
+
+    def saved_names(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Checkpoint name -> memory name of everything that a save would write; tied copies left out.
+
+        Args:
+            tensors: The model's state dict, or tensors of the same names and shapes.
+
+        Raises:
+            CheckpointError: A conversion needs several tensors at once, so it cannot be streamed.
+        """
+        keys = list(_without_ties(self.model, tensors))
+        ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        keys = [key for key in keys if key not in ignored]
+        if not self.is_transformers:
+            return {key: key for key in keys}
+        meta = {key: torch.empty(tensors[key].shape, dtype=tensors[key].dtype, device="meta") for key in keys}
+        names = {name: key for key in keys for name in self.split(key, meta[key])}
+        assert self._conversion is not None
+        whole = self._conversion.revert(meta)
+        if set(whole) != set(names):
+            odd = sorted(set(whole) ^ set(names))
+            raise CheckpointError(
+                f"{type(self.model).__name__}: the checkpoint form of {', '.join(odd[:4])} is made from several "
+                "tensors at once, which cannot be exported one at a time. Save the model with save_pretrained and "
+                "export that folder."
+            )
+        return names
+
+    def role(self, key: str, ndim: int) -> Role:
+        """The role of a tensor.
+
+        Args:
+            key: Memory name.
+            ndim: Dimensions of the tensor in the checkpoint.
+        """
+        owner, _, parameter = key.rpartition(".")
+        module = self._modules.get(owner)
+        if module is None or ndim != 2:
+            return "other"
+        if parameter == "weight" and (isinstance(module, nn.Linear) or self._module_role(owner) == "router"):
+            return self._module_role(owner)
+        if type(module).__name__ == "Conv1D" and parameter == "weight":
+            return "conv1d"
+        in_memory = getattr(module, parameter, None)
+        if isinstance(in_memory, Tensor) and in_memory.ndim == 3:
+            return "expert"
+        return "other"
+
+    def _module_role(self, name: str) -> Role:
+        module, leaf = self._modules[name], name.rpartition(".")[2]
+        if "Router" in type(module).__name__ or (
+            leaf in _ROUTER_NAMES and isinstance(module, nn.Linear) and self.is_transformers
+        ):
+            return "router"
+        if not isinstance(module, nn.Linear):
+            return "other"
+        if name in self._heads or leaf in _HEAD_NAMES:
+            return "head"
+        if self._decoder and not name.startswith(self._decoder + "."):
+            return "outside"
+        return "linear"
+
+
+class _Conversion:
+    """transformers' own save conversion, for some tensors at a time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def revert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return revert_weight_conversion(self._model, tensors)  # type: ignore[arg-type]
+
+
+def _clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules under the names they have without PEFT: wrappers give way to what they wrap, adapters are left out."""
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if any(part.startswith("lora_") for part in parts) or "modules_to_save" in parts:
+            continue
+        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+            continue
+        yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), module
+
+
+def _without_ties(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Names in order, each shared tensor once: under the name that is not declared to be tied."""
+    shared = model.state_dict(keep_vars=True)
+    declared = set(getattr(model, "all_tied_weights_keys", None) or ())
+    first: dict[int, str] = {}
+    for name in sorted(tensors, key=lambda name: name in declared):
+        first.setdefault(id(shared[name]) if name in shared else id(name), name)
+    kept = set(first.values())
+    return (name for name in tensors if name in kept)

@@ -1,0 +1,288 @@
+"""Which tensor is stored how, and why: decided from names, shapes and roles, before any weight is read.
+
+    linear, expert  -> codes and scale of the scheme
+    everything else -> kept: head, router, embedding, norm, bias, vision tower
+    the list of unquantized Linear modules goes into config.json, because readers trust it blindly
+
+One scheme serves the whole model. Blocks of 128 need sizes that are multiples of 128 (transformers infers the block
+size as rows // scale_rows and computes garbage for 192 rows); a model with other sizes goes to one scale per channel.
+Projections that servers fuse (q/k/v, gate/up) are quantized together or not at all.
+
+Source: the readers, as listed in `daq_lightning.checkpoint.layouts`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from daq_lightning.architecture import Architecture, Role
+from daq_lightning.checkpoint.layouts import SCHEMES, Container, Layout, make_layout
+from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
+from daq_lightning.numerics.formats import FP8_E4M3, PerBlock, ScaleFormat
+
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("query", "key", "value"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+_KEEP_REASON: Mapping[Role, str] = {
+    "router": "router",
+    "head": "output head",
+    "outside": "outside the language model",
+    "conv1d": "Conv1D (transposed Linear), which no FP8 reader takes",
+    "other": "not a Linear weight",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    """What happens to one tensor.
+
+    Attributes:
+        spec: Name, dtype and shape as the weight comes in.
+        key: Its name in memory.
+        role: What it is to the model.
+        quantize: Whether it is stored as codes and scale.
+        stored: What the file will hold: codes and scale, or the tensor in its final dtype.
+        reason: Why, in a few words.
+    """
+
+    spec: TensorSpec
+    key: str
+    role: Role
+    quantize: bool
+    stored: tuple[TensorSpec, ...]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """The plan of a checkpoint.
+
+    Attributes:
+        tensors: One entry per tensor, in file order.
+        layout: The layout of the quantized tensors.
+        ignore: Full names of the Linear modules that are not quantized, in checkpoint and in memory names.
+        dtype: Of kept tensors, and the `dtype` of config.json.
+        notes: What the user should know, such as a fallback.
+    """
+
+    tensors: tuple[TensorPlan, ...]
+    layout: Layout
+    ignore: tuple[str, ...]
+    dtype: torch.dtype
+    notes: tuple[str, ...]
+
+    @property
+    def quantized(self) -> list[TensorPlan]:
+        """The tensors that are searched."""
+        return [tensor for tensor in self.tensors if tensor.quantize]
+
+    @property
+    def stored(self) -> list[TensorSpec]:
+        """Everything that the files will hold, in order."""
+        return [spec for tensor in self.tensors for spec in tensor.stored]
+
+    def table(self) -> str:
+        """The plan as text, one line per tensor, then a summary and the notes."""
+        width = max((len(tensor.spec.name) for tensor in self.tensors), default=0)
+        lines = [
+            f"{tensor.spec.name:{width}}  {'x'.join(map(str, tensor.spec.shape)):>14}  "
+            f"{str(tensor.spec.dtype).removeprefix('torch.'):>9} -> "
+            f"{'e4m3' if tensor.quantize else str(tensor.stored[0].dtype).removeprefix('torch.'):9} {tensor.reason}"
+            for tensor in self.tensors
+        ]
+        before = sum(tensor.spec.nbytes for tensor in self.tensors)
+        after = sum(spec.nbytes for spec in self.stored)
+        lines.append(
+            f"{self.layout.scheme}: {len(self.quantized)} of {len(self.tensors)} tensors in FP8, "
+            f"{before / 1e9:.3f} GB -> {after / 1e9:.3f} GB"
+        )
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def plan_export(
+    specs: Sequence[TensorSpec],
+    keys: Mapping[str, str],
+    architecture: Architecture,
+    *,
+    scheme: str = "auto",
+    container: Container | None = None,
+    scale_format: ScaleFormat | None = None,
+    ignore: Sequence[str] = (),
+) -> ExportPlan:
+    """Decides what happens to every tensor.
+
+    Args:
+        specs: The tensors of the checkpoint, in order.
+        keys: Checkpoint name -> memory name.
+        architecture: Says which role each tensor has.
+        scheme: "FP8_BLOCK", "FP8_DYNAMIC", "FP8A16", or "auto": blocks where all sizes allow it, else channels.
+        container: Of the layout, see `make_layout`.
+        scale_format: Of the layout, see `make_layout`.
+        ignore: Modules or weights to keep as they are: full names, or patterns after `re:` that match a full name.
+
+    Raises:
+        CheckpointError: Nothing to quantize, sizes that FP8_BLOCK cannot hold, an ignore pattern that matches
+            nothing, or one that splits projections which servers fuse.
+        ValueError: Unknown scheme or combination.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"Unknown scheme {scheme!r}: expected one of {', '.join(SCHEMES)}.")
+    roles = {spec.name: architecture.role(keys[spec.name], len(spec.shape)) for spec in specs}
+    ignored = _ignored(specs, keys, ignore)
+    chosen = [
+        spec for spec in specs if roles[spec.name] in ("linear", "expert") and spec.name not in ignored
+        and spec.dtype.is_floating_point and min(spec.shape) > 0
+    ]  # fmt: skip
+    if not chosen:
+        conv1d = " Its Conv1D layers hold transposed weights, which no FP8 reader takes." * ("conv1d" in roles.values())
+        raise CheckpointError(
+            f"{type(architecture.model).__name__} has no Linear weight to quantize among its {len(specs)} tensors "
+            f"(output heads, routers and ignored modules are kept).{conv1d}"
+        )
+    _check_fused({spec.name for spec in chosen}, roles)
+    layout, notes = _choose_layout(scheme, container, scale_format, chosen, roles)
+    dtype = _kept_dtype(specs)
+    names = {spec.name for spec in chosen}
+    tensors = tuple(
+        _quantized(spec, keys, roles[spec.name], layout)
+        if spec.name in names
+        else _kept(spec, keys, roles[spec.name], dtype, "ignored by pattern" if spec.name in ignored else None, specs)
+        for spec in specs
+    )
+    modules = {keys[spec.name].removesuffix(".weight") for spec in chosen}
+    unquantized = [name for name in architecture.linear_modules if name not in modules]
+    by_key = {key: name for name, key in keys.items()}
+    on_disk = [by_key.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in unquantized]
+    ignored_experts = [spec.name.removesuffix(".weight") for spec in specs if spec.name in ignored]
+    return ExportPlan(
+        tensors=tensors,
+        layout=layout,
+        ignore=tuple(dict.fromkeys([*on_disk, *ignored_experts, *unquantized])),
+        dtype=dtype,
+        notes=tuple(notes),
+    )
+
+
+def _ignored(specs: Sequence[TensorSpec], keys: Mapping[str, str], patterns: Sequence[str]) -> set[str]:
+    ignored: set[str] = set()
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                expression = re.compile(pattern[3:])
+            except re.error as error:
+                raise CheckpointError(f"The ignore pattern {pattern!r} is not a regular expression: {error}.") from error
+            matched = {spec.name for spec in specs if any(map(expression.fullmatch, _aliases(spec.name, keys)))}
+        else:
+            matched = {spec.name for spec in specs if pattern in _aliases(spec.name, keys)}
+        if not matched:
+            raise CheckpointError(
+                f"The ignore pattern {pattern!r} matches no module or tensor. Give a full name such as "
+                f"{specs[0].name.removesuffix('.weight')!r}, or a regular expression of one after 're:'."
+            )
+        ignored |= matched
+    return ignored
+
+
+def _aliases(name: str, keys: Mapping[str, str]) -> list[str]:
+    return [name, name.removesuffix(".weight"), keys[name], keys[name].removesuffix(".weight")]
+
+
+def _check_fused(chosen: set[str], roles: Mapping[str, Role]) -> None:
+    for name in chosen:
+        prefix, _, leaf = name.removesuffix(".weight").rpartition(".")
+        for group in _FUSED:
+            if leaf not in group:
+                continue
+            siblings = [f"{prefix}.{sibling}.weight" for sibling in group]
+            left_out = [sibling for sibling in siblings if sibling in roles and sibling not in chosen]
+            if left_out:
+                raise CheckpointError(
+                    f"{name} would be quantized and {', '.join(left_out)} not, but servers fuse them into one matrix: "
+                    "ignore all of them or none."
+                )
+
+
+def _choose_layout(
+    scheme: str,
+    container: Container | None,
+    scale_format: ScaleFormat | None,
+    chosen: Iterable[TensorSpec],
+    roles: Mapping[str, Role],
+) -> tuple[Layout, list[str]]:
+    notes = []
+    odd = [spec for spec in chosen if spec.shape[0] % 128 or spec.shape[1] % 128]
+    if scheme == "auto":
+        scheme = "FP8_DYNAMIC" if odd else "FP8_BLOCK"
+        if odd:
+            container = None
+            notes.append(
+                f"FP8_DYNAMIC instead of FP8_BLOCK: {len(odd)} weights have sizes that are not multiples of 128, "
+                f"such as {odd[0].name} {odd[0].shape}."
+            )
+    layout = make_layout(scheme, container=container, scale_format=scale_format)
+    if isinstance(layout.granularity, PerBlock) and odd:
+        listed = ", ".join(f"{spec.name} {spec.shape}" for spec in odd[:8]) + (", ..." if len(odd) > 8 else "")
+        raise CheckpointError(
+            f"FP8_BLOCK needs sizes that are multiples of 128; {len(odd)} weights have others: {listed}. Readers would "
+            "compute garbage. Use scheme='FP8_DYNAMIC' (one scale per channel) or scheme='auto'."
+        )
+    if "expert" in roles.values() and layout.container != "fp8":
+        if isinstance(layout.granularity, PerBlock):
+            raise CheckpointError(
+                "transformers cannot load mixture-of-experts models with compressed-tensors blocks: "
+                "use the fp8 container of FP8_BLOCK."
+            )
+        notes.append(
+            f"{layout.scheme} of a mixture-of-experts model loads in transformers and in vLLM on a GPU; vLLM on a CPU "
+            "has no backend for it. FP8_BLOCK loads in all of them."
+        )
+    return layout, notes
+
+
+def _kept_dtype(specs: Sequence[TensorSpec]) -> torch.dtype:
+    """The dtype of most of the floating-point data, if servers take it; else bfloat16."""
+    sizes: dict[torch.dtype, int] = {}
+    for spec in specs:
+        if spec.dtype.is_floating_point:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    dominant = max(sizes, key=lambda dtype: sizes[dtype])
+    return dominant if dominant in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def _quantized(spec: TensorSpec, keys: Mapping[str, str], role: Role, layout: Layout) -> TensorPlan:
+    shape_MN = (spec.shape[0], spec.shape[1])
+    codes = TensorSpec(name=spec.name, dtype=FP8_E4M3.dtype, shape=spec.shape)
+    scale = TensorSpec(name=layout.scale_name(spec.name), dtype=torch.float32, shape=layout.scale_shape(shape_MN))
+    return TensorPlan(
+        spec=spec, key=keys[spec.name], role=role, quantize=True, stored=(codes, scale), reason=layout.scheme
+    )
+
+
+def _kept(
+    spec: TensorSpec,
+    keys: Mapping[str, str],
+    role: Role,
+    dtype: torch.dtype,
+    reason: str | None,
+    specs: Sequence[TensorSpec],
+) -> TensorPlan:
+    # float32 masters are cast; a few float32 tensors of a 16-bit checkpoint are float32 on purpose
+    masters = not any(other.dtype == dtype for other in specs)
+    cast = spec.dtype == torch.float64 or (spec.dtype == torch.float32 and masters)
+    stored = TensorSpec(name=spec.name, dtype=dtype if cast else spec.dtype, shape=spec.shape)
+    return TensorPlan(
+        spec=spec,
+        key=keys[spec.name],
+        role=role,
+        quantize=False,
+        stored=(stored,),
+        reason=f"kept: {reason or _KEEP_REASON.get(role, role)}",
+    )

@@ -1,0 +1,192 @@
+"""What an export did to every tensor, as numbers that can be recomputed from the files.
+
+Each quantized tensor is listed with the sums of the scales that were written ("searched") and of plain absmax scales
+("absmax"), and the figures that follow from them. Totals are the figures of the added sums.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
+
+Side: TypeAlias = Literal["searched", "absmax"]
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorReport:
+    """One quantized tensor.
+
+    Attributes:
+        name: Checkpoint name.
+        shape: (M, N).
+        dtype: Of the weight as it came in.
+        scheme: Of the layout.
+        alpha: Over its groups: min, mean, max, and the share of groups whose alpha is not 1 ("moved").
+        searched: Sums over the tensor under the written scales.
+        absmax: Sums under plain absmax scales.
+        note: Anything unusual, such as a missing base.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scheme: str
+    alpha: Mapping[str, float]
+    searched: DeltaStats
+    absmax: DeltaStats
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """The report of one export; written as `daq_report.json`.
+
+    Attributes:
+        path: The exported folder.
+        scheme: Of the layout.
+        search: The settings of the search.
+        tensors: The quantized tensors, in file order.
+        kept: Name -> why it was not quantized.
+        notes: What the user should know: fallbacks, casts, missing bases.
+    """
+
+    path: str
+    scheme: str
+    search: Mapping[str, Any]
+    tensors: tuple[TensorReport, ...]
+    kept: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def totals(self, side: Side = "searched") -> DeltaStats:
+        """Sums over all quantized tensors whose base is known."""
+        stats = [getattr(tensor, side) for tensor in self.tensors if not tensor.note]
+        if not stats:
+            stats = [getattr(tensor, side) for tensor in self.tensors]
+        return DeltaStats(*(torch.stack(fields).sum(0) for fields in zip(*stats, strict=True)))
+
+    def metrics(self, side: Side = "searched") -> dict[str, float]:
+        """The figures of the totals: sign_rate, cosine, gain, mse, delta_norm, lost, flipped."""
+        return figures(self.totals(side))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `daq_report.json`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "scheme": self.scheme,
+            "search": dict(self.search),
+            "totals": {side: _with_sums(self.totals(side)) for side in ("searched", "absmax")},
+            "notes": list(self.notes),
+            "tensors": {
+                tensor.name: {
+                    "scheme": tensor.scheme,
+                    "shape": list(tensor.shape),
+                    "dtype": tensor.dtype,
+                    "alpha": dict(tensor.alpha),
+                    "searched": _with_sums(tensor.searched),
+                    "absmax": _with_sums(tensor.absmax),
+                    **({"note": tensor.note} if tensor.note else {}),
+                }
+                for tensor in self.tensors
+            },
+            "kept": dict(self.kept),
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ExportReport:
+        """Reads the `daq_report.json` of an exported folder (or that file itself)."""
+        file = Path(path) / "daq_report.json" if Path(path).is_dir() else Path(path)
+        content = json.loads(file.read_text("utf-8"))
+        if content.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{file} has report format {content.get('format_version')}, this version reads {FORMAT_VERSION}."
+            )
+        tensors = tuple(
+            TensorReport(
+                name=name,
+                shape=tuple(entry["shape"]),
+                dtype=entry["dtype"],
+                scheme=entry["scheme"],
+                alpha=entry["alpha"],
+                searched=_stats_from(entry["searched"]["sums"]),
+                absmax=_stats_from(entry["absmax"]["sums"]),
+                note=entry.get("note", ""),
+            )
+            for name, entry in content["tensors"].items()
+        )
+        return cls(
+            path=str(file.parent),
+            scheme=content["scheme"],
+            search=content["search"],
+            tensors=tensors,
+            kept=content["kept"],
+            notes=tuple(content["notes"]),
+        )
+
+    def summary(self) -> str:
+        """At most ten lines for a person: where it is, what was kept of the update, what to know."""
+        count = len(self.tensors)
+        lines = [
+            f"FP8 export: {self.path}",
+            f"  {count} weights as {self.scheme}, {len(self.kept)} tensors kept; "
+            f"search for {self.search.get('metric', '?')}",
+            f"  {'':10}{'sign rate':>10}{'cosine':>10}{'gain':>10}{'mse':>12}{'lost':>9}",
+        ]
+        for side in ("absmax", "searched"):
+            values = self.metrics(side)
+            lines.append(
+                f"  {side:10}{values['sign_rate']:>10.4f}{values['cosine']:>10.4f}{values['gain']:>10.4f}"
+                f"{values['mse']:>12.3e}{values['lost']:>9.2%}"
+            )
+        notes = list(self.notes)
+        if len(notes) > 4:
+            notes = [*notes[:3], f"and {len(notes) - 3} more in daq_report.json"]
+        return "\n".join(lines + [f"  note: {note}" for note in notes])
+
+
+def figures(stats: DeltaStats) -> dict[str, float]:
+    """The figures of some sums: sign_rate, cosine, gain, mse, delta_norm, lost and flipped (shares of all elements)."""
+    return {
+        "sign_rate": float(sign_rate(stats)),
+        "cosine": float(cosine(stats)),
+        "gain": float(gain(stats)),
+        "mse": float(mse(stats)),
+        "delta_norm": math.sqrt(float(stats.delta_sq)),
+        "lost": float(stats.lost) / max(1.0, float(stats.n)),
+        "flipped": float(stats.flipped) / max(1.0, float(stats.n)),
+    }
+
+
+def alpha_statistics(alpha: Tensor) -> dict[str, float]:
+    """min, mean, max and moved (share of groups with alpha != 1) of the alphas of one tensor."""
+    values = torch.stack([alpha.min(), alpha.mean(), alpha.max(), (alpha != 1).double().mean()]).tolist()
+    return dict(zip(("min", "mean", "max", "moved"), values, strict=True))
+
+
+def settings(search: Any) -> dict[str, Any]:
+    """The fields of a `ScaleSearch` as plain values."""
+    return asdict(search)
+
+
+def _with_sums(stats: DeltaStats) -> dict[str, Any]:
+    values: dict[str, Any] = {key: value if math.isfinite(value) else None for key, value in figures(stats).items()}
+    return values | {"sums": {name: value.item() for name, value in stats._asdict().items()}}
+
+
+def _stats_from(sums: Mapping[str, float]) -> DeltaStats:
+    return DeltaStats(
+        **{
+            name: torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+            for name, value in sums.items()
+        }
+    )
