@@ -205,7 +205,7 @@ def export(
         if isinstance(mapping, Checkpoint) and mapping.path.resolve() == out.resolve():
             raise CheckpointError(f"{out} is the folder of the {role}: choose another destination.")
     plan = make_plan(source, choices)
-    base_names, without_base = _match_base(plan, base, source, choices)
+    base_names, without_base = match_base(plan, base, source, choices)
     reports: list[TensorReport] = []
     with CheckpointWriter(out, plan.stored, choices.max_shard_bytes) as writer, _Behind() as behind:
         weights = _stream(source.weights, [tensor.spec.name for tensor in plan.tensors])
@@ -265,7 +265,7 @@ def _search_one(
     return report, (result.codes, result.scale)
 
 
-def _match_base(
+def match_base(
     plan: ExportPlan, base: Mapping[str, Tensor], source: Source, choices: ExportSettings
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Weight name -> base name for every quantized weight, and why the others have none."""

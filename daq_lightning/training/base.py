@@ -1,0 +1,196 @@
+"""The base of a run: the weights that the update is measured against.
+
+| base | where the weights are | on resume |
+| --- | --- | --- |
+| "auto" | LoRA: the frozen weights in memory; otherwise as "snapshot" | as the chosen kind |
+| "snapshot" | copied to `dirpath/base/` when training starts | read from there |
+| "memory" | copied to host memory when training starts | cannot be resumed: an error |
+| a folder | a Hugging Face checkpoint, or an export of this package (dequantized) | read from there |
+| a `.ckpt` file | a Lightning checkpoint of the same module | read from there |
+
+No hook sees the base weights of a resumed run, so a base is a reference: where it is, and a fingerprint of every
+tensor. The callback saves the reference with the training state; a resumed run finds the same base or stops before
+its first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from daq_lightning.checkpoint.reader import MANIFEST, Checkpoint
+from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
+from daq_lightning.checkpoint.writer import CheckpointWriter
+from daq_lightning.numerics.fingerprint import combine, fingerprint
+
+Kind: TypeAlias = Literal["adapters", "snapshot", "memory", "folder", "ckpt"]
+_SNAPSHOT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A base that is at hand.
+
+    Attributes:
+        kind: Where its weights are.
+        path: Folder or file; empty for weights in memory.
+        weights: Checkpoint name -> tensor, lazy.
+        fingerprints: Checkpoint name -> fingerprint, of the weights that are quantized.
+    """
+
+    kind: Kind
+    path: str
+    weights: Mapping[str, Tensor] = field(repr=False)
+    fingerprints: Mapping[str, str] = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """One fingerprint of all tensors."""
+        return combine(dict(self.fingerprints))
+
+    def state(self) -> dict[str, Any]:
+        """The reference, in primitives, for a training checkpoint."""
+        return {"kind": self.kind, "path": self.path, "fingerprints": dict(self.fingerprints)}
+
+
+def base_from_memory(kind: Kind, weights: Mapping[str, Tensor], names: Iterable[str]) -> Base:
+    """A base whose weights stay where they are (frozen under adapters, or a copy that was made before)."""
+    names = list(names)
+    return Base(kind=kind, path="", weights=weights, fingerprints={name: fingerprint(weights[name]) for name in names})
+
+
+def copy_to_memory(weights: Mapping[str, Tensor], names: Iterable[str]) -> Base:
+    """Copies weights to host memory, pinned if they come from a CUDA device."""
+    copies = {}
+    for name in names:
+        weight = weights[name].detach()
+        copies[name] = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda).copy_(weight)
+    return base_from_memory("memory", copies, copies)
+
+
+def take_snapshot(weights: Mapping[str, Tensor], names: Iterable[str], folder: Path) -> Base:
+    """Streams weights to a folder of safetensors, one at a time; an equal snapshot that is there is used again.
+
+    Args:
+        weights: Checkpoint name -> tensor.
+        names: Which of them.
+        folder: Destination. If it holds other weights, `<folder>-v1` and so on is taken.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    names = list(names)
+    fingerprints: dict[str, str] = {}
+    specs = [TensorSpec(name=name, dtype=weights[name].dtype, shape=tuple(weights[name].shape)) for name in names]
+    version = 0
+    target = folder
+    while target.exists():
+        fingerprints = fingerprints or {name: fingerprint(weights[name]) for name in names}
+        if _snapshot_fingerprints(target) == fingerprints:
+            return Base(kind="snapshot", path=str(target), weights=Checkpoint(target), fingerprints=fingerprints)
+        version += 1
+        target = folder.with_name(f"{folder.name}-v{version}")
+    with CheckpointWriter(target, specs) as writer:
+        for name in names:
+            weight = weights[name].detach()
+            fingerprints[name] = fingerprint(weight)
+            writer.write(name, weight)
+        writer.write_json(MANIFEST, {"snapshot_version": _SNAPSHOT_VERSION, "fingerprints": fingerprints})
+        writer.publish()
+    return Base(kind="snapshot", path=str(target), weights=Checkpoint(target), fingerprints=fingerprints)
+
+
+def open_folder(path: str, names: Iterable[str], aliases: Mapping[str, str]) -> Base:
+    """A base that is a checkpoint folder.
+
+    Args:
+        path: The folder.
+        names: The weights that are needed.
+        aliases: Name of a weight -> its name in the folder, where that differs.
+    """
+    checkpoint = Checkpoint(path)
+    present = [name for name in names if aliases.get(name, name) in checkpoint]
+    fingerprints = {name: fingerprint(checkpoint[aliases.get(name, name)]) for name in present}
+    return Base(kind="folder", path=str(Path(path).absolute()), weights=checkpoint, fingerprints=fingerprints)
+
+
+def read_lightning_checkpoint(path: str, prefix: str) -> dict[str, Tensor]:
+    """The tensors of one submodule from a Lightning checkpoint, memory-mapped; nothing in the file is executed.
+
+    Args:
+        path: A `.ckpt` file.
+        prefix: Name of the submodule in the LightningModule with a dot at the end, or empty.
+
+    Raises:
+        CheckpointError: Not a Lightning checkpoint, or it needs code to be loaded.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises a dozen types here, and all mean the same
+        raise CheckpointError(
+            f"{path} cannot be loaded with weights_only=True: {str(error).splitlines()[0]} Expected a checkpoint file "
+            "that Lightning's Trainer wrote. Files that need pickled code are never loaded."
+        ) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CheckpointError(f"{path} has no state_dict: expected a checkpoint file that Lightning's Trainer wrote.")
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in content["state_dict"].items()
+        if name.startswith(prefix) and isinstance(tensor, Tensor)
+    }
+
+
+def check_resumed(saved: Mapping[str, Any], found: Base) -> None:
+    """Compares the base of a resumed run with the reference that its checkpoint holds.
+
+    Raises:
+        MisconfigurationException: A tensor is missing or differs.
+    """
+    expected: Mapping[str, str] = saved["fingerprints"]
+    different = [name for name, value in expected.items() if found.fingerprints.get(name) != value]
+    if different or len(expected) != len(found.fingerprints):
+        where = found.path or "the frozen weights in memory"
+        raise MisconfigurationException(
+            f"The base of the resumed run is not the one it started from: {len(different)} of {len(expected)} weights "
+            f"in {where} are missing or differ ({', '.join(different[:3])}). Pass base='<folder>' with the model that "
+            f"the run was started from (it was {saved['kind']!r}{' in ' + saved['path'] if saved['path'] else ''})."
+        )
+
+
+def open_resumed(saved: Mapping[str, Any], dirpath: Path) -> Base:
+    """The snapshot that the checkpoint of a resumed run points to, also if the run's folder was moved.
+
+    Raises:
+        MisconfigurationException: It is gone, or it never was on disk.
+    """
+    if saved["kind"] == "memory":
+        raise MisconfigurationException(
+            "The base of the run that is resumed was kept in memory (base='memory') and is gone. Pass base='<folder>' "
+            "with the model that the run was started from."
+        )
+    for path in (Path(saved["path"]), dirpath / Path(saved["path"]).name):
+        if path.is_dir():
+            checkpoint = Checkpoint(path)
+            fingerprints = {name: fingerprint(checkpoint[name]) for name in checkpoint}
+            return Base(kind="snapshot", path=str(path), weights=checkpoint, fingerprints=fingerprints)
+    raise MisconfigurationException(
+        f"The base snapshot {saved['path']} of the run that is resumed does not exist. Put it back, or pass "
+        "base='<folder>' with the model that the run was started from."
+    )
+
+
+def _snapshot_fingerprints(folder: Path) -> dict[str, str] | None:
+    """The fingerprints of a snapshot as it lies on disk, or None if it is not one."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        checkpoint = Checkpoint(folder)
+        return {name: fingerprint(checkpoint[name]) for name in checkpoint}
+    except CheckpointError:
+        return None
