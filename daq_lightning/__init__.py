@@ -4,15 +4,12 @@ Quantization to FP8 rounds much of what fine-tuning changed away. This package s
 direction of the change survives (arXiv 2603.22324), and writes checkpoints that vLLM, SGLang and transformers load.
 """
 
-from daq_lightning.callback import DeltaAwareQuantization as DeltaAwareQuantization
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from daq_lightning.checkpoint.reader import load_checkpoint as load_checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError as CheckpointError
 from daq_lightning.export import export_checkpoint as export_checkpoint
-from daq_lightning.metrics import DeltaCosineSimilarity as DeltaCosineSimilarity
-from daq_lightning.metrics import DeltaGain as DeltaGain
-from daq_lightning.metrics import DeltaMeanSquaredError as DeltaMeanSquaredError
-from daq_lightning.metrics import SignPreservationRate as SignPreservationRate
-from daq_lightning.metrics import delta_metrics as delta_metrics
 from daq_lightning.numerics.formats import PerBlock as PerBlock
 from daq_lightning.numerics.formats import PerChannel as PerChannel
 from daq_lightning.numerics.formats import PerTensor as PerTensor
@@ -24,4 +21,33 @@ from daq_lightning.numerics.search import SearchResult as SearchResult
 from daq_lightning.numerics.search import search_scale as search_scale
 from daq_lightning.report import ExportReport as ExportReport
 
+if TYPE_CHECKING:
+    from daq_lightning.callback import DeltaAwareQuantization as DeltaAwareQuantization
+    from daq_lightning.metrics import DeltaCosineSimilarity as DeltaCosineSimilarity
+    from daq_lightning.metrics import DeltaGain as DeltaGain
+    from daq_lightning.metrics import DeltaMeanSquaredError as DeltaMeanSquaredError
+    from daq_lightning.metrics import SignPreservationRate as SignPreservationRate
+    from daq_lightning.metrics import delta_metrics as delta_metrics
+
 __version__ = "0.1.0"
+
+# torchmetrics and lightning import transformers and matplotlib where they are installed, which takes seconds:
+# what builds on them is loaded when it is first used
+_LATE = {
+    "DeltaAwareQuantization": "daq_lightning.callback",
+    "SignPreservationRate": "daq_lightning.metrics",
+    "DeltaCosineSimilarity": "daq_lightning.metrics",
+    "DeltaGain": "daq_lightning.metrics",
+    "DeltaMeanSquaredError": "daq_lightning.metrics",
+    "delta_metrics": "daq_lightning.metrics",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATE:
+        raise AttributeError(f"module 'daq_lightning' has no attribute {name!r}")
+    return getattr(import_module(_LATE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LATE])

@@ -73,14 +73,14 @@ class Architecture:
             names = config.architectures or []
             model_class = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
             # a quantized folder is described by its config too: the plain architecture is asked for here
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
+            vars(config).pop("quantization_config", None)
             logger = logging.getLogger("transformers")
             level = logger.level
             logger.setLevel(logging.ERROR)
             try:
                 with torch.device("meta"):
-                    model = model_class._from_config(config) if names else model_class.from_config(config)
+                    build = getattr(model_class, "_from_config" if names else "from_config")
+                    model = build(config)
             finally:
                 logger.setLevel(level)
         except (OSError, ValueError, AttributeError, KeyError, ImportError) as error:

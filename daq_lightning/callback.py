@@ -12,6 +12,7 @@ Source: lightning 2.6 `Trainer.fit` (order of hooks).
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,9 +151,8 @@ class DeltaAwareQuantization(Callback):
         """Raises what went wrong in the export."""
         error, self._error, self._base = self._error, None, None
         if error is not None:
-            error.add_note("Training itself has finished: the checkpoints that Lightning wrote are complete.") if (
-                hasattr(error, "add_note")
-            ) else None
+            if sys.version_info >= (3, 11):
+                error.add_note("Training itself has finished: the checkpoints that Lightning wrote are complete.")
             raise error
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -209,7 +209,7 @@ class DeltaAwareQuantization(Callback):
         while free.exists():
             version += 1
             free = out.with_name(f"{out.name}-v{version}")
-        bar = trainer.progress_bar_callback is not None and trainer.progress_bar_callback.is_enabled
+        bar = getattr(trainer.progress_bar_callback, "is_enabled", False)
         source = self._source(trainer, self._live_model(pl_module))
         self.report = export(source, self._base.weights, free, self._choices, progress=bar)
         self._publish_metrics(trainer, self.report)

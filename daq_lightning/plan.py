@@ -135,7 +135,7 @@ def plan_export(
     """
     if scheme not in SCHEMES:
         raise ValueError(f"Unknown scheme {scheme!r}: expected one of {', '.join(SCHEMES)}.")
-    roles = {spec.name: architecture.role(keys[spec.name], len(spec.shape)) for spec in specs}
+    roles: dict[str, Role] = {spec.name: architecture.role(keys[spec.name], len(spec.shape)) for spec in specs}
     ignored = _ignored(specs, keys, ignore)
     chosen = [
         spec for spec in specs if roles[spec.name] in ("linear", "expert") and spec.name not in ignored
@@ -178,7 +178,7 @@ def _ignored(specs: Sequence[TensorSpec], keys: Mapping[str, str], patterns: Seq
             try:
                 expression = re.compile(pattern[3:])
             except re.error as error:
-                raise CheckpointError(f"The ignore pattern {pattern!r} is not a regular expression: {error}.") from error
+                raise CheckpointError(f"Ignore pattern {pattern!r} is not a regular expression: {error}.") from error
             matched = {spec.name for spec in specs if any(map(expression.fullmatch, _aliases(spec.name, keys)))}
         else:
             matched = {spec.name for spec in specs if pattern in _aliases(spec.name, keys)}

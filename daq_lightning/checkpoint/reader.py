@@ -198,13 +198,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def companion_files(folder: Path) -> list[Path]:
     """The files beside the weights that belong to a model: tokenizer, chat template, generation config, own code."""
     suffixes = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm"}
-    skipped = {"config.json", INDEX, MANIFEST, REPORT, "adapter_config.json", "trainer_state.json", "hf_quant_config.json"}
+    skipped = {"config.json", MANIFEST, REPORT, "adapter_config.json", "trainer_state.json", "hf_quant_config.json"}
     files = [file for pattern in ("*", "chat_templates/*") for file in sorted(folder.glob(pattern))]
-    return [
-        _inside(file.parent, file.name)
-        for file in files
-        if file.suffix in suffixes and file.name not in skipped and not file.name.endswith(".index.json") and file.is_file()
-    ]
+    kept = [file for file in files if file.suffix in suffixes and not file.name.endswith(".index.json")]
+    return [_inside(file.parent, file.name) for file in kept if file.name not in skipped and file.is_file()]
 
 
 def _weight_files(path: Path) -> list[Path]:

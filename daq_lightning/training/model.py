@@ -97,8 +97,9 @@ class LiveModel:
         for owner in owners:
             for name in ("processor", "processing_class", "tokenizer"):
                 candidate = getattr(owner, name, None)
-                if hasattr(candidate, "save_pretrained") and not isinstance(candidate, nn.Module):
-                    candidate.save_pretrained(folder)
+                save = getattr(candidate, "save_pretrained", None)
+                if save is not None and not isinstance(candidate, nn.Module):
+                    save(folder)
                     return
 
 
