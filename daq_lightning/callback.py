@@ -1,53 +1,49 @@
 """The Lightning callback: when to take the base, when to export. No arithmetic happens here.
 
     on_fit_start   find the model, plan the export, take the base      (errors before the first step)
+    checkpoint     with export_on="checkpoint": after each file that ModelCheckpoint writes, of the same weights
     on_train_end   search and write `dirpath/step=<n>/`                 (the last hook with the weights on the device)
-    on_fit_end     raise what went wrong there                          (after Lightning has saved its own checkpoints)
+    on_fit_end     raise what went wrong in an export                   (after Lightning has saved its own checkpoints)
 
 Parameters, random numbers, gradients and modes of the model are only read: training is bit-identical with and without
-the callback.
+the callback. A failed export never stops a run: its error surfaces when training is over and saved.
 
-Source: lightning 2.6 `Trainer.fit` (order of hooks).
+Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, triggers).
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from daq_lightning.checkpoint.layouts import Scheme
-from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.writer import check_destination
 from daq_lightning.export import ExportSettings, Source, export, make_plan, match_base
 from daq_lightning.metrics import delta_metrics
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search import ScaleSearch
 from daq_lightning.report import ExportReport
-from daq_lightning.training.base import (
-    Base,
-    base_from_memory,
-    check_resumed,
-    copy_to_memory,
-    open_folder,
-    open_resumed,
-    read_lightning_checkpoint,
-    take_snapshot,
-)
+from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.model import LiveModel, find_model, owners_of_files
+from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
 
 
 class DeltaAwareQuantization(Callback):
     """Exports the trained model as an FP8 checkpoint that keeps what training changed.
 
     Args:
-        dirpath: Folder of the exports; each is `dirpath/step=<n>/`.
+        dirpath: Folder of the exports; each is `dirpath/<filename>/`.
         base: The weights before training: "auto", "snapshot", "memory", a Hugging Face folder, or a Lightning
             `.ckpt` file. See `daq_lightning.training.base`.
         scheme: "FP8_BLOCK" (128 x 128), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel, 16-bit activations), or
@@ -58,10 +54,20 @@ class DeltaAwareQuantization(Callback):
         ignore: Modules to keep in high precision: full names, or regular expressions after `re:`.
         module: Name of the submodule to export; None finds the one `PreTrainedModel`.
         scale_format: None, or "ue8m0" for scales that are powers of two.
+        export_on: "train_end", or "checkpoint": whenever ModelCheckpoint saves, the same weights.
+        every_n_train_steps: Also export every so many optimizer steps.
+        every_n_epochs: Also export every so many epochs.
+        which: What the export at the end of training holds: the "last" weights, or the "best" checkpoint.
+        keep_last: How many exports of this run to keep; None keeps all.
+        filename: Name of an export, as ModelCheckpoint's: "{epoch}-{step}-{val_loss:.2f}".
+        reference: "initial": every export is measured against the base. "previous_checkpoint": against the weights
+            of the export before it, which keeps the update small in a long run.
+        export_on_exception: Whether to export the weights of a run that failed or was interrupted.
 
     Attributes:
         metrics: Figures of the last export, also logged to every logger of the Trainer.
         report: The `ExportReport` of the last export.
+        exports: Folders of all exports of this run that are kept.
 
     Raises:
         MisconfigurationException: Settings that contradict each other, a strategy whose weights cannot be read, or a
@@ -84,19 +90,30 @@ class DeltaAwareQuantization(Callback):
         ignore: list[str] | None = None,
         module: str | None = None,
         scale_format: Literal["ue8m0"] | None = None,
+        export_on: Literal["train_end", "checkpoint"] = "train_end",
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        which: Literal["last", "best"] = "last",
+        keep_last: int | None = None,
+        filename: str = "{step}",
+        reference: Literal["initial", "previous_checkpoint"] = "initial",
+        export_on_exception: bool = False,
     ) -> None:
         super().__init__()
-        if "://" in str(dirpath):
-            raise MisconfigurationException(
-                f"dirpath={dirpath!r}: exports are renamed into place, which needs a local file system. Export to a "
-                "local folder and upload it afterwards."
-            )
         self.dirpath, self.base, self.module = str(dirpath), str(base), module
+        self.export_on, self.which, self.reference, self.filename = export_on, which, reference, filename
+        self.every_n_train_steps, self.every_n_epochs, self.keep_last = every_n_train_steps, every_n_epochs, keep_last
+        self.export_on_exception = export_on_exception
+        self._check_arguments()
         self._choices = _make_settings(scheme, metric, alpha_range, search, ignore, scale_format)
         self.metrics: dict[str, float] = {}
         self.report: ExportReport | None = None
+        self.exports: list[Path] = []
         self._base: Base | None = None
         self._saved_base: dict[str, Any] | None = None
+        self._retaken: Base | None = None
+        self._snapshots: list[Path] = []
+        self._exported_step = -1
         self._error: Exception | None = None
 
     @property
@@ -123,44 +140,94 @@ class DeltaAwareQuantization(Callback):
             )
         if trainer.is_global_zero:
             check_destination(Path(self.dirpath) / "step=0")
+        averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+        if averaging and trainer.callbacks.index(averaging[-1]) > trainer.callbacks.index(self):  # type: ignore[attr-defined]
+            # WeightAveraging puts the averaged weights into the model in its on_train_end: this one must come after
+            others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+            place = others.index(averaging[-1]) + 1
+            trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the export and takes the base, so that whatever does not fit is known before the first step."""
-        self._error, self._base = None, None
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        self._error, self._base, self._retaken, self._exported_step = None, None, None, -1
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        model = self._live_model(pl_module)
-        source = self._source(trainer, model)
-        plan = make_plan(source, self._choices)
-        base = self._take_base(trainer, pl_module, model, [tensor.spec.name for tensor in plan.quantized])
-        match_base(plan, base.weights, source, self._choices)
-        self._base = base
+        problem = None
+        if trainer.is_global_zero:
+            try:
+                self._prepare(trainer, pl_module)
+            except (ValueError, MisconfigurationException) as error:
+                problem = error
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise problem
+        if self.export_on == "checkpoint" and trainer.is_global_zero:
+            trainer.strategy.checkpoint_io = WatchedCheckpointIO(
+                trainer.strategy.checkpoint_io,
+                before=lambda path, content: self._before_save(trainer, pl_module, path, content),
+                after=lambda path, content: self._after_save(trainer, pl_module, path, content),
+            )
 
-    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Exports every `every_n_train_steps` optimizer steps."""
+        step = trainer.global_step
+        if self.every_n_train_steps and step and step % self.every_n_train_steps == 0:
+            self._export_live(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Exports every `every_n_epochs` epochs."""
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._export_live(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports. An error is kept until Lightning has saved its own checkpoints."""
-        if self._base is None:
-            return
-        try:
-            self._export(trainer, pl_module, Path(self.dirpath) / f"step={trainer.global_step}")
-        except Exception as error:
-            self._error = error
+        """Exports the last weights. An error is kept until Lightning has saved its own checkpoints."""
+        if self.export_on == "train_end" and self.which == "last":
+            self._export_live(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises what went wrong in the export."""
-        error, self._error, self._base = self._error, None, None
+        """Exports the best checkpoint if that was asked for, then raises what went wrong in an export."""
+        if self.export_on == "train_end" and self.which == "best":
+            self._export_best(trainer, pl_module)
+        if self._base is not None and not self.exports and self._error is None:
+            rank_zero_warn(
+                "DeltaAwareQuantization exported nothing: training ended before a first export was due (a resumed run "
+                "that was finished already, or no training steps)."
+            )
+        error = self._error
+        self._release(trainer)
         if error is not None:
             if sys.version_info >= (3, 11):
                 error.add_note("Training itself has finished: the checkpoints that Lightning wrote are complete.")
             raise error
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Frees the base. Nothing is exported from a run that failed."""
-        self._base = None
+        """Frees the base; exports only with `export_on_exception`, and never hides the error."""
+        if self.export_on_exception:
+            self._export_live(trainer, pl_module)
+        self._release(trainer)
 
-    def _live_model(self, pl_module: LightningModule) -> LiveModel:
-        return LiveModel(find_model(pl_module, self.module)[1])
+    # what the hooks call
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Plan and base of the run; raises before the first step."""
+        name, module = find_model(pl_module, self.module)
+        model = LiveModel(module)
+        source = self._source(trainer, model)
+        plan = make_plan(source, self._choices)
+        request = BaseRequest(
+            base=self.base,
+            names=tuple(tensor.spec.name for tensor in plan.quantized),
+            dirpath=Path(self.dirpath).absolute(),
+            prefix=f"{name}." if name else "",
+            resumed_from=str(trainer.ckpt_path) if trainer.ckpt_path is not None else None,
+            saved=self._saved_base,
+        )
+        base = resolve_base(request, model)
+        match_base(plan, base.weights, source, self._choices)
+        self._base, self.exports, self._snapshots = base, [], []
 
     def _source(self, trainer: Trainer, model: LiveModel) -> Source:
         return Source(
@@ -172,48 +239,116 @@ class DeltaAwareQuantization(Callback):
             copy_files=lambda folder: model.copy_files(folder, *owners_of_files(trainer)),
         )
 
-    def _take_base(self, trainer: Trainer, pl_module: LightningModule, model: LiveModel, names: list[str]) -> Base:
-        """The base that the settings ask for; for a resumed run, checked against the one it started from."""
-        folder = Path(self.dirpath).absolute() / "base"
-        resumed = trainer.ckpt_path is not None
-        if self.base in ("auto", "snapshot", "memory"):
-            if resumed:
-                if self._saved_base is None:
-                    raise MisconfigurationException(
-                        f"The run resumes from {trainer.ckpt_path}, whose callback state holds no base: the weights "
-                        "before training are not at hand any more. Pass base='<folder>' with the model that the run "
-                        "was started from."
-                    )
-                base = open_resumed(self._saved_base, folder.parent)
-            elif self.base == "memory":
-                base = copy_to_memory(model.weights, names)
-            else:
-                base = take_snapshot(model.weights, names, folder)
-        elif self.base.endswith(".ckpt"):
-            name, _ = find_model(pl_module, self.module)
-            tensors = read_lightning_checkpoint(self.base, f"{name}." if name else "")
-            base = base_from_memory("ckpt", model.view(tensors), names)
-        else:
-            checkpoint = Checkpoint(self.base)
-            by_key = {key: name for name, key in model.architecture.keys_of(checkpoint).items()}
-            aliases = {name: by_key.get(model.keys[name], name) for name in names if name not in checkpoint}
-            base = open_folder(self.base, names, aliases)
-        if resumed and self._saved_base is not None:
-            check_resumed(self._saved_base, base)
+    def _export_live(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Exports the weights as they are now."""
+        if self._base is None or self._exported_step == trainer.global_step:
+            return
+        _, module = find_model(pl_module, self.module)
+        self._export(trainer, LiveModel(module), checkpoint=None)
+
+    def _export_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Exports the file that ModelCheckpoint holds for the best."""
+        if self._base is None:
+            return
+        callback = trainer.checkpoint_callback
+        path = callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
+        if not path:
+            self._keep_error(
+                MisconfigurationException(
+                    "which='best' exports ModelCheckpoint's best_model_path, and there is none: add a ModelCheckpoint "
+                    "with a monitor, or use which='last'."
+                )
+            )
+            return
+        name, module = find_model(pl_module, self.module)
+        tensors = read_lightning_checkpoint(path, f"{name}." if name else "")
+        self._export(trainer, LiveModel(module, tensors), checkpoint=Path(path))
+
+    def _before_save(
+        self, trainer: Trainer, pl_module: LightningModule, path: Path, content: dict[str, Any]
+    ) -> None:
+        """Re-takes the base from what is about to be saved, so that a run resumed from the file goes on from there."""
+        self._retaken = None
+        if self.reference == "initial" or self._base is None or not saved_by_model_checkpoint(trainer, path):
+            return
+        try:
+            self._retaken = self._snapshot(trainer, self._saved_model(pl_module, content))
+            state = content.get("callbacks", {}).get(self.state_key)
+            if state is not None:
+                state["base"] = self._retaken.state()
+        except Exception as error:
+            self._keep_error(error)
+
+    def _after_save(self, trainer: Trainer, pl_module: LightningModule, path: Path, content: dict[str, Any]) -> None:
+        """Exports what was saved."""
+        if self._base is None or not saved_by_model_checkpoint(trainer, path):
+            return
+        if self._exported_step == trainer.global_step:  # `last.ckpt` beside the one just exported
+            return
+        self._export(trainer, self._saved_model(pl_module, content), checkpoint=path)
+
+    def _saved_model(self, pl_module: LightningModule, content: Mapping[str, Any]) -> LiveModel:
+        name, module = find_model(pl_module, self.module)
+        prefix = f"{name}." if name else ""
+        tensors = {
+            key.removeprefix(prefix): value
+            for key, value in content["state_dict"].items()
+            if key.startswith(prefix) and isinstance(value, Tensor)
+        }
+        return LiveModel(module, tensors)
+
+    @torch.no_grad()
+    def _export(self, trainer: Trainer, model: LiveModel, checkpoint: Path | None) -> None:
+        """One export and all that follows it; an error is kept for the end of training."""
+        assert self._base is not None
+        try:
+            out = _free_name(Path(self.dirpath) / self._name(trainer))
+            bar = getattr(trainer.progress_bar_callback, "is_enabled", False)
+            device = trainer.strategy.root_device
+            source = self._source(trainer, model)
+            self.report = export(source, self._base.weights, out, self._choices, device=device, progress=bar)
+            self.exports.append(out)
+            self._exported_step = trainer.global_step
+            self._publish_metrics(trainer, self.report)
+            rank_zero_info(self.report.summary())
+            if self.reference == "previous_checkpoint":
+                self._base = self._retaken or self._snapshot(trainer, model)
+            self._forget_old()
+        except Exception as error:
+            self._keep_error(error)
+
+    def _snapshot(self, trainer: Trainer, model: LiveModel) -> Base:
+        assert self._base is not None
+        folder = Path(self.dirpath).absolute() / f"base-step={trainer.global_step}"
+        base = take_snapshot(model.weights, self._base.fingerprints, folder)
+        self._snapshots.append(Path(base.path))
         return base
 
-    def _export(self, trainer: Trainer, pl_module: LightningModule, out: Path) -> None:
+    def _forget_old(self) -> None:
+        """Removes exports and snapshots beyond `keep_last`; never the base in use."""
+        if self.keep_last is None:
+            return
         assert self._base is not None
-        version = 0
-        free = out
-        while free.exists():
-            version += 1
-            free = out.with_name(f"{out.name}-v{version}")
-        bar = getattr(trainer.progress_bar_callback, "is_enabled", False)
-        source = self._source(trainer, self._live_model(pl_module))
-        self.report = export(source, self._base.weights, free, self._choices, progress=bar)
-        self._publish_metrics(trainer, self.report)
-        rank_zero_info(self.report.summary())
+        while len(self.exports) > self.keep_last:
+            shutil.rmtree(self.exports.pop(0), ignore_errors=True)
+        while len(self._snapshots) > self.keep_last + 1:
+            shutil.rmtree(self._snapshots.pop(0), ignore_errors=True)
+
+    def _keep_error(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+            rank_zero_warn(f"FP8 export failed, training goes on: {error}")
+
+    def _release(self, trainer: Trainer) -> None:
+        self._base = self._retaken = self._error = None
+        if isinstance(trainer.strategy.checkpoint_io, WatchedCheckpointIO):
+            trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner
+
+    def _name(self, trainer: Trainer) -> str:
+        metrics = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
+        metrics |= {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
+        formatter = ModelCheckpoint(filename=self.filename)
+        return Path(formatter.format_checkpoint_name(metrics)).name.removesuffix(ModelCheckpoint.FILE_EXTENSION)
 
     def _publish_metrics(self, trainer: Trainer, report: ExportReport) -> None:
         """The metrics of the written and of plain absmax scales: to the attribute, the Trainer and its loggers."""
@@ -225,6 +360,44 @@ class DeltaAwareQuantization(Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics, step=trainer.global_step)
+
+    def _check_arguments(self) -> None:
+        def check(condition: bool, message: str) -> None:
+            if not condition:
+                raise MisconfigurationException(message)
+
+        check(
+            "://" not in self.dirpath,
+            f"dirpath={self.dirpath!r}: exports are renamed into place, which needs a local file system. Export to a "
+            "local folder and upload it afterwards.",
+        )
+        for name, value, choices in (
+            ("export_on", self.export_on, ("train_end", "checkpoint")),
+            ("which", self.which, ("last", "best")),
+            ("reference", self.reference, ("initial", "previous_checkpoint")),
+        ):
+            check(value in choices, f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.")
+        for name in ("every_n_train_steps", "every_n_epochs", "keep_last"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"{name}={value}: expected a number of at least 1, or None.")
+        check(
+            not (self.export_on == "checkpoint" and self.which == "best"),
+            "which='best' exports one checkpoint at the end of training; with export_on='checkpoint' every checkpoint "
+            "is exported. Leave one of them out.",
+        )
+        check(
+            self.filename != "" and Path(self.filename).name == self.filename,
+            f"filename={self.filename!r}: expected the name of a folder, such as '{{epoch}}-{{step}}'.",
+        )
+
+
+def _free_name(out: Path) -> Path:
+    """The name, or the first of `<name>-v1`, `<name>-v2` ... that is free: an earlier run's export stays."""
+    free, version = out, 0
+    while free.exists():
+        version += 1
+        free = out.with_name(f"{out.name}-v{version}")
+    return free
 
 
 def _make_settings(

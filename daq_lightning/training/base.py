@@ -28,6 +28,7 @@ from daq_lightning.checkpoint.reader import MANIFEST, Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.checkpoint.writer import CheckpointWriter
 from daq_lightning.numerics.fingerprint import combine, fingerprint
+from daq_lightning.training.model import LiveModel
 
 Kind: TypeAlias = Literal["adapters", "snapshot", "memory", "folder", "ckpt"]
 _SNAPSHOT_VERSION = 1
@@ -59,10 +60,63 @@ class Base:
         return {"kind": self.kind, "path": self.path, "fingerprints": dict(self.fingerprints)}
 
 
-def base_from_memory(kind: Kind, weights: Mapping[str, Tensor], names: Iterable[str]) -> Base:
-    """A base whose weights stay where they are (frozen under adapters, or a copy that was made before)."""
-    names = list(names)
-    return Base(kind=kind, path="", weights=weights, fingerprints={name: fingerprint(weights[name]) for name in names})
+@dataclass(frozen=True, kw_only=True)
+class BaseRequest:
+    """What is asked of `resolve_base`.
+
+    Attributes:
+        base: "auto", "snapshot", "memory", a folder or a `.ckpt` file.
+        names: Checkpoint names of the weights that are quantized.
+        dirpath: Where a snapshot goes.
+        prefix: Of the model's names in a Lightning checkpoint.
+        resumed_from: The checkpoint that the run resumes from, or None for a fresh run.
+        saved: The reference in that checkpoint.
+    """
+
+    base: str
+    names: tuple[str, ...]
+    dirpath: Path
+    prefix: str
+    resumed_from: str | None
+    saved: Mapping[str, Any] | None
+
+
+def resolve_base(request: BaseRequest, model: LiveModel) -> Base:
+    """The base that a run asks for; that of a resumed run is the one it started from, or an error.
+
+    Raises:
+        MisconfigurationException: A resumed run whose base is gone or differs.
+        CheckpointError: A folder or file that cannot be read.
+    """
+    saved, resumed = request.saved, request.resumed_from is not None
+    if resumed and saved is not None and saved["kind"] == "snapshot":
+        base = open_resumed(saved, request.dirpath)
+    elif request.base in ("auto", "snapshot", "memory"):
+        if resumed:
+            raise MisconfigurationException(
+                f"The run resumes from {request.resumed_from}, and the weights before training are not at hand any "
+                "more: "
+                + ("they were kept in memory (base='memory'). " if saved else "its callback state holds no base. ")
+                + "Pass base='<folder>' with the model that the run was started from."
+            )
+        if request.base == "memory":
+            base = copy_to_memory(model.weights, request.names)
+        else:
+            base = take_snapshot(model.weights, request.names, request.dirpath / "base")
+    elif request.base.endswith(".ckpt"):
+        tensors = read_lightning_checkpoint(request.base, request.prefix)
+        base = base_from_memory("ckpt", model.view(tensors), request.names, path=str(Path(request.base).absolute()))
+    else:
+        base = open_folder(request.base, request.names, model)
+    if resumed and saved is not None:
+        check_resumed(saved, base)
+    return base
+
+
+def base_from_memory(kind: Kind, weights: Mapping[str, Tensor], names: Iterable[str], path: str = "") -> Base:
+    """A base whose weights stay where they are: frozen under adapters, a copy, or a memory-mapped file."""
+    fingerprints = {name: fingerprint(weights[name]) for name in names if name in weights}
+    return Base(kind=kind, path=path, weights=weights, fingerprints=fingerprints)
 
 
 def copy_to_memory(weights: Mapping[str, Tensor], names: Iterable[str]) -> Base:
@@ -106,15 +160,20 @@ def take_snapshot(weights: Mapping[str, Tensor], names: Iterable[str], folder: P
     return Base(kind="snapshot", path=str(target), weights=Checkpoint(target), fingerprints=fingerprints)
 
 
-def open_folder(path: str, names: Iterable[str], aliases: Mapping[str, str]) -> Base:
+def open_folder(path: str, names: Iterable[str], model: LiveModel) -> Base:
     """A base that is a checkpoint folder.
 
     Args:
         path: The folder.
         names: The weights that are needed.
-        aliases: Name of a weight -> its name in the folder, where that differs.
+        model: Translates names where the folder has others for the same weights.
     """
     checkpoint = Checkpoint(path)
+    names = list(names)
+    aliases: dict[str, str] = {}
+    if any(name not in checkpoint for name in names):
+        by_key = {key: name for name, key in model.architecture.keys_of(checkpoint).items()}
+        aliases = {name: by_key.get(model.keys[name], name) for name in names if name not in checkpoint}
     present = [name for name in names if aliases.get(name, name) in checkpoint]
     fingerprints = {name: fingerprint(checkpoint[aliases.get(name, name)]) for name in present}
     return Base(kind="folder", path=str(Path(path).absolute()), weights=checkpoint, fingerprints=fingerprints)
@@ -167,13 +226,8 @@ def open_resumed(saved: Mapping[str, Any], dirpath: Path) -> Base:
     """The snapshot that the checkpoint of a resumed run points to, also if the run's folder was moved.
 
     Raises:
-        MisconfigurationException: It is gone, or it never was on disk.
+        MisconfigurationException: It is gone.
     """
-    if saved["kind"] == "memory":
-        raise MisconfigurationException(
-            "The base of the run that is resumed was kept in memory (base='memory') and is gone. Pass base='<folder>' "
-            "with the model that the run was started from."
-        )
     for path in (Path(saved["path"]), dirpath / Path(saved["path"]).name):
         if path.is_dir():
             checkpoint = Checkpoint(path)
