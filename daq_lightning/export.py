@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from daq_lightning.architecture import Architecture
-from daq_lightning.checkpoint.layouts import Container, Scheme
+from daq_lightning.checkpoint.layouts import Container, Scheme, make_layout
 from daq_lightning.checkpoint.reader import MANIFEST, REPORT, Checkpoint, companion_files
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
@@ -60,6 +60,8 @@ class ExportSettings:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
     def __post_init__(self) -> None:
+        if self.scheme != "auto":
+            make_layout(self.scheme, container=self.container, scale_format=self.scale_format)
         if self.missing_base not in ("error", "absmax"):
             raise ValueError(f"Unknown missing_base {self.missing_base!r}: expected 'error' or 'absmax'.")
         if self.max_shard_bytes < 1:

@@ -125,7 +125,7 @@ def make_layout(
         ValueError: Unknown scheme, or a combination that no reader loads.
     """
     if scheme not in SCHEMES or scheme == "auto":
-        raise ValueError(f"Unknown scheme {scheme!r}: expected one of {', '.join(SCHEMES[1:])}.")
+        raise ValueError(f"Unknown scheme {scheme!r}: expected one of {', '.join(SCHEMES)}.")
     block = scheme == "FP8_BLOCK"
     container = container or ("fp8" if block else "compressed-tensors")
     if container not in get_args(Container):
