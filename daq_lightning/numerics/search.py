@@ -143,6 +143,7 @@ def search_scale(
     Source: arXiv 2603.22324, Algorithm 1.
 
     Example:
+        >>> from daq_lightning.numerics.formats import PerChannel
         >>> base = torch.linspace(-1, 1, 64).reshape(8, 8)
         >>> weight = base + 0.01 * base.sin()
         >>> result = search_scale(weight, base, PerChannel(), ScaleSearch(metric="cosine"))
