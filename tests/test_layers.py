@@ -12,16 +12,17 @@ PACKAGE = "daq_lightning"
 
 INSIDE = {
     "": {"callback", "chain", "checkpoint", "cli", "export", "metrics", "numerics", "plan", "report", "training"},
-    "callback": {"chain", "checkpoint", "export", "metrics", "numerics", "plan", "report", "training"},
+    "architecture": {"checkpoint.tensor_file"},
+    "callback": {"architecture", "chain", "checkpoint", "export", "metrics", "numerics", "plan", "report", "training"},
     "chain": {"checkpoint"},
     "checkpoint": {"checkpoint", "numerics"},
     "cli": {"chain", "checkpoint", "export", "numerics", "plan", "report"},
-    "export": {"checkpoint", "numerics", "plan", "report"},
+    "export": {"architecture", "checkpoint", "numerics", "plan", "report"},
     "metrics": {"numerics"},
     "numerics": {"numerics"},
-    "plan": {"checkpoint.layouts", "numerics.formats"},
+    "plan": {"architecture", "checkpoint.layouts", "checkpoint.tensor_file", "numerics.formats"},
     "report": {"numerics.objectives"},
-    "training": {"checkpoint", "numerics", "training"},
+    "training": {"architecture", "checkpoint", "numerics", "training"},
 }
 """Module or wing -> modules or wings of the package that it may import, at its top or inside a function."""
 
@@ -35,10 +36,10 @@ AT_TOP = {
 """Module or wing -> packages besides torch that it may import when it is imported itself."""
 
 LAZILY = {
+    "architecture": {"transformers"},
     "callback": {"peft", "transformers"},
-    "checkpoint": {"transformers"},
     "cli": {"jsonargparse"},
-    "export": {"transformers"},
+    "export": {"tqdm"},
     "numerics.kernels": {"triton"},
     "report": {"matplotlib"},
     "training": {"deepspeed", "peft", "transformers"},
