@@ -42,6 +42,7 @@ def absmax_scale(
         float32 scale of shape ``granularity.grid((M, N))``. NaN or Inf in a group shows as a NaN or Inf scale.
 
     Example:
+        >>> from daq_lightning.numerics.formats import PerChannel
         >>> absmax_scale(torch.tensor([[2.0, -448.0], [0.0, 0.0]]), PerChannel())
         tensor([[1.],
                 [1.]])
@@ -97,6 +98,7 @@ def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Fl
         ValueError: The scale has another shape than the granularity asks for.
 
     Example:
+        >>> from daq_lightning.numerics.formats import PerTensor
         >>> quantize(torch.tensor([[5.3]]), torch.tensor([[1.0]]), PerTensor()).float()
         tensor([[5.5000]])
     """

@@ -148,6 +148,7 @@ def search_scale(
     Source: arXiv 2603.22324, Algorithm 1.
 
     Example:
+        >>> from daq_lightning.numerics.formats import PerChannel
         >>> base = torch.linspace(-1, 1, 64).reshape(8, 8)
         >>> weight = base + 0.01 * base.sin()
         >>> result = search_scale(weight, base, PerChannel(), ScaleSearch(metric="cosine"))
@@ -245,7 +246,9 @@ def _pick(
     """The best candidate if it strictly beats the incumbent; ties go to the alpha nearest 1; no update, no move."""
     score_GK = score(stats_GK, search.metric, tau=search.tau)
     best_G = score_GK.amax(1)
-    distance_GK = torch.where(score_GK == best_G[:, None], (alpha_GK - 1).abs(), torch.inf)
+    # fine grids around 1 are symmetric: of 1 - d and 1 + d take the latter, which does not saturate, not a last bit
+    distance_GK = (alpha_GK - 1).abs() + 1e-9 * (alpha_GK < 1)
+    distance_GK = torch.where(score_GK == best_G[:, None], distance_GK, torch.inf)
     winner_G1 = distance_GK.argmin(1, keepdim=True)
     better_G = (best_G > score(stats, search.metric, tau=search.tau)) & (stats.n_changed > 0)
 
