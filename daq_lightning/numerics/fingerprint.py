@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 _ROW = 1 << 16
-_STEP = 8  # rows that are multiplied at a time: 4 MB stay in the cache
+_STEP = 8  # rows that are multiplied at a time on a device
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -35,15 +35,14 @@ def fingerprint(tensor: Tensor) -> str:
     """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0).byte()
     aligned = data.numel() // 8 * 8
-    odd = _odd_numbers(data.device)
-    rows = [_rows(data[:aligned].view(torch.int64), odd)]
+    rows = [_rows(data[:aligned].view(torch.int64))]
     if aligned < data.numel():
         tail = torch.zeros(8, dtype=torch.uint8, device=data.device)
         tail[: data.numel() - aligned] = data[aligned:]
-        rows.append(_rows(tail.view(torch.int64), odd))
+        rows.append(_rows(tail.view(torch.int64)))
     sums = torch.cat(rows)
     while sums.numel() > 1:
-        sums = _rows(sums, odd)
+        sums = _rows(sums)
     total = int(sums) if sums.numel() else 0
     for part in (*tensor.shape, *str(tensor.dtype).encode(), tensor.ndim):
         total = _mix(total ^ part)
@@ -59,8 +58,11 @@ def combine(fingerprints: dict[str, str]) -> str:
     return f"{total:016x}"
 
 
-def _rows(words: Tensor, odd: Tensor) -> Tensor:
+def _rows(words: Tensor) -> Tensor:
     """One sum for each row of words; the last row may be shorter."""
+    if not words.is_cuda:
+        return _rows_on_cpu(words)
+    odd = _odd_numbers(words.device)
     whole = words.numel() // _ROW * _ROW
     table = words[:whole].view(-1, _ROW)
     parts = [_products(table[i : i + _STEP], odd).sum(1) for i in range(0, table.shape[0], _STEP)]
@@ -73,6 +75,22 @@ def _rows(words: Tensor, odd: Tensor) -> Tensor:
 def _products(words: Tensor, odd: Tensor) -> Tensor:
     upper = words >> 32  # arithmetic: the mask takes the copies of the sign away
     return upper.bitwise_and_(0xFFFFFFFF).bitwise_xor_(words).mul_(odd)
+
+
+def _rows_on_cpu(words: Tensor) -> Tensor:
+    """The same through NumPy: it works in the calling thread alone, beside a search that has the other cores."""
+    values, odd = words.numpy().view("uint64"), _odd_numbers(words.device).numpy().view("uint64")
+    sums = torch.empty(-(-words.numel() // _ROW), dtype=torch.int64)
+    scratch = torch.empty(_ROW, dtype=torch.int64).numpy().view("uint64")
+    for row in range(sums.numel()):
+        part = values[row * _ROW : (row + 1) * _ROW]
+        folded = scratch[: part.size]
+        folded[:] = part
+        folded >>= 32
+        folded ^= part
+        folded *= odd[: part.size]
+        sums[row] = int(folded.sum().view("int64"))
+    return sums
 
 
 @cache

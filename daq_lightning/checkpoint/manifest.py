@@ -1,0 +1,137 @@
+"""`daq_manifest.json`: what an export was made from and what it consists of.
+
+    stage, parent, chain_from, base      where it stands in a chain of exports
+    tensors                              fingerprints of base, weights, codes and scale of every quantized tensor
+    kept                                 fingerprints of every other tensor, as stored
+    files                                every other file with size and SHA-256
+    fingerprint                          SHA-256 of all of this
+
+A manifest holds no time and no absolute path: the same weights give the same bytes anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from daq_lightning.checkpoint.reader import MANIFEST, read_json
+from daq_lightning.checkpoint.tensor_file import CheckpointError
+
+FORMAT_VERSION = 1
+ChainFrom: TypeAlias = Literal["weights", "deployed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """Where an export stands in a chain.
+
+    Attributes:
+        stage: 1 for the first.
+        parent: Folder of the stage before; empty for the first.
+        parent_fingerprint: Fingerprint of that stage's manifest.
+        chain_from: What this stage was trained from: the parent's high-precision "weights", or its "deployed",
+            dequantized ones. None for the first stage.
+        base_kind: Where the base came from: "folder", "snapshot", ...
+        base_path: Its folder or file; empty for weights in memory.
+        base_fingerprint: One fingerprint of the base's quantized tensors.
+        root: Folder or file of the first stage's base.
+    """
+
+    stage: int = 1
+    parent: str = ""
+    parent_fingerprint: str = ""
+    chain_from: ChainFrom | None = None
+    base_kind: str = "folder"
+    base_path: str = ""
+    base_fingerprint: str = ""
+    root: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of a manifest; paths are relative to its folder.
+
+    Attributes:
+        scheme: Of the layout.
+        dtype: Of the kept tensors.
+        quantization_config: As in config.json.
+        settings: Of the search and the plan.
+        versions: Of the packages that made it.
+        lineage: Its place in a chain.
+        tensors: Name -> fingerprints: "base" (or ""), "weights" (dtype -> fingerprint), "codes", "scale".
+        kept: Name -> fingerprint of the stored tensor.
+        files: Name -> size and SHA-256 of every file that holds no tensors.
+        training: Where in a training run it was made: step, epoch, checkpoint.
+    """
+
+    scheme: str
+    dtype: str
+    quantization_config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    lineage: Lineage
+    tensors: Mapping[str, Mapping[str, Any]]
+    kept: Mapping[str, str]
+    files: Mapping[str, Mapping[str, Any]]
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the content."""
+        return _fingerprint(self._content())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file."""
+        content = self._content()
+        return content | {"fingerprint": _fingerprint(content)}
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Manifest:
+        """Reads the manifest of an export.
+
+        Raises:
+            CheckpointError: There is none, it is of another format, or it was altered.
+        """
+        path = Path(folder) / MANIFEST
+        content = read_json(path)
+        if content.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} does not exist or has another format than version {FORMAT_VERSION}: expected the folder of "
+                "an export by this package."
+            )
+        claimed = content.pop("fingerprint", "")
+        if _fingerprint(content) != claimed:
+            raise CheckpointError(f"{path} was altered: its content does not have the fingerprint it claims.")
+        try:
+            del content["format_version"]
+            return cls(**(content | {"lineage": Lineage(**content["lineage"])}))
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"{path} lacks fields or has unknown ones: {error}.") from error
+
+    def _content(self) -> dict[str, Any]:
+        return json.loads(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}))
+
+
+def relative_to(path: str, folder: Path) -> str:
+    """A path as a manifest in `folder` holds it: relative, or empty."""
+    return os.path.relpath(path, folder) if path else ""
+
+
+def describe_files(folder: Path, skip: frozenset[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of the files of a folder, hidden ones and `skip` left out."""
+    result = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name not in skip and not name.startswith("."):
+            content = file.read_bytes()
+            result[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return result
+
+
+def _fingerprint(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
