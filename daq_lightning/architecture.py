@@ -12,6 +12,7 @@ wrapped modules).
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -44,7 +45,7 @@ class Architecture:
         self.model = model
         self.is_transformers = any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__)
         self._modules = dict(_clean_modules(model))
-        decoder = model.get_decoder() if self.is_transformers and hasattr(model, "get_decoder") else None  # type: ignore[operator]
+        decoder = model.get_decoder() if self._has_one_decoder() else None  # type: ignore[operator]
         self._decoder = next((name for name, module in self._modules.items() if module is decoder), "")
         output = model.get_output_embeddings() if self.is_transformers else None  # type: ignore[operator]
         self._heads = {name for name, module in self._modules.items() if module is output and output is not None}
@@ -69,9 +70,11 @@ class Architecture:
                 f"{folder} has no config.json, which says what the tensors are: pass a Hugging Face model folder."
             )
         try:
-            config = transformers.AutoConfig.from_pretrained(folder)
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
             names = config.architectures or []
             model_class = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
+            if names and not issubclass(model_class, transformers.PreTrainedModel):
+                raise ValueError(f"{names[0]} is not a model class")
             # a quantized folder is described by its config too: the plain architecture is asked for here
             vars(config).pop("quantization_config", None)
             logger = logging.getLogger("transformers")
@@ -83,7 +86,7 @@ class Architecture:
                     model = build(config)
             finally:
                 logger.setLevel(level)
-        except (OSError, ValueError, AttributeError, KeyError, ImportError) as error:
+        except Exception as error:  # foreign input: transformers raises whatever it trips over
             raise CheckpointError(
                 f"transformers {transformers.__version__} cannot build the model that {folder / 'config.json'} "
                 f"describes: {error}. Models with code of their own are not supported."
@@ -109,6 +112,27 @@ class Architecture:
                 key, _ = rename_source_key(name, [], [], prefix, known)  # type: ignore[arg-type]
             keys[name] = key
         return keys
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Parameters that a checkpoint of these memory names leaves at random values; tied ones are not missed."""
+        if not self.is_transformers:
+            return []
+        present, tied = set(keys), getattr(self.model, "all_tied_weights_keys", None) or {}
+        present |= {key for key, source in tied.items() if source in present}
+        present |= {source for key, source in tied.items() if key in present}
+        patterns = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
+        optional = [re.compile(pattern) for pattern in patterns]
+        names = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
+        return [name for name in names if name not in present and not any(pattern.search(name) for pattern in optional)]
+
+    def tied_to(self, key: str) -> str | None:
+        """The memory name whose tensor this one shares, if it is a tied copy."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return tied.get(key)
+
+    def has_module(self, name: str) -> bool:
+        """Whether the model has a module of this memory name."""
+        return name in self._modules
 
     def split(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
         """The checkpoint tensors of one tensor in memory: views of it, under checkpoint names."""
@@ -164,6 +188,12 @@ class Architecture:
         if isinstance(in_memory, Tensor) and in_memory.ndim == 3:
             return "expert"
         return "other"
+
+    def _has_one_decoder(self) -> bool:
+        # the encoder of an encoder-decoder belongs to the language model as much as its decoder does
+        if not self.is_transformers or not hasattr(self.model, "get_decoder"):
+            return False
+        return not getattr(self.model.config, "is_encoder_decoder", False)
 
     def _module_role(self, name: str) -> Role:
         module, leaf = self._modules[name], name.rpartition(".")[2]

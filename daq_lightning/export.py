@@ -93,10 +93,16 @@ class Source:
         """The source that a Hugging Face model folder is."""
         checkpoint = Checkpoint(path)
         architecture = Architecture.from_folder(checkpoint.path)
+        keys = architecture.keys_of(checkpoint)
+        _check_complete(checkpoint, architecture, keys)
         return cls(
             weights=checkpoint,
-            specs=tuple(checkpoint.specs.values()),
-            keys=architecture.keys_of(checkpoint),
+            specs=tuple(
+                spec
+                for name, spec in checkpoint.specs.items()
+                if not _is_tied_copy(name, checkpoint, architecture, keys)
+            ),
+            keys=keys,
             architecture=architecture,
             config=checkpoint.config,
             copy_files=lambda folder: _copy_companions(checkpoint.path, folder),
@@ -235,7 +241,7 @@ def export(
             kept={tensor.spec.name: tensor.reason for tensor in plan.tensors if not tensor.quantize},
             notes=(*plan.notes, *_notes(plan, without_base)),
         )
-        source.copy_files(writer.folder)
+        writer.add_files(source.copy_files)
         quantization = plan.layout.quantization_config(plan.ignore)
         writer.write_json(MANIFEST, _manifest(plan, quantization))
         writer.write_json(REPORT, report.to_dict())
@@ -271,13 +277,13 @@ def match_base(
     plan: ExportPlan, base: Mapping[str, Tensor], source: Source, choices: ExportSettings
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Weight name -> base name for every quantized weight, and why the others have none."""
-    by_key: dict[str, str] = {}
+    by_identity: dict[tuple[str, str], str] = {}
     if isinstance(base, Checkpoint) and any(tensor.spec.name not in base for tensor in plan.quantized):
-        by_key = {key: name for name, key in source.architecture.keys_of(base).items()}
+        by_identity = {_identity(name, key): name for name, key in source.architecture.keys_of(base).items()}
     names, problems = {}, {}
     for tensor in plan.quantized:
         name = tensor.spec.name
-        base_name = name if name in base else by_key.get(tensor.key, name) if tensor.role == "linear" else name
+        base_name = name if name in base else by_identity.get(_identity(name, tensor.key), name)
         if base_name not in base:
             problems[name] = "the base has no such weight"
             continue
@@ -295,6 +301,44 @@ def match_base(
             "model that this one was trained from, or missing_base='absmax' to quantize those weights without a search."
         )
     return names, problems
+
+
+def _identity(name: str, key: str) -> tuple[str, str]:
+    """What a tensor is whatever prefix its checkpoint uses: memory name, and which slice of a stack of experts."""
+    _, found, expert = name.rpartition(".experts.")
+    return key, expert if found else ""
+
+
+def _check_complete(checkpoint: Checkpoint, architecture: Architecture, keys: Mapping[str, str]) -> None:
+    missing = architecture.missing(keys.values())
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {', '.join(missing[:4])}{more}, which the model of its config.json has: the "
+            "folder is incomplete. Copy or save it again."
+        )
+    parameters = dict(architecture.model.named_parameters(remove_duplicate=False))
+    for name, spec in checkpoint.specs.items():
+        expected = parameters.get(keys[name])
+        if keys[name] == name and expected is not None and tuple(expected.shape) != spec.shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has shape {spec.shape}, by config.json it should have "
+                f"{tuple(expected.shape)}. Files and config.json are of different models."
+            )
+
+
+def _is_tied_copy(name: str, checkpoint: Checkpoint, architecture: Architecture, keys: Mapping[str, str]) -> bool:
+    """Whether this is a second copy of a tied tensor, which no export writes."""
+    target = architecture.tied_to(keys[name])
+    original = next((other for other, key in keys.items() if key == target), None) if target else None
+    if original is None or original == name:
+        return False
+    if not torch.equal(checkpoint[name], checkpoint[original]):
+        raise CheckpointError(
+            f"{checkpoint.path}: by config.json {name} is tied to {original}, but the files hold different values, of "
+            "which servers would use only one. Set tie_word_embeddings to false in config.json or save the model again."
+        )
+    return True
 
 
 def _notes(plan: ExportPlan, without_base: Mapping[str, str]) -> list[str]:
@@ -357,18 +401,19 @@ def _guess_modules(weights: Mapping[str, Tensor]) -> nn.Module:
     for name, tensor in weights.items():
         path, _, parameter = name.rpartition(".")
         words = path.lower()
-        kept = any(word in words for word in ("embed", "norm", "lm_head", "router", "wte", "wpe")) or words.endswith(
+        kept = any(word in words for word in ("embed", "norm", "router", "wte", "wpe")) or words.endswith(
             (".gate", "shared_expert_gate")
         )
         if parameter != "weight" or tensor.ndim != 2 or kept or not path:
             continue
-        module = root
-        for part in path.split(".")[:-1]:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module.get_submodule(part)
+        parent, (*parents, leaf) = root, path.split(".")
+        for part in parents:  # not add_module, which refuses names such as "type"
+            parent = parent._modules.setdefault(part, nn.Module()) or root
         with torch.device("meta"):
-            module.add_module(path.rpartition(".")[2], nn.Linear(tensor.shape[1], tensor.shape[0], bias=False))
+            linear = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False)
+        if leaf in parent._modules:
+            linear._modules.update(parent._modules[leaf]._modules)  # type: ignore[union-attr]
+        parent._modules[leaf] = linear
     return root
 
 

@@ -148,24 +148,22 @@ def plan_export(
             f"(output heads, routers and ignored modules are kept).{conv1d}"
         )
     _check_fused({spec.name for spec in chosen}, roles)
+    _check_experts(chosen, specs, keys, roles)
     layout, notes = _choose_layout(scheme, container, scale_format, chosen, roles)
-    dtype = _kept_dtype(specs)
+    dtype, masters = _kept_dtype(specs)
     names = {spec.name for spec in chosen}
     tensors = tuple(
         _quantized(spec, keys, roles[spec.name], layout)
         if spec.name in names
-        else _kept(spec, keys, roles[spec.name], dtype, "ignored by pattern" if spec.name in ignored else None, specs)
+        else _kept(
+            spec, keys, roles[spec.name], dtype if masters else None, "ignored by pattern" * (spec.name in ignored)
+        )
         for spec in specs
     )
-    modules = {keys[spec.name].removesuffix(".weight") for spec in chosen}
-    unquantized = [name for name in architecture.linear_modules if name not in modules]
-    by_key = {key: name for name, key in keys.items()}
-    on_disk = [by_key.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in unquantized]
-    ignored_experts = [spec.name.removesuffix(".weight") for spec in specs if spec.name in ignored]
     return ExportPlan(
         tensors=tensors,
         layout=layout,
-        ignore=tuple(dict.fromkeys([*on_disk, *ignored_experts, *unquantized])),
+        ignore=_ignore_list(tensors, architecture),
         dtype=dtype,
         notes=tuple(notes),
     )
@@ -210,6 +208,49 @@ def _check_fused(chosen: set[str], roles: Mapping[str, Role]) -> None:
                 )
 
 
+def _check_experts(
+    chosen: Sequence[TensorSpec], specs: Sequence[TensorSpec], keys: Mapping[str, str], roles: Mapping[str, Role]
+) -> None:
+    names = {spec.name for spec in chosen}
+    layers = {_owner(keys[spec.name]) for spec in chosen if roles[spec.name] == "expert"}
+    for spec in specs:
+        if roles[spec.name] == "expert" and spec.name not in names and _owner(keys[spec.name]) in layers:
+            raise CheckpointError(
+                f"{spec.name} would be kept and other experts of {_owner(keys[spec.name])} quantized, but servers hold "
+                "the experts of a layer in one tensor: ignore all of them or none."
+            )
+
+
+def _ignore_list(tensors: Sequence[TensorPlan], architecture: Architecture) -> tuple[str, ...]:
+    """Every module that a reader might take for a quantized one: by its name in the checkpoint, then in memory."""
+    quantized = {tensor.key.removesuffix(".weight") for tensor in tensors if tensor.quantize}
+    unquantized = [name for name in architecture.linear_modules if name not in quantized]
+    by_key = {tensor.key: tensor.spec.name for tensor in tensors}
+    on_disk = [by_key.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in unquantized]
+    kept = [tensor for tensor in tensors if not tensor.quantize]
+    # of matrices that this model does not have (such as layers for speculation) nobody knows that they are not Linear
+    unknown = [
+        tensor.spec.name.removesuffix(".weight")
+        for tensor in kept
+        if tensor.spec.name.endswith(".weight")
+        and len(tensor.spec.shape) == 2
+        and not architecture.has_module(_owner(tensor.key))
+    ]
+    experts = [tensor for tensor in kept if _is_expert(tensor)]
+    of_experts = [tensor.spec.name.removesuffix(".weight") for tensor in experts if len(tensor.spec.shape) == 2]
+    # the stacked module is what transformers replaces as a whole
+    stacks = [_owner(tensor.key) for tensor in experts]
+    return tuple(dict.fromkeys([*on_disk, *unknown, *of_experts, *unquantized, *stacks]))
+
+
+def _is_expert(tensor: TensorPlan) -> bool:
+    return tensor.role == "expert" or (len(tensor.spec.shape) == 3 and _owner(tensor.key).endswith("experts"))
+
+
+def _owner(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
 def _choose_layout(
     scheme: str,
     container: Container | None,
@@ -247,14 +288,18 @@ def _choose_layout(
     return layout, notes
 
 
-def _kept_dtype(specs: Sequence[TensorSpec]) -> torch.dtype:
-    """The dtype of most of the floating-point data, if servers take it; else bfloat16."""
+def _kept_dtype(specs: Sequence[TensorSpec]) -> tuple[torch.dtype, bool]:
+    """The dtype of most of the floating-point data, if servers take it, else bfloat16; and whether that is a cast.
+
+    float32 masters are cast; a few float32 tensors of a 16-bit checkpoint are float32 on purpose.
+    """
     sizes: dict[torch.dtype, int] = {}
     for spec in specs:
         if spec.dtype.is_floating_point:
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
     dominant = max(sizes, key=lambda dtype: sizes[dtype])
-    return dominant if dominant in (torch.bfloat16, torch.float16) else torch.bfloat16
+    servable = dominant in (torch.bfloat16, torch.float16)
+    return (dominant, False) if servable else (torch.bfloat16, True)
 
 
 def _quantized(spec: TensorSpec, keys: Mapping[str, str], role: Role, layout: Layout) -> TensorPlan:
@@ -267,17 +312,10 @@ def _quantized(spec: TensorSpec, keys: Mapping[str, str], role: Role, layout: La
 
 
 def _kept(
-    spec: TensorSpec,
-    keys: Mapping[str, str],
-    role: Role,
-    dtype: torch.dtype,
-    reason: str | None,
-    specs: Sequence[TensorSpec],
+    spec: TensorSpec, keys: Mapping[str, str], role: Role, masters_to: torch.dtype | None, reason: str
 ) -> TensorPlan:
-    # float32 masters are cast; a few float32 tensors of a 16-bit checkpoint are float32 on purpose
-    masters = not any(other.dtype == dtype for other in specs)
-    cast = spec.dtype == torch.float64 or (spec.dtype == torch.float32 and masters)
-    stored = TensorSpec(name=spec.name, dtype=dtype if cast else spec.dtype, shape=spec.shape)
+    cast = masters_to is not None and spec.dtype in (torch.float32, torch.float64)
+    stored = TensorSpec(name=spec.name, dtype=masters_to if cast and masters_to else spec.dtype, shape=spec.shape)
     return TensorPlan(
         spec=spec,
         key=keys[spec.name],

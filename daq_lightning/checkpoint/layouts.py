@@ -110,9 +110,7 @@ class Layout:
         return activations | {"strategy": "token"}
 
 
-def make_layout(
-    scheme: str, *, container: Container | None = None, scale_format: ScaleFormat | None = None
-) -> Layout:
+def make_layout(scheme: str, *, container: Container | None = None, scale_format: ScaleFormat | None = None) -> Layout:
     """The layout of a scheme.
 
     Args:

@@ -28,6 +28,10 @@ SINGLE = "model.safetensors"
 MANIFEST = "daq_manifest.json"
 REPORT = "daq_report.json"
 _SCALES = ("_scale_inv", "_scale")
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+_PACKED = (".weight_packed", ".qweight", ".weight_global_scale", ".weight_shape", "_proj_blocks")
+_ACTIVATION_SCALES = ("input_scale", "output_scale", "weight_zero_point", "activation_scale")
+_CACHE_SCALES = ("q_scale", "k_scale", "v_scale", "prob_output_scale", "kv_scale")
 _FP8 = torch.float8_e4m3fn
 
 
@@ -47,6 +51,8 @@ class RawCheckpoint(Mapping[str, Tensor]):
             raise CheckpointError(
                 f"{self.path} does not exist: expected a folder with safetensors files (or one such file)."
             )
+        if not self.path.is_dir() and not self.path.is_file():
+            raise CheckpointError(f"{self.path} is neither a folder nor a file.")
         self.entries: dict[str, TensorEntry] = {}
         for file in _weight_files(self.path):
             for name, entry in read_header(file).items():
@@ -60,6 +66,8 @@ class RawCheckpoint(Mapping[str, Tensor]):
         self.quantization: dict[str, Any] = (
             self.config.get("quantization_config") or manifest.get("quantization_config") or {}
         )
+        if not isinstance(self.quantization, dict):
+            raise CheckpointError(f"{self.path}: the quantization_config is not a JSON object.")
 
     def __getitem__(self, name: str) -> Tensor:
         return self.entries[name].read()
@@ -90,13 +98,16 @@ class Checkpoint(Mapping[str, Tensor]):
         self.raw = RawCheckpoint(path)
         self.path, self.config = self.raw.path, self.raw.config
         self.dtype = dtype or config_dtype(self.config) or torch.bfloat16
-        codes = {name for name, entry in self.raw.entries.items() if entry.dtype == _FP8}
+        self._block = _block_size(self.raw.quantization, self.path)
+        codes = [name for name, entry in self.raw.entries.items() if entry.dtype == _FP8]
         self._scales = {name: self._scale_of(name) for name in codes}
+        self._granularities = {name: self._granularity_of(name) for name in codes}
         hidden = set(self._scales.values())
+        self._check_foreign(hidden)
         self.specs = {
-            name: TensorSpec(name=name, dtype=self.dtype if name in codes else entry.dtype, shape=entry.shape)
+            name: TensorSpec(name=name, dtype=self.dtype if name in self._scales else entry.dtype, shape=entry.shape)
             for name, entry in self.raw.entries.items()
-            if name not in hidden
+            if name not in hidden and not self._belongs_to_quantization(name)
         }
 
     @property
@@ -112,7 +123,7 @@ class Checkpoint(Mapping[str, Tensor]):
         codes, scale = self.raw[name], self.raw[self._scales[name]]
         if scale.dtype == torch.float8_e8m0fnu:
             scale = scale.float()
-        granularity = self.granularity(name)
+        granularity = self._granularities[name]
         scale = scale.reshape(granularity.grid((codes.shape[0], codes.shape[1])))
         return dequantize(codes, scale, granularity, self.dtype)
 
@@ -123,15 +134,14 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self.specs)
 
     def granularity(self, name: str) -> Granularity:
-        """Which elements of an FP8 weight share a scale, from the shape of the scale and config.json.
+        """Which elements of an FP8 weight share a scale."""
+        return self._granularities[name]
 
-        Raises:
-            CheckpointError: The scale fits no granularity.
-        """
+    def _granularity_of(self, name: str) -> Granularity:
+        """From the shape of the scale and config.json."""
         shape, scale = self.raw.entries[name].shape, self.raw.entries[self._scales[name]].shape
         shape_MN = (shape[0], shape[1])
-        block = _block_size(self.raw.quantization)
-        candidates: list[Granularity] = [PerChannel(), PerTensor()] if block is None else [block]
+        candidates: list[Granularity] = [PerChannel(), PerTensor()] if self._block is None else [self._block]
         for granularity in candidates:
             squeezed = tuple(size for size in granularity.grid(shape_MN) if size != 1)
             if scale == granularity.grid(shape_MN) or (
@@ -151,7 +161,40 @@ class Checkpoint(Mapping[str, Tensor]):
                 f"{len(found)} scales; expected a matrix and exactly one of "
                 f"{', '.join(name + suffix for suffix in _SCALES)}."
             )
+        dtype = self.raw.entries[found[0]].dtype
+        if dtype not in _SCALE_DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {found[0]} is {str(dtype).removeprefix('torch.')}, expected a scale in one of "
+                f"{', '.join(str(known).removeprefix('torch.') for known in _SCALE_DTYPES)}."
+            )
         return found[0]
+
+    def _check_foreign(self, scales: set[str]) -> None:
+        """Refuses weights that are quantized in another way than FP8 codes and scale: they would pass as plain ones."""
+        odd = [
+            name
+            for name, entry in self.raw.entries.items()
+            if name.endswith(_PACKED)
+            or (name.endswith((".weight_scale", ".weight_scale_inv")) and name not in scales)
+            or (entry.dtype.itemsize == 1 and entry.dtype not in (_FP8, torch.bool) and name not in scales
+                and name.endswith((".weight", "_proj")))
+        ]  # fmt: skip
+        if odd:
+            listed = ", ".join(
+                f"{name} ({str(self.raw.entries[name].dtype).removeprefix('torch.')})" for name in odd[:4]
+            )
+            raise CheckpointError(
+                f"{self.path}: {len(odd)} tensors belong to weights that are not FP8 (e4m3) codes with one scale: "
+                f"{listed}. Its quantization_config is {self.raw.quantization or 'missing'}. Pass the checkpoint in "
+                "high precision, or one in FP8."
+            )
+
+    def _belongs_to_quantization(self, name: str) -> bool:
+        """Scales of activations and of the cache say nothing of the weights and do not outlive their quantization."""
+        owner, _, leaf = name.rpartition(".")
+        if leaf in _ACTIVATION_SCALES:
+            return f"{owner}.weight" in self._scales
+        return bool(self._scales) and leaf in _CACHE_SCALES
 
 
 def load_checkpoint(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Checkpoint:
@@ -172,10 +215,11 @@ def load_checkpoint(path: str | os.PathLike[str], dtype: torch.dtype | None = No
 
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     """The dtype that a config.json names (`dtype`, formerly `torch_dtype`, also of a text model inside)."""
-    inner = config.get("text_config") or {}
-    named = config.get("dtype") or config.get("torch_dtype") or inner.get("dtype") or inner.get("torch_dtype")
-    dtype = getattr(torch, str(named).removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) else None
+    inner = config.get("text_config")
+    levels = [config, inner] if isinstance(inner, Mapping) else [config]
+    named = [level[key] for level in levels for key in ("dtype", "torch_dtype") if level.get(key)]
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    return known.get(str(named[0]).removeprefix("torch.")) if named else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -188,7 +232,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a JSON object, got {type(content).__name__}.")
@@ -201,7 +245,9 @@ def companion_files(folder: Path) -> list[Path]:
     skipped = {"config.json", MANIFEST, REPORT, "adapter_config.json", "trainer_state.json", "hf_quant_config.json"}
     files = [file for pattern in ("*", "chat_templates/*") for file in sorted(folder.glob(pattern))]
     kept = [file for file in files if file.suffix in suffixes and not file.name.endswith(".index.json")]
-    return [_inside(file.parent, file.name) for file in kept if file.name not in skipped and file.is_file()]
+    return [
+        _inside(folder, str(file.relative_to(folder))) for file in kept if file.name not in skipped and file.is_file()
+    ]
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -215,7 +261,11 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     if (path / INDEX).exists():
         weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(file, str) for file in weight_map.values())
+        ):
             raise CheckpointError(f"{path / INDEX} has no weight_map from names to files.")
         return [_shard(path, file) for file in sorted(set(weight_map.values()))]
     if (path / SINGLE).exists():
@@ -265,10 +315,18 @@ def _check_index(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
         )
 
 
-def _block_size(quantization: Mapping[str, Any]) -> PerBlock | None:
-    size = quantization.get("weight_block_size")
-    for group in (quantization.get("config_groups") or {}).values():
-        weights = group.get("weights") or {}
-        if weights.get("strategy") == "block":
-            size = weights.get("block_structure")
-    return PerBlock(int(size[0]), int(size[1])) if size else None
+def _block_size(quantization: Mapping[str, Any], path: Path) -> PerBlock | None:
+    """The size of the blocks that share a scale; None if no block layout is described."""
+    try:
+        sizes = [quantization["weight_block_size"]] if quantization.get("weight_block_size") else []
+        for group in (quantization.get("config_groups") or {}).values():
+            weights = group.get("weights") or {}
+            if weights.get("strategy") == "block":
+                sizes.append(weights["block_structure"])
+            if weights.get("symmetric") is False:
+                raise ValueError("weights with a zero point")
+        if len({tuple(size) for size in sizes}) > 1:
+            raise ValueError("blocks of several sizes")
+        return PerBlock(*map(int, sizes[0])) if sizes else None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the quantization_config {quantization} cannot be followed: {error}.") from error

@@ -4,10 +4,11 @@ Shards are planned from names and sizes before a byte is written, so every tenso
 the moment it is ready, by any thread, without a buffer. Everything goes into a hidden sibling of the destination:
 
     out/../.out.partial-<random>/      shards, other files, index and config.json last; all fsynced
+    out/../.out.partial-<random>.lock  held while that folder exists
     rename -> out
 
-A kill at any moment leaves at most that sibling, which the next export to the same place removes (it knows by a lock
-that no living process owns it). An earlier export at the destination stays until the new one is complete.
+A kill at any moment leaves at most those siblings, which the next export to the same place removes (it knows by the
+lock that no living process owns them). An earlier export at the destination stays until the new one is complete.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from daq_lightning.checkpoint.reader import INDEX, REPORT, SINGLE
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, TensorSpec, make_header, tensor_bytes
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-_LOCK = ".lock"
 _FLUSH = 64 << 20  # bytes after which written data is pushed to the disk, so that the final fsync has little to do
 
 
@@ -86,7 +86,7 @@ class CheckpointWriter:
         max_shard_bytes: Size at which a new file begins.
 
     Attributes:
-        folder: Where the files lie until they are published. Other files (tokenizer and so on) are put there.
+        folder: Where the files lie until they are published.
 
     Raises:
         CheckpointError: The destination is not free, cannot be written, or the disk is full.
@@ -102,18 +102,16 @@ class CheckpointWriter:
         self._missing = {spec.name for spec in specs}
         if len(self._missing) != len(specs):
             raise AssertionError("two tensors of one name")
-        self.folder = self.out.parent / f".{self.out.name}.partial-{secrets.token_hex(4)}"
-
-    def __enter__(self) -> CheckpointWriter:
-        remove_leftovers(self.out)
         self._files: dict[Path, int] = {}
         self._unflushed = 0
         self._entries: dict[str, TensorEntry] = {}
+
+    def __enter__(self) -> CheckpointWriter:
         with self._explained():
-            self.folder.mkdir()
-            self._lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            remove_leftovers(self.out)
+            self.folder, self._lock = _reserve(self.out)
             try:
+                self.folder.mkdir()
                 for file, specs in self._shards.items():
                     self._create(self.folder / file, specs)
             except BaseException:
@@ -148,6 +146,11 @@ class CheckpointWriter:
         """Writes a JSON file into the folder."""
         with self._explained():
             (self.folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    def add_files(self, put: Callable[[Path], None]) -> None:
+        """Lets a function put other files (tokenizer and so on) into the folder."""
+        with self._explained():
+            put(self.folder)
 
     def publish(self, config: dict[str, Any] | None = None) -> Path:
         """Writes index and config.json, makes everything durable and gives the folder its name.
@@ -189,7 +192,6 @@ class CheckpointWriter:
     def _replace(self) -> None:
         """Gives the finished folder its name; an earlier export steps aside and is removed afterwards."""
         check_destination(self.out)
-        os.unlink(self.folder / _LOCK)
         earlier = self.out.parent / f".{self.out.name}.earlier-{secrets.token_hex(4)}"
         replaced = self.out.exists()
         if replaced:
@@ -209,6 +211,8 @@ class CheckpointWriter:
             os.close(descriptor)
         self._files.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.folder.exists():  # the lock goes last: without it nobody would know the folder for a leftover
+            _lock_path(self.folder).unlink(missing_ok=True)
         os.close(self._lock)
 
     @contextlib.contextmanager
@@ -226,14 +230,32 @@ def remove_leftovers(out: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             os.rename(path, out)
-    for path in out.parent.glob(f".{_escape(out.name)}.partial-*"):
+    for path in out.parent.glob(f".{_escape(out.name)}.partial-*.lock"):
         with contextlib.suppress(OSError):
-            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(path, os.O_RDWR)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a living process writes there
-                shutil.rmtree(path, ignore_errors=True)
+                folder = path.with_suffix("")
+                if folder.exists():
+                    shutil.rmtree(folder)
+                path.unlink()
             finally:
                 os.close(lock)
+
+
+def _reserve(out: Path) -> tuple[Path, int]:
+    """A name for the unfinished folder, and the lock that says that a living process uses it."""
+    while True:
+        folder = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
+        lock = os.open(_lock_path(folder), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:  # else another export took it for a leftover before it was locked
+            return folder, lock
+        os.close(lock)
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".lock")
 
 
 def _escape(name: str) -> str:
