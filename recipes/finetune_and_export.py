@@ -1,0 +1,188 @@
+"""Fine-tune a small language model with Lightning, export it to FP8, and see what is left of the fine-tuning.
+
+    base        bytes of English, from the comments and docstrings of this Python's standard library
+    fine-tuned  The Same Text In Title Case, with updates that are small beside an FP8 step
+    exports     plain absmax scales, and scales searched for sign, cosine and hybrid
+
+Nothing is downloaded; two CPU cores need two to three minutes. By default the base is itself an FP8 checkpoint, as
+DeepSeek-V3 is: absmax scales then round most of the small updates straight back to the base.
+
+    python recipes/finetune_and_export.py [--out outputs/demo] [--base-format fp8|bf16] [--seed 0] [--fast]
+"""
+
+import argparse
+import logging
+import random
+import re
+import sys
+import sysconfig
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning.pytorch as L  # noqa: N812
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from daq_lightning import DeltaAwareQuantization, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
+
+CONTEXT, BATCH = 128, 8  # bytes of a training example, examples of a step
+DOCSTRING_OR_COMMENT = re.compile(r':\n\s+r?"""(.+?)"""|((?:^[ \t]*# [^\n]*\n){2,})', re.DOTALL | re.MULTILINE)
+START = time.monotonic()
+
+
+def say(line: str) -> None:
+    print(f"[{time.monotonic() - START:4.0f} s] {line}", flush=True)
+
+
+def standard_library_text() -> list[str]:
+    """Passages of prose, with a little code, from the Python that runs this file; always in the same shuffled order."""
+    passages = []
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if {"test", "tests", "site-packages", "encodings", "lib2to3", "idlelib"}.isdisjoint(file.parts):
+            for match in DOCSTRING_OR_COMMENT.finditer(file.read_text("utf-8", errors="ignore")):
+                text = re.sub(r"^[ \t]*(# )?[ \t]*", "", match[1] or match[2], flags=re.MULTILINE).strip()
+                letters = sum(c.isalpha() or c.isspace() for c in text)
+                if text.isascii() and 60 < len(text) < 4000 and letters > 0.88 * len(text):
+                    passages.append(text + "\n\n")
+    random.Random(0).shuffle(passages)
+    return passages
+
+
+def in_title_case(text: str) -> str:
+    """The style to learn: Every Word Begins With A Capital."""
+    return re.sub(r"\b[a-z]", lambda match: match[0].upper(), text)
+
+
+def windows(text: str, count: int, seed: int) -> Tensor:
+    """Random cut-outs of a text, as byte tokens of shape (count, CONTEXT + 1)."""
+    tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    starts = torch.randint(len(tokens) - CONTEXT, (count, 1), generator=torch.Generator().manual_seed(seed))
+    return tokens[starts + torch.arange(CONTEXT + 1)]
+
+
+def new_model() -> LlamaForCausalLM:
+    """A Llama over the 256 byte values, with random weights."""
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=3, num_attention_heads=8,
+        max_position_embeddings=512, initializer_range=0.04, bos_token_id=None, eos_token_id=None,
+    ))  # fmt: skip
+
+
+def log_probs(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
+    return model(input_ids=batch[:, :-1]).logits.log_softmax(-1)
+
+
+class LanguageModel(L.LightningModule):
+    """Next-byte prediction with AdamW, a short warm-up and a linear decay."""
+
+    def __init__(self, model: LlamaForCausalLM, lr: float) -> None:
+        super().__init__()
+        self.model, self.lr = model, lr
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(log_probs(self.model, batch[0]).flatten(0, 1), batch[0][:, 1:].flatten())
+        self.log("loss", loss, prog_bar=True)
+        if batch_idx % 25 == 0 and not sys.stdout.isatty():  # where Lightning's bar would be garbled
+            say(f"  step {batch_idx}/{self.trainer.max_steps}, loss {loss.item():.3f} nats per byte")
+        return loss
+
+    def configure_optimizers(self) -> dict:
+        steps = self.trainer.max_steps
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / (0.1 * steps), 1 - k / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def train(model: LlamaForCausalLM, data: Tensor, lr: float, callbacks: list[L.Callback]) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=len(data) // BATCH, gradient_clip_val=1.0, callbacks=callbacks, logger=False,
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=sys.stdout.isatty(),
+    )  # fmt: skip
+    trainer.fit(LanguageModel(model, lr), DataLoader(TensorDataset(data), batch_size=BATCH))
+
+
+class Result(NamedTuple):
+    log_p: Tensor
+    loss: float
+    lines: list[str]
+
+
+@torch.no_grad()
+def evaluate(folder: Path, held_out: Tensor, new_bytes: int) -> Result:
+    """Loss on unseen text and two generated lines of a checkpoint, loaded by plain transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    log_p = torch.cat([log_probs(model, batch) for batch in held_out.split(16)])
+    loss = float(F.nll_loss(log_p.flatten(0, 1), held_out[:, 1:].flatten()))
+    torch.manual_seed(0)
+    prompt = torch.tensor([list(b"\n\nReturn the "), list(b"\n\nThis class ")])
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_bytes, do_sample=True,
+                         temperature=0.5, top_k=0, pad_token_id=0)  # fmt: skip
+    return Result(log_p, loss, [" ".join(bytes(row).decode("ascii", "replace").split()) for row in out.tolist()])
+
+
+def print_table(results: dict[str, Result], reports: dict[str, ExportReport]) -> None:
+    base, tuned = results["base"], results["BF16 fine-tuned"]
+    print("\n| model           | style loss | gap kept | KL to BF16 | sign rate | cosine | gain |\n" + "| --- " * 7 + "|")
+    for name, result in results.items():
+        kept = (base.loss - result.loss) / (base.loss - tuned.loss)
+        kl = float((tuned.log_p.exp() * (tuned.log_p - result.log_p)).sum(-1).mean())
+        delta = "        - |      - |    - |"
+        if name in reports:
+            delta = "{sign_rate:9.3f} | {cosine:6.3f} | {gain:4.2f} |".format(**reports[name].metrics())
+        print(f"| {name:15} | {result.loss:10.4f} | {kept:8.1%} | {kl:10.2e} | {delta:>28}")
+    for name, result in results.items():
+        print(f"\n{name}:", *result.lines, sep="\n  ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fine-tune, export to FP8, compare.")
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder of all checkpoints")
+    parser.add_argument("--base-format", choices=("fp8", "bf16"), default="fp8", help="what the base is stored as")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fast", action="store_true", help="a few steps only: checks that everything runs")
+    args = parser.parse_args()
+    base_steps, tune_steps, tests, new_bytes = (3, 3, 4, 8) if args.fast else (450, 150, 96, 90)
+    for name in ("lightning.pytorch", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*(many workers|LeafSpec).*")
+
+    passages = standard_library_text()
+    seen, unseen = "".join(passages[400:]), "".join(passages[:400])
+    say(f"Base: {base_steps} steps on {len(seen) / 1e6:.1f} MB of English")
+    torch.manual_seed(args.seed)
+    model = new_model()
+    train(model, windows(seen, base_steps * BATCH, args.seed), 3e-3, [])
+    base = args.out / "base-bf16"
+    model.to(torch.bfloat16).save_pretrained(base)
+    if args.base_format == "fp8":
+        base = args.out / "base-fp8"
+        export_checkpoint(args.out / "base-bf16", args.out / "base-bf16", base, scheme="FP8_BLOCK", search=ScaleSearch.absmax())
+
+    say(f"Fine-tuning: {tune_steps} steps In Title Case from {base}, then four exports")
+    model = new_model()  # float32 masters that start from exactly the values of the base checkpoint
+    model.load_state_dict({name: tensor.float() for name, tensor in load_checkpoint(base).items()})
+    searches = {"absmax FP8": ScaleSearch.absmax(), "DAQ sign": ScaleSearch(metric="sign"),
+                "DAQ cosine": ScaleSearch(metric="cosine"), "DAQ hybrid": ScaleSearch(metric="hybrid")}  # fmt: skip
+    exports = {
+        name: DeltaAwareQuantization(str(args.out / name.replace(" ", "-")), str(base), "FP8_BLOCK", search=search)
+        for name, search in searches.items()
+    }
+    train(model, windows(in_title_case(seen), tune_steps * BATCH, args.seed + 1), 1e-4, [*exports.values()])
+    model.to(torch.bfloat16).save_pretrained(args.out / "finetuned-bf16")
+
+    say("Every checkpoint, reloaded with transformers, on text that none was trained on")
+    reports = {name: callback.report for name, callback in exports.items() if callback.report}
+    folders = {"base": base, "BF16 fine-tuned": args.out / "finetuned-bf16"}
+    folders |= {name: Path(report.path) for name, report in reports.items()}
+    held_out = windows(in_title_case(unseen), tests, seed=1)
+    print_table({name: evaluate(folder, held_out, new_bytes) for name, folder in folders.items()}, reports)
+    say(f"Done. {folders['DAQ hybrid']} loads in transformers, vLLM and SGLang.")
+
+
+if __name__ == "__main__":
+    main()
