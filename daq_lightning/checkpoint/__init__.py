@@ -1,0 +1,1 @@
+"""Checkpoint folders: safetensors files, index, layouts. Knows nothing of searches or trainers."""

@@ -1,0 +1,178 @@
+"""One safetensors file: where its tensors lie, and reading them one at a time.
+
+    8 bytes little-endian header length | JSON header | tensor bytes, without gaps
+
+The safetensors library checks, reads and writes whole files through a memory map, whose pages count as resident
+memory, and it cannot write a tensor before the last one is known. An export streams checkpoints larger than memory,
+so offsets are computed here and tensors are read and written at their place, by any thread, in any order.
+
+A header is foreign input: every field is checked before it is used.
+
+Source: https://huggingface.co/docs/safetensors (format).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_MAX_HEADER = 100 << 20  # bytes; the limit of the reference implementation
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written: the message says which file, what was expected and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor as a file declares it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry(TensorSpec):
+    """A tensor and its place: absolute byte offset in a file."""
+
+    path: Path
+    offset: int
+
+    def read(self) -> Tensor:
+        """Reads the tensor into memory of its own.
+
+        Raises:
+            CheckpointError: The file is shorter than its header says.
+        """
+        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        view, done = memoryview(data.numpy()), 0
+        with open(self.path, "rb", buffering=0) as file:
+            while done < self.nbytes:
+                count = os.preadv(file.fileno(), [view[done:]], self.offset + done)
+                if count == 0:
+                    raise CheckpointError(f"{self.path} ended while reading {self.name}: the file was cut off.")
+                done += count
+        return data.view(self.dtype).reshape(self.shape) if self.nbytes else torch.empty(self.shape, dtype=self.dtype)
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file, in the order of their data; checked against the size of the file.
+
+    Raises:
+        CheckpointError: Not a safetensors file, cut off, or a header that contradicts itself or the file.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise CheckpointError(
+                f"{path} is not a complete safetensors file: it has {size} bytes, and its header claims {length}. "
+                "Copy or download it again."
+            )
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} has a safetensors header that cannot be read: {error}.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a safetensors header that is not an object.")
+    header.pop("__metadata__", None)
+    entries = [_entry(path, name, fields, 8 + length) for name, fields in header.items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    end = 8 + length
+    for entry in entries:
+        if entry.offset != end:
+            raise CheckpointError(f"{path}: the data of {entry.name} begins at byte {entry.offset}, expected {end}.")
+        end += entry.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{path} should have {end} bytes by its header and has {size}: it was cut off or overwritten. "
+            "Copy or download it again."
+        )
+    return {entry.name: entry for entry in entries}
+
+
+def make_header(specs: Iterable[TensorSpec], path: Path) -> tuple[bytes, list[TensorEntry]]:
+    """The header of a file that holds these tensors in this order, and where each will lie.
+
+    The data begins at a multiple of 8 bytes, as the reference implementation has it.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    specs = list(specs)
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    entries, offset = [], 8 + len(text)
+    for spec in specs:
+        entries.append(TensorEntry(name=spec.name, dtype=spec.dtype, shape=spec.shape, path=path, offset=offset))
+        offset += spec.nbytes
+    return len(text).to_bytes(8, "little") + text, entries
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor in row-major order, without a copy where it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return result
+
+
+def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(f"{path}: the header entry of {name!r} {what}.")
+
+    if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
+        raise wrong("lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = _DTYPES.get(str(fields["dtype"])), fields["shape"], fields["data_offsets"]
+    if dtype is None:
+        raise wrong(f"has the dtype {fields['dtype']!r}, expected one of {', '.join(sorted(_DTYPES))}")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+        raise wrong(f"has the shape {shape!r}, expected a list of sizes")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(x) is int and x >= 0 for x in offsets)):
+        raise wrong(f"has the offsets {offsets!r}, expected [begin, end]")
+    entry = TensorEntry(name=name, dtype=dtype, shape=tuple(shape), path=path, offset=data_start + offsets[0])
+    if offsets[1] - offsets[0] != entry.nbytes:
+        raise wrong(f"spans {offsets[1] - offsets[0]} bytes, but {fields['dtype']} {shape} needs {entry.nbytes}")
+    return entry
