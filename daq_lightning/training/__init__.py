@@ -1,0 +1,1 @@
+"""The live model inside a Trainer: its weights, its adapters, its base."""
