@@ -75,7 +75,7 @@ class TensorEntry(TensorSpec):
             CheckpointError: The file is shorter than its header says.
         """
         data = torch.empty(self.nbytes, dtype=torch.uint8)
-        view, done = memoryview(data.numpy()), 0
+        view, done = data.numpy().data, 0
         with open(self.path, "rb", buffering=0) as file:
             while done < self.nbytes:
                 count = os.preadv(file.fileno(), [view[done:]], self.offset + done)
@@ -148,7 +148,7 @@ def make_header(specs: Iterable[TensorSpec], path: Path) -> tuple[bytes, list[Te
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor in row-major order, without a copy where it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

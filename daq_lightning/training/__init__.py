@@ -1,1 +1,1 @@
-"""The live model inside a Trainer: its weights, its adapters, its base."""
+"""The live model inside a Trainer: its weights under checkpoint names, its adapters, its base."""
