@@ -19,14 +19,21 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, read_header
+from daq_lightning.checkpoint.tensor_file import (
+    CheckpointError,
+    TensorEntry,
+    TensorSpec,
+    make_header,
+    read_header,
+    tensor_bytes,
+)
 from daq_lightning.numerics.lora import LoraFactors, merge_lora, merge_lora_bias
 
 CONFIG = "adapter_config.json"
@@ -231,6 +238,16 @@ class AdapterFolder:
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFolder:
     """Opens a PEFT adapter folder; see `AdapterFolder`."""
     return AdapterFolder(folder)
+
+
+def write_adapter_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes CPU tensors as the adapter_model.safetensors of a folder, under the names given."""
+    specs = [TensorSpec(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in tensors.items()]
+    header, _ = make_header(specs, folder / WEIGHTS)
+    with open(folder / WEIGHTS, "wb") as file:
+        file.write(header)
+        for tensor in tensors.values():
+            file.write(tensor_bytes(tensor))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

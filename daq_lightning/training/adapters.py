@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from daq_lightning.checkpoint.adapter_folder import PREFIX, WEIGHTS, moves_base
+from daq_lightning.checkpoint.adapter_folder import PREFIX, moves_base, write_adapter_tensors
 from daq_lightning.numerics.lora import LoraFactors, merge_lora, merge_lora_bias, merge_lora_experts
 from daq_lightning.training.adapter_tree import (
     DORA,
@@ -156,13 +155,12 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> tuple[Pat
             _check_scaling(layer, name)
         state = get_peft_model_state_dict(holder, adapter_name=name, save_embedding_layers=False)
         prefix = "" if is_a(holder, "PeftModel", "PeftMixedModel") else PREFIX
-        # a copy each: safetensors refuses tensors that share memory, as tied adapters do
-        tensors = {prefix + key: _whole(tensor).to("cpu", copy=True).contiguous() for key, tensor in state.items()}
+        tensors = {prefix + key: _whole(tensor).cpu() for key, tensor in state.items()}
         target = Path(folder) if len(active) == 1 else Path(folder) / name
         folders.append(target)
         if write:
             target.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+            write_adapter_tensors(target, tensors)
             _saved_config(holder, name).save_pretrained(str(target))
     return tuple(folders)
 
