@@ -103,7 +103,9 @@ class Architecture:
         mapping = get_model_conversion_mapping(self.model)  # type: ignore[arg-type]
         renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
         converters = [item for item in mapping if isinstance(item, WeightConverter)]
-        known: dict[str, Any] = self.model.state_dict()
+        known: dict[str, Any] = {
+            name: True for key in self.model.state_dict() if (name := name_without_peft(key)) is not None
+        }
         prefix = self.model.base_model_prefix
         keys = {}
         for name in names:
@@ -142,32 +144,36 @@ class Architecture:
             self._conversion = _Conversion(self.model)
         return self._conversion.revert({key: tensor})
 
-    def saved_names(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Checkpoint name -> memory name of everything that a save would write; tied copies left out.
+    def saved(self, outlines: Mapping[str, Tensor], identities: Mapping[str, int]) -> dict[str, tuple[str, Tensor]]:
+        """Everything that a save of the model would write; tied copies left out.
 
         Args:
-            tensors: The model's state dict, or tensors of the same names and shapes.
+            outlines: Memory name -> tensor on the meta device, in the order of the state dict.
+            identities: Memory name -> a number that is equal for names of one tensor.
+
+        Returns:
+            Checkpoint name -> memory name and outline of the checkpoint's tensor.
 
         Raises:
             CheckpointError: A conversion needs several tensors at once, so it cannot be streamed.
         """
-        keys = list(_without_ties(self.model, tensors))
+        declared = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
-        keys = [key for key in keys if key not in ignored]
-        if not self.is_transformers:
-            return {key: key for key in keys}
-        meta = {key: torch.empty(tensors[key].shape, dtype=tensors[key].dtype, device="meta") for key in keys}
-        names = {name: key for key in keys for name in self.split(key, meta[key])}
-        assert self._conversion is not None
-        whole = self._conversion.revert(meta)
-        if set(whole) != set(names):
-            odd = sorted(set(whole) ^ set(names))
-            raise CheckpointError(
-                f"{type(self.model).__name__}: the checkpoint form of {', '.join(odd[:4])} is made from several "
-                "tensors at once, which cannot be exported one at a time. Save the model with save_pretrained and "
-                "export that folder."
-            )
-        return names
+        first: dict[int, str] = {}
+        for key in sorted(outlines, key=lambda key: key in declared):
+            first.setdefault(identities[key], key)
+        kept = set(first.values()) - ignored
+        meta = {key: outline for key, outline in outlines.items() if key in kept}
+        result = {name: (key, part) for key in meta for name, part in self.split(key, meta[key]).items()}
+        if self._conversion is not None:
+            odd = set(self._conversion.revert(meta)) ^ set(result)
+            if odd:
+                raise CheckpointError(
+                    f"{type(self.model).__name__}: the checkpoint form of {', '.join(sorted(odd)[:4])} is made from "
+                    "several tensors at once, which cannot be exported one at a time. Save the model with "
+                    "save_pretrained and export that folder."
+                )
+        return result
 
     def role(self, key: str, ndim: int) -> Role:
         """The role of a tensor.
@@ -222,23 +228,17 @@ class _Conversion:
         return revert_weight_conversion(self._model, tensors)  # type: ignore[arg-type]
 
 
+def name_without_peft(name: str) -> str | None:
+    """The name that a module or tensor has without PEFT's wrappers; None for adapters and trained copies."""
+    parts = name.split(".")
+    if any(part.startswith("lora_") for part in parts) or "modules_to_save" in parts:
+        return None
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+
+
 def _clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules under the names they have without PEFT: wrappers give way to what they wrap, adapters are left out."""
+    """Modules under the names they have without PEFT: wrappers give way to what they wrap."""
     for name, module in model.named_modules():
-        parts = name.split(".")
-        if any(part.startswith("lora_") for part in parts) or "modules_to_save" in parts:
-            continue
-        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
-            continue
-        yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), module
-
-
-def _without_ties(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Names in order, each shared tensor once: under the name that is not declared to be tied."""
-    shared = model.state_dict(keep_vars=True)
-    declared = set(getattr(model, "all_tied_weights_keys", None) or ())
-    first: dict[int, str] = {}
-    for name in sorted(tensors, key=lambda name: name in declared):
-        first.setdefault(id(shared[name]) if name in shared else id(name), name)
-    kept = set(first.values())
-    return (name for name in tensors if name in kept)
+        clean = name_without_peft(name)
+        if clean is not None and not hasattr(module, "base_layer") and not hasattr(module, "original_module"):
+            yield clean, module

@@ -13,9 +13,10 @@ Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +35,9 @@ from daq_lightning.metrics import delta_metrics
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search import ScaleSearch
 from daq_lightning.report import ExportReport
+from daq_lightning.training.adapters import save_adapter
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
-from daq_lightning.training.model import LiveModel, find_model, owners_of_files
+from daq_lightning.training.model import LiveModel, find_model, holding, owners_of_files
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
 
 
@@ -60,6 +62,8 @@ class DeltaAwareQuantization(Callback):
         which: What the export at the end of training holds: the "last" weights, or the "best" checkpoint.
         keep_last: How many exports of this run to keep; None keeps all.
         filename: Name of an export, as ModelCheckpoint's: "{epoch}-{step}-{val_loss:.2f}".
+        merge_adapters: Whether PEFT adapters are merged into the export. If not, the export holds the frozen model, and
+            its subfolder `adapter` the adapters, as PEFT and servers load them.
         reference: "initial": every export is measured against the base. "previous_checkpoint": against the weights
             of the export before it, which keeps the update small in a long run.
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
@@ -97,13 +101,14 @@ class DeltaAwareQuantization(Callback):
         keep_last: int | None = None,
         filename: str = "{step}",
         reference: Literal["initial", "previous_checkpoint"] = "initial",
+        merge_adapters: bool = True,
         export_on_exception: bool = False,
     ) -> None:
         super().__init__()
         self.dirpath, self.base, self.module = str(dirpath), str(base), module
         self.export_on, self.which, self.reference, self.filename = export_on, which, reference, filename
         self.every_n_train_steps, self.every_n_epochs, self.keep_last = every_n_train_steps, every_n_epochs, keep_last
-        self.export_on_exception = export_on_exception
+        self.export_on_exception, self.merge_adapters = export_on_exception, merge_adapters
         self._check_arguments()
         self._choices = _make_settings(scheme, metric, alpha_range, search, ignore, scale_format)
         self.metrics: dict[str, float] = {}
@@ -214,7 +219,7 @@ class DeltaAwareQuantization(Callback):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plan and base of the run; raises before the first step."""
         name, module = find_model(pl_module, self.module)
-        model = LiveModel(module)
+        model = LiveModel(module, merge=self.merge_adapters)
         source = self._source(trainer, model)
         plan = make_plan(source, self._choices)
         request = BaseRequest(
@@ -230,21 +235,25 @@ class DeltaAwareQuantization(Callback):
         self._base, self.exports, self._snapshots = base, [], []
 
     def _source(self, trainer: Trainer, model: LiveModel) -> Source:
+        def copy_files(folder: Path) -> None:
+            model.copy_files(folder, *owners_of_files(trainer))
+            if model.adapters is not None and not self.merge_adapters:
+                save_adapter(trainer.lightning_module, folder / "adapter")
+
         return Source(
             weights=model.weights,
             specs=model.specs,
             keys=model.keys,
             architecture=model.architecture,
             config=model.config(),
-            copy_files=lambda folder: model.copy_files(folder, *owners_of_files(trainer)),
+            copy_files=copy_files,
         )
 
     def _export_live(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the weights as they are now."""
         if self._base is None or self._exported_step == trainer.global_step:
             return
-        _, module = find_model(pl_module, self.module)
-        self._export(trainer, LiveModel(module), checkpoint=None)
+        self._export(trainer, pl_module, state=None, checkpoint=None)
 
     def _export_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the file that ModelCheckpoint holds for the best."""
@@ -260,9 +269,7 @@ class DeltaAwareQuantization(Callback):
                 )
             )
             return
-        name, module = find_model(pl_module, self.module)
-        tensors = read_lightning_checkpoint(path, f"{name}." if name else "")
-        self._export(trainer, LiveModel(module, tensors), checkpoint=Path(path))
+        self._export(trainer, pl_module, read_lightning_checkpoint(path, ""), checkpoint=Path(path))
 
     def _before_save(
         self, trainer: Trainer, pl_module: LightningModule, path: Path, content: dict[str, Any]
@@ -272,7 +279,8 @@ class DeltaAwareQuantization(Callback):
         if self.reference == "initial" or self._base is None or not saved_by_model_checkpoint(trainer, path):
             return
         try:
-            self._retaken = self._snapshot(trainer, self._saved_model(pl_module, content))
+            with self._model(pl_module, content["state_dict"]) as model:
+                self._retaken = self._snapshot(trainer, model)
             state = content.get("callbacks", {}).get(self.state_key)
             if state is not None:
                 state["base"] = self._retaken.state()
@@ -285,37 +293,55 @@ class DeltaAwareQuantization(Callback):
             return
         if self._exported_step == trainer.global_step:  # `last.ckpt` beside the one just exported
             return
-        self._export(trainer, self._saved_model(pl_module, content), checkpoint=path)
+        self._export(trainer, pl_module, content["state_dict"], checkpoint=path)
 
-    def _saved_model(self, pl_module: LightningModule, content: Mapping[str, Any]) -> LiveModel:
+    @contextlib.contextmanager
+    def _model(self, pl_module: LightningModule, state: Mapping[str, Any] | None) -> Iterator[LiveModel]:
+        """The model as it is, or with the weights of a saved state."""
         name, module = find_model(pl_module, self.module)
-        prefix = f"{name}." if name else ""
-        tensors = {
-            key.removeprefix(prefix): value
-            for key, value in content["state_dict"].items()
-            if key.startswith(prefix) and isinstance(value, Tensor)
-        }
-        return LiveModel(module, tensors)
+        model = LiveModel(module, merge=self.merge_adapters)
+        if state is None:
+            yield model
+        elif model.adapters is not None:
+            with holding(pl_module, state):
+                yield model
+        else:
+            prefix = f"{name}." if name else ""
+            yield LiveModel(
+                module,
+                {
+                    key.removeprefix(prefix): value
+                    for key, value in state.items()
+                    if key.startswith(prefix) and isinstance(value, Tensor)
+                },
+            )
 
     @torch.no_grad()
-    def _export(self, trainer: Trainer, model: LiveModel, checkpoint: Path | None) -> None:
+    def _export(
+        self, trainer: Trainer, pl_module: LightningModule, state: Mapping[str, Any] | None, checkpoint: Path | None
+    ) -> None:
         """One export and all that follows it; an error is kept for the end of training."""
         assert self._base is not None
         try:
-            out = _free_name(Path(self.dirpath) / self._name(trainer))
-            bar = getattr(trainer.progress_bar_callback, "is_enabled", False)
-            device = trainer.strategy.root_device
-            source = self._source(trainer, model)
-            self.report = export(source, self._base.weights, out, self._choices, device=device, progress=bar)
-            self.exports.append(out)
-            self._exported_step = trainer.global_step
-            self._publish_metrics(trainer, self.report)
-            rank_zero_info(self.report.summary())
-            if self.reference == "previous_checkpoint":
-                self._base = self._retaken or self._snapshot(trainer, model)
-            self._forget_old()
+            with self._model(pl_module, state) as model:
+                self._write(trainer, pl_module, model, checkpoint)
         except Exception as error:
             self._keep_error(error)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, model: LiveModel, checkpoint: Path | None) -> None:
+        assert self._base is not None
+        out = _free_name(Path(self.dirpath) / self._name(trainer))
+        bar = getattr(trainer.progress_bar_callback, "is_enabled", False)
+        source = self._source(trainer, model)
+        device = trainer.strategy.root_device
+        self.report = export(source, self._base.weights, out, self._choices, device=device, progress=bar)
+        self.exports.append(out)
+        self._exported_step = trainer.global_step
+        self._publish_metrics(trainer, self.report)
+        rank_zero_info(self.report.summary())
+        if self.reference == "previous_checkpoint":
+            self._base = self._retaken or self._snapshot(trainer, model)
+        self._forget_old()
 
     def _snapshot(self, trainer: Trainer, model: LiveModel) -> Base:
         assert self._base is not None

@@ -63,6 +63,8 @@ class AdaptedWeights:
             DTensors is gathered: all ranks ask for the same names in the same order.
         base: The frozen tensors, without a copy. Raises ValueError for `displaced` names.
         model: The model that the names refer to, such as the `PreTrainedModel`.
+        outlines: The dtypes and shapes of `weights`, as tensors on the meta device: nothing is computed.
+        identities: Equal for names of one tensor in memory (tied weights).
         adapted: Names whose tensor in `weights` differs from that in `base`.
         displaced: Names whose tensor in memory is not the base: left trainable (`bias="all"`, unfrozen layers), or
             moved by the initialisation (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA). Their base must come from elsewhere.
@@ -71,6 +73,8 @@ class AdaptedWeights:
     weights: Mapping[str, Tensor]
     base: Mapping[str, Tensor]
     model: nn.Module
+    outlines: Mapping[str, Tensor]
+    identities: Mapping[str, int]
     adapted: tuple[str, ...]
     displaced: tuple[str, ...]
 
@@ -116,6 +120,8 @@ def find_adapters(module: nn.Module) -> AdaptedWeights | None:
         weights=_Lazy(slots, _merged),
         base=_Lazy(slots, base),
         model=unwrap(root),
+        outlines={name: _outline(slot) for name, slot in slots.items()},
+        identities={name: id(slot.tensor) for name, slot in slots.items()},
         adapted=adapted,
         displaced=tuple(displaced),
     )
@@ -182,6 +188,12 @@ class _Lazy(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._slots)
+
+
+def _outline(slot: Slot) -> Tensor:
+    tensor = getattr(*slot.copy) if slot.copy is not None else slot.tensor
+    merged = slot.copy is None and bool(slot.adapters)
+    return torch.empty(tensor.shape, dtype=torch.float32 if merged else tensor.dtype, device="meta")
 
 
 @torch.no_grad()

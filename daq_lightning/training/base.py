@@ -92,14 +92,16 @@ def resolve_base(request: BaseRequest, model: LiveModel) -> Base:
     if resumed and saved is not None and saved["kind"] == "snapshot":
         base = open_resumed(saved, request.dirpath)
     elif request.base in ("auto", "snapshot", "memory"):
-        if resumed:
+        if resumed and not (request.base == "auto" and model.adapters is not None):
             raise MisconfigurationException(
                 f"The run resumes from {request.resumed_from}, and the weights before training are not at hand any "
                 "more: "
                 + ("they were kept in memory (base='memory'). " if saved else "its callback state holds no base. ")
                 + "Pass base='<folder>' with the model that the run was started from."
             )
-        if request.base == "memory":
+        if request.base == "auto" and model.adapters is not None:
+            base = base_from_memory("adapters", model.view(model.adapters.base), request.names)
+        elif request.base == "memory":
             base = copy_to_memory(model.weights, request.names)
         else:
             base = take_snapshot(model.weights, request.names, request.dirpath / "base")

@@ -6,17 +6,20 @@ export needs from it: weights under checkpoint names, config, generation config,
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from daq_lightning.architecture import Architecture
 from daq_lightning.checkpoint.tensor_file import TensorSpec
+from daq_lightning.training.adapters import find_adapters
 from daq_lightning.training.weights import LiveWeights, live_tensors
 
 
@@ -40,6 +43,8 @@ def find_model(module: LightningModule, path: str | None) -> tuple[str, nn.Modul
                 f"module={path!r}: {type(module).__name__} has no such submodule. Its submodules: {children}."
             ) from error
     found = list(_outermost_models(module))
+    if len(found) == 1 and any(type(part).__module__.startswith("peft.") for part in module.modules()):
+        return "", module  # the adapters know their model; a PeftModel around it holds their configuration
     if len(found) > 1:
         raise MisconfigurationException(
             f"{type(module).__name__} holds {len(found)} models ({', '.join(name for name, _ in found)}): "
@@ -52,25 +57,45 @@ class LiveModel:
     """A model in training, under the names of its checkpoint.
 
     Args:
-        model: A `PreTrainedModel` or any other module.
-        tensors: Memory name -> tensor; None takes the model's own state.
+        model: A `PreTrainedModel`, a `PeftModel`, or any other module.
+        tensors: Memory name -> tensor; None takes the model's own, with PEFT adapters merged on access.
+        merge: Whether adapters are merged; else the frozen weights alone are taken.
 
     Attributes:
+        model: The model that the names refer to.
+        adapters: Its adapters, if it has any and they count.
         weights: Checkpoint name -> tensor; computed when asked for.
-        specs: The same with dtypes and shapes.
+        specs: The same with dtypes and shapes; nothing is computed.
         keys: Checkpoint name -> memory name.
         architecture: The modules.
     """
 
-    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> None:
-        self.model = model
-        self.architecture = Architecture(model)
-        self._tensors = live_tensors(model) if tensors is None else tensors
-        self.keys = self.architecture.saved_names(self._tensors)
-        self.weights = self.view(self._tensors)
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None, *, merge: bool = True) -> None:
+        self.adapters = find_adapters(model) if tensors is None else None
+        if self.adapters is not None:
+            self.model: nn.Module = self.adapters.model
+            tensors = self.adapters.weights if merge else self.adapters.base
+            outlines, identities = self.adapters.outlines, self.adapters.identities
+            if not merge:
+                outlines = {
+                    name: outline if name in self.adapters.displaced else tensors[name].to("meta")
+                    for name, outline in outlines.items()
+                }
+        else:
+            self.model = model
+            own = live_tensors(model)
+            tensors = own if tensors is None else tensors
+            outlines = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
+            }
+            identities = {name: id(own.get(name, name)) for name in tensors}
+        self.architecture = Architecture(self.model)
+        saved = self.architecture.saved(outlines, identities)
+        self.keys = {name: key for name, (key, _) in saved.items()}
+        self.weights = self.view(tensors)
         self.specs = tuple(
-            TensorSpec(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape))
-            for name, tensor in self.weights.items()
+            TensorSpec(name=name, dtype=outline.dtype, shape=tuple(outline.shape))
+            for name, (_, outline) in saved.items()
         )
 
     def view(self, tensors: Mapping[str, Tensor]) -> LiveWeights:
@@ -101,6 +126,25 @@ class LiveModel:
                 if save is not None and not isinstance(candidate, nn.Module):
                     save(folder)
                     return
+
+
+@contextlib.contextmanager
+def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lends a module other values for its trainable parameters, and puts its own back bit for bit.
+
+    Only what differs in memory is copied: with adapters, a few small matrices; with the module's own state, nothing.
+    """
+    own: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, parameter in module.named_parameters():
+            value = tensors.get(name)
+            if value is not None and parameter.requires_grad and value.data_ptr() != parameter.data_ptr():
+                own.append((parameter.data, parameter.detach().clone()))
+                parameter.data.copy_(value)
+        yield
+    finally:
+        for data, value in own:
+            data.copy_(value)
 
 
 def owners_of_files(trainer: Trainer) -> tuple[object, ...]:
