@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -41,6 +42,7 @@ DTYPE_NAMES = {
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _MAX_HEADER = 100 << 20  # bytes; the limit of the reference implementation
+_MAX_DIMENSIONS, _MAX_ELEMENTS = 16, 2**48
 
 
 class CheckpointError(ValueError):
@@ -91,18 +93,22 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: Not a safetensors file, cut off, or a header that contradicts itself or the file.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(
-                f"{path} is not a complete safetensors file: it has {size} bytes, and its header claims {length}. "
-                "Copy or download it again."
-            )
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} has a safetensors header that cannot be read: {error}.") from error
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise CheckpointError(
+                    f"{path} is not a complete safetensors file: it has {size} bytes, and its header claims {length}. "
+                    "Copy or download it again."
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a safetensors header that cannot be read: {error}.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a safetensors header that is not an object.")
     header.pop("__metadata__", None)
@@ -154,8 +160,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {name!r} occurs twice")
     return result
 
 
@@ -167,11 +173,16 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
         raise wrong("lacks dtype, shape or data_offsets")
     dtype, shape, offsets = _DTYPES.get(str(fields["dtype"])), fields["shape"], fields["data_offsets"]
     if dtype is None:
-        raise wrong(f"has the dtype {fields['dtype']!r}, expected one of {', '.join(sorted(_DTYPES))}")
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
-        raise wrong(f"has the shape {shape!r}, expected a list of sizes")
+        raise wrong(f"has the dtype {str(fields['dtype'])[:80]!r}, expected one of {', '.join(sorted(_DTYPES))}")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MAX_DIMENSIONS
+        or not all(type(size) is int and 0 <= size <= _MAX_ELEMENTS for size in shape)
+        or prod(max(1, size) for size in shape) > _MAX_ELEMENTS
+    ):
+        raise wrong(f"has the shape {str(shape)[:80]}, expected a list of sizes")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(x) is int and x >= 0 for x in offsets)):
-        raise wrong(f"has the offsets {offsets!r}, expected [begin, end]")
+        raise wrong(f"has the offsets {str(offsets)[:80]}, expected [begin, end]")
     entry = TensorEntry(name=name, dtype=dtype, shape=tuple(shape), path=path, offset=data_start + offsets[0])
     if offsets[1] - offsets[0] != entry.nbytes:
         raise wrong(f"spans {offsets[1] - offsets[0]} bytes, but {fields['dtype']} {shape} needs {entry.nbytes}")
