@@ -251,7 +251,7 @@ def test_a_compressed_folder_loads_without_a_word_about_how(exported, variant):
 @pytest.mark.parametrize("name", MIXTURES)
 def test_compressed_blocks_are_not_offered_for_mixtures_of_experts(pair, tmp_path, name):
     base, post = pair(name)
-    with pytest.raises(CheckpointError, match="mixture-of-experts.*fp8 container"):
+    with pytest.raises(CheckpointError, match=r"mixture-of-experts.*fp8 container"):
         export_checkpoint(post, base, tmp_path / "out", **VARIANTS["block-compressed"])
     assert not (tmp_path / "out").exists()
 
