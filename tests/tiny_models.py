@@ -80,7 +80,8 @@ def llava():
 
 def qwen2_vl():
     """Vision tower beside the language model; `visual.` and `model.` on disk, `model.visual.` and so on in memory."""
-    text = TEXT | {"num_attention_heads": 1} | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}
+    text = TEXT | {"num_attention_heads": 1, "rope_parameters": rope}
     config = transformers.Qwen2VLConfig(
         text_config=text,
         vision_config={"depth": 1, "embed_dim": 64, "hidden_size": 128, "num_heads": 2, "mlp_ratio": 2},
