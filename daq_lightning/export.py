@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -457,10 +459,30 @@ def _with_progress(tensors: tuple[TensorPlan, ...], progress: bool) -> Iterator[
     if not progress:
         yield from tensors
         return
+    total = sum(spec.nbytes for tensor in tensors for spec in tensor.stored)
+    if not sys.stderr.isatty():
+        yield from _with_lines(tensors, total)
+        return
     from tqdm import tqdm
 
-    total = sum(spec.nbytes for tensor in tensors for spec in tensor.stored)
     with tqdm(total=total, unit="B", unit_scale=True, desc="FP8 export", dynamic_ncols=True) as bar:
         for tensor in tensors:
             yield tensor
             bar.update(sum(spec.nbytes for spec in tensor.stored))
+
+
+def _with_lines(tensors: tuple[TensorPlan, ...], total: int) -> Iterator[TensorPlan]:
+    """Progress for a log file: one line in five seconds, and one at the end."""
+    done, start, last = 0, time.monotonic(), time.monotonic()
+    for tensor in tensors:
+        yield tensor
+        done += sum(spec.nbytes for spec in tensor.stored)
+        now = time.monotonic()
+        if done == total or now - last > 5:
+            last, rate = now, done / max(now - start, 1e-9)
+            print(
+                f"FP8 export: {done / max(total, 1):.0%} of {total / 1e9:.3g} GB, {rate / 1e6:.3g} MB/s, "
+                f"{(total - done) / max(rate, 1e-9):.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )

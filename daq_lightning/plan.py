@@ -24,7 +24,7 @@ from daq_lightning.checkpoint.layouts import SCHEMES, Container, Layout, make_la
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.numerics.formats import FP8_E4M3, PerBlock, ScaleFormat
 
-_FUSED = (
+FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
@@ -196,7 +196,7 @@ def _aliases(name: str, keys: Mapping[str, str]) -> list[str]:
 def _check_fused(chosen: set[str], roles: Mapping[str, Role]) -> None:
     for name in chosen:
         prefix, _, leaf = name.removesuffix(".weight").rpartition(".")
-        for group in _FUSED:
+        for group in FUSED:
             if leaf not in group:
                 continue
             siblings = [f"{prefix}.{sibling}.weight" for sibling in group]

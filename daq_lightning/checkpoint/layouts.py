@@ -18,10 +18,11 @@ Sources: transformers FineGrainedFP8Config; compressed-tensors 0.20 Quantization
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.formats import Granularity, PerBlock, PerChannel, ScaleFormat
 
 Scheme: TypeAlias = Literal["auto", "FP8_BLOCK", "FP8_DYNAMIC", "FP8A16"]
@@ -143,3 +144,37 @@ def make_layout(scheme: str, *, container: Container | None = None, scale_format
         scale_format=scale_format or kept,
         quantized_activations=scheme != "FP8A16",
     )
+
+
+def read_layout(quantization: Mapping[str, Any]) -> Layout:
+    """The layout that a `quantization_config` describes.
+
+    Raises:
+        CheckpointError: It is missing, or describes something else than the layouts of this package.
+    """
+    method = quantization.get("quant_method")
+    if method == "fp8":
+        size = list(quantization.get("weight_block_size") or ())
+        if size != [128, 128] or quantization.get("activation_scheme") != "dynamic":
+            raise CheckpointError(
+                "quantization_config of the fp8 container should have weight_block_size [128, 128] and dynamic "
+                f"activations, got {size or 'none'} and {quantization.get('activation_scheme')!r}"
+            )
+        scale_format: ScaleFormat | None = "ue8m0" if quantization.get("scale_fmt") == "ue8m0" else None
+        return make_layout("FP8_BLOCK", container="fp8", scale_format=scale_format)
+    groups = list((quantization.get("config_groups") or {}).values())
+    if method != "compressed-tensors" or len(groups) != 1:
+        raise CheckpointError(
+            "config.json should have a quantization_config with quant_method 'fp8' or 'compressed-tensors' (and one "
+            f"config group), got {method!r} with {len(groups)} groups"
+        )
+    weights, container = groups[0].get("weights") or {}, "compressed-tensors"
+    block = weights.get("strategy") == "block" and list(weights.get("block_structure") or ()) == [128, 128]
+    if (weights.get("num_bits"), weights.get("type")) != (8, "float") or not (
+        block or weights.get("strategy") == "channel"
+    ):
+        raise CheckpointError(
+            f"weights should be 8-bit floats with a scale per channel or 128 x 128 block, got {weights}"
+        )
+    scheme = "FP8_BLOCK" if block else "FP8_DYNAMIC" if groups[0].get("input_activations") else "FP8A16"
+    return make_layout(scheme, container=container)

@@ -1,0 +1,58 @@
+"""A checkpoint folder seen through a LoRA adapter: each weight is merged in float32 at the moment it is read.
+
+    merged[name] = float32(weight) + scaling * B @ A        or the weight as it is, where the adapter does not touch it
+
+Nothing is written and nothing is kept: merging a whole model into bfloat16 first would round a tenth of a typical
+update away before the search sees it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+from daq_lightning.checkpoint.reader import Checkpoint
+from daq_lightning.checkpoint.tensor_file import CheckpointError
+
+
+class Adapter(Protocol):
+    """What an adapter folder can do; see `daq_lightning.checkpoint.adapter_folder`."""
+
+    def merged(self, name: str, weight: Tensor) -> Tensor | None:
+        """The merged tensor, or None where the adapter leaves it alone."""
+        ...
+
+    def unused(self, names: Iterable[str]) -> Collection[str]:
+        """The tensors that the adapter changes and that are not among `names`."""
+        ...
+
+
+class AdaptedCheckpoint(Checkpoint):
+    """A folder whose tensors come with an adapter merged in. Names, dtypes and shapes are those of the folder.
+
+    Args:
+        path: The folder that the adapter was trained on.
+        adapter: The adapter.
+
+    Raises:
+        CheckpointError: As for `Checkpoint`, or the adapter changes a tensor that the folder lacks.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], adapter: Adapter) -> None:
+        super().__init__(path)
+        self._adapter = adapter
+        unused = sorted(adapter.unused(self.specs))
+        if unused:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            raise CheckpointError(
+                f"The adapter changes {', '.join(unused[:3])}{more}, which {self.path} does not have: pass the model "
+                "that the adapter was trained on."
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = super().__getitem__(name)
+        merged = self._adapter.merged(name, weight)
+        return weight if merged is None else merged

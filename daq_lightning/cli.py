@@ -1,0 +1,221 @@
+"""The command `daq-lightning`: quantize, inspect and verify checkpoints that exist already, without a Trainer.
+
+    daq-lightning quantize POST --base BASE --out OUT
+    daq-lightning inspect OUT
+    daq-lightning verify OUT
+
+Only arguments and words are dealt with here. torch is imported once they are known to be right, so that `--help` and
+a mistyped option answer at once.
+
+Exit codes: 0 fine, 1 problems were found (inspect, verify), 2 wrong arguments or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daq_lightning.arguments import make_parser, normalized
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from daq_lightning.checkpoint.reader import Checkpoint
+    from daq_lightning.export import Source
+    from daq_lightning.plan import ExportPlan
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+    """
+    argv = normalized(list(sys.argv[1:] if argv is None else argv))
+    debug = "--debug" in argv
+    try:
+        options = make_parser().parse_args(argv)
+        command = {"quantize": _quantize, "inspect": _inspect, "verify": _verify}[options.subcommand]
+        code = command(options[options.subcommand])
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\ndaq-lightning: interrupted, nothing was written.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if debug:
+            raise
+        print(f"daq-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _quantize(options: Namespace) -> int:
+    from daq_lightning.checkpoint.writer import check_destination
+    from daq_lightning.export import ExportSettings, export, make_plan, match_base
+    from daq_lightning.numerics.search import ScaleSearch
+
+    if options.base is None and options.adapter is None:
+        raise ValueError("--base is missing: pass the folder of the model that POST was trained from.")
+    if options.out is None and not options.dry_run:
+        raise ValueError("--out is missing: pass the folder to write, or --dry-run to see what would be written.")
+    choices = ExportSettings(
+        scheme=options.scheme,
+        search=ScaleSearch(
+            metric=options.metric,
+            alpha_min=options.range[0],
+            alpha_max=options.range[1],
+            n_coarse=options.n_coarse,
+            n_fine=options.n_fine,
+            alpha_scope=options.alpha_scope,
+            tau=options.tau,
+        ),
+        ignore=tuple(options.ignore),
+        container=options.container,
+        scale_format=options.scale_format,
+        missing_base=options.missing_base,
+    )
+    _check_device(options.device)
+    source, base = _source(options.post, options.adapter), _checkpoint(options.base or options.post, "--base")
+    if options.dry_run:
+        if options.out is not None and Path(options.out).exists():
+            check_destination(Path(options.out))
+        plan = make_plan(source, choices)
+        _, without_base = match_base(plan, base, source, choices)
+        if options.json:
+            _print_json(_plan_as_dict(plan, without_base))
+            return 0
+        print(plan.table())
+        print(
+            f"base: {len(plan.quantized) - len(without_base)} of {len(plan.quantized)} FP8 weights are in {base.path}"
+        )
+        print("".join(f"  {name}: plain scale, {problem}\n" for name, problem in without_base.items()), end="")
+        print("dry run: nothing was written")
+        return 0
+    report = export(source, base, Path(str(options.out)), choices, device=options.device, progress=not options.quiet)
+    if options.json:
+        _print_json({"path": report.path, **report.to_dict()})
+    elif not options.quiet:
+        print(report.summary())
+    return 0
+
+
+def _inspect(options: Namespace) -> int:
+    from daq_lightning.inspection import differences, recompute, table, worst_first
+    from daq_lightning.report import ExportReport
+
+    post, base = options.post, options.base
+    if options.adapter is not None:
+        post, base = post or base, base or post
+    if (post is None) != (base is None) or (options.adapter is not None and post is None):
+        raise ValueError("--base and --post (or --base and --adapter) belong together: figures need all of them.")
+    report = found = ExportReport.load(_export_folder(options.out))
+    if base is not None:
+        progress = sys.stderr.isatty()
+        found = recompute(
+            report, _source(post, options.adapter).weights, _checkpoint(base, "--base"), progress=progress
+        )
+    differing = differences(report, found)
+    if options.json:
+        content = found.to_dict()
+        names = [tensor.name for tensor in worst_first(found)][: options.limit]
+        content["tensors"] = {name: content["tensors"][name] for name in names}
+        _print_json({"path": found.path, "recomputed": base is not None, "differences": differing, **content})
+        return 1 if differing else 0
+    print(table(found, options.limit))
+    if base is not None:
+        print(
+            f"computed again from the files: {len(report.tensors) - len(differing)} of {len(report.tensors)} weights "
+            "agree with daq_report.json"
+        )
+    for name, sums in differing.items():
+        print(f"DIFFERS {name}: {'; '.join(sums)}")
+    return 1 if differing else 0
+
+
+def _verify(options: Namespace) -> int:
+    from daq_lightning.verify import checklist, run_checks
+
+    checks = run_checks(options.out)
+    if options.json:
+        _print_json({"path": options.out, "checks": [dataclasses.asdict(check) for check in checks]})
+    else:
+        print(checklist(checks))
+    return 1 if any(check.problems for check in checks) else 0
+
+
+def _source(post: str, adapter: str | None) -> Source:
+    """The fine-tuned model: a folder, or a folder with an adapter merged in."""
+    from daq_lightning.checkpoint.adapted import AdaptedCheckpoint
+    from daq_lightning.export import Source
+
+    _folder(post, "POST")
+    if adapter is None:
+        return Source.from_folder(post)
+    from daq_lightning.checkpoint.adapter_folder import read_adapter  # type: ignore[import-not-found]
+
+    source = Source.from_folder(post)
+    return dataclasses.replace(source, weights=AdaptedCheckpoint(post, read_adapter(_folder(adapter, "--adapter"))))
+
+
+def _checkpoint(path: str, role: str) -> Checkpoint:
+    from daq_lightning.checkpoint.reader import Checkpoint
+
+    return Checkpoint(_folder(path, role))
+
+
+def _folder(path: str, role: str) -> str:
+    """The path, if it is a folder; else an error that guesses what was meant."""
+    if not Path(path).is_dir():
+        hub = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+        meant = f" To take it from the Hub: hf download {path} --local-dir FOLDER" if hub else ""
+        raise ValueError(f"{role}: {path} is {'not a folder' if Path(path).exists() else 'not there'}.{meant}")
+    if (
+        role != "--adapter"
+        and (Path(path) / "adapter_config.json").is_file()
+        and not (Path(path) / "config.json").is_file()
+    ):
+        raise ValueError(
+            f"{role}: {path} is a LoRA adapter. Pass the model it was trained on as POST, and --adapter {path}"
+        )
+    return path
+
+
+def _export_folder(path: str) -> str:
+    if not (Path(_folder(path, "OUT")) / "daq_report.json").is_file():
+        raise ValueError(f"{path} has no daq_report.json, so it was not written by `daq-lightning quantize`.")
+    return path
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _plan_as_dict(plan: ExportPlan, without_base: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "scheme": plan.layout.scheme,
+        "container": plan.layout.container,
+        "bytes": sum(spec.nbytes for spec in plan.stored),
+        "tensors": {
+            tensor.spec.name: {"shape": list(tensor.spec.shape), "quantize": tensor.quantize, "reason": tensor.reason}
+            for tensor in plan.tensors
+        },
+        "without_base": dict(without_base),
+        "notes": list(plan.notes),
+    }
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False))

@@ -1,0 +1,302 @@
+"""The rules that readers of an FP8 folder rely on, one function each.
+
+A rule looks at the files as they are stored and yields what is wrong, one line per problem. `CHECKS` lists them with
+what to do about it.
+
+Sources: the readers, as listed in `daq_lightning.checkpoint.layouts`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daq_lightning.architecture import Architecture, Role
+from daq_lightning.checkpoint.layouts import Layout, read_layout
+from daq_lightning.checkpoint.reader import INDEX, MANIFEST, REPORT, SINGLE, RawCheckpoint, config_dtype, read_json
+from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry
+from daq_lightning.numerics.formats import PerBlock
+from daq_lightning.plan import FUSED
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".tmp", ".incomplete"}
+_SHARD = re.compile(r"model-(\d{5,})-of-(\d{5,})\.safetensors")
+_SUFFIXES = ("_scale_inv", "_scale")
+
+
+class UnknownError(Exception):
+    """What a check builds on is unknown; another check says so."""
+
+
+class Stored:
+    """The files of a folder and what follows from them."""
+
+    def __init__(self, raw: RawCheckpoint) -> None:
+        self.raw, self.folder = raw, raw.path
+        self.codes = [name for name, entry in raw.entries.items() if entry.dtype in _FP8]
+        self.scales = {
+            name: [name + suffix for suffix in _SUFFIXES if name + suffix in raw.entries] for name in self.codes
+        }
+        hidden = {scale for scales in self.scales.values() for scale in scales}
+        self.names = [name for name in raw.entries if name not in hidden]
+
+    def entry(self, name: str) -> TensorEntry:
+        return self.raw.entries[name]
+
+    @cached_property
+    def layout(self) -> Layout:
+        try:
+            return read_layout(self.raw.quantization)
+        except ValueError as error:
+            raise UnknownError("the layout is unknown") from error
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        try:
+            return Architecture.from_folder(self.folder)
+        except CheckpointError as error:
+            raise UnknownError("the architecture is unknown") from error
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        return self.architecture.keys_of(self.names)
+
+    def role(self, name: str) -> Role:
+        return self.architecture.role(self.keys[name], len(self.entry(name).shape))
+
+    @cached_property
+    def ties(self) -> dict[str, str]:
+        """Memory name of a tied weight -> of the weight that it is."""
+        return dict(getattr(self.architecture.model, "all_tied_weights_keys", None) or {})
+
+    def lists(self, module: str) -> bool:
+        """Whether config.json names a module as not quantized, as the strictest reader understands it."""
+        if self.layout.container == "fp8":
+            return module in (self.raw.quantization.get("modules_to_not_convert") or ())
+        listed = self.raw.quantization.get("ignore") or ()
+        return module in listed or any(re.match(name[3:], module) for name in listed if name.startswith("re:"))
+
+
+def _check_files(stored: Stored) -> Iterator[str]:
+    files = sorted({entry.path.name for entry in stored.raw.entries.values()})
+    index = read_json(stored.folder / INDEX)
+    if not index and files != [SINGLE]:
+        yield f"{', '.join(files[:3])} without {INDEX}: readers expect the index, or one {SINGLE}"
+    if index:
+        total = sum(entry.nbytes for entry in stored.raw.entries.values())
+        claimed = (index.get("metadata") or {}).get("total_size")
+        if claimed != total:
+            yield f"{INDEX} says total_size {claimed}, its tensors have {total} bytes"
+    numbers = [match.groups() for file in files if (match := _SHARD.fullmatch(file))]
+    if any(int(count) != len(files) for _, count in numbers):
+        yield f"{len(files)} shards whose names count {', '.join(sorted({count for _, count in numbers}))}"
+    for file in files:
+        metadata = _metadata(stored.folder / file)
+        if metadata.get("format") != "pt":
+            yield f'{file} lacks the header metadata {{"format": "pt"}} (it has {metadata}), which transformers needs'
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    metadata = header.get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _check_leftovers(stored: Stored) -> Iterator[str]:
+    used = {entry.path.name for entry in stored.raw.entries.values()}
+    for path in sorted(stored.folder.iterdir()):
+        if path.name not in used and (path.suffix in _WEIGHT_FILES or ".partial-" in path.name or path.name == ".lock"):
+            yield f"{path.name} does not belong to the checkpoint"
+
+
+def _check_config(stored: Stored) -> Iterator[str]:
+    config = stored.raw.config
+    if not config:
+        yield "there is no config.json"
+    elif "quantization_config" not in config:
+        yield "config.json has no quantization_config: readers would take the codes for weights"
+    else:
+        try:
+            read_layout(config["quantization_config"])
+        except ValueError as error:
+            yield str(error).rstrip(".")
+    if not stored.codes:
+        yield "config.json speaks of FP8, but no tensor holds FP8 codes"
+    levels = {"config.json": config} | {key: level for key, level in config.items() if isinstance(level, Mapping)}
+    for where, level in levels.items():
+        dtype = config_dtype({key: value for key, value in level.items() if key != "text_config"})
+        if dtype not in (torch.bfloat16, torch.float16) and (dtype is not None or where == "config.json"):
+            named = level.get("dtype") or level.get("torch_dtype")
+            yield f"dtype of {where} is {named}, expected bfloat16 or float16"
+    try:
+        _ = stored.architecture
+    except UnknownError as error:
+        if config:
+            yield str(error.__cause__).rstrip(".")
+
+
+def _check_scales(stored: Stored) -> Iterator[str]:
+    for name, scales in stored.scales.items():
+        entry, expected = stored.entry(name), stored.layout.scale_name(name)
+        if entry.dtype != torch.float8_e4m3fn or len(entry.shape) != 2:
+            yield f"{name} is {entry.dtype} {entry.shape}, expected a matrix of float8_e4m3fn"
+        elif scales != [expected]:
+            yield f"{name} has {' and '.join(scales) or 'no scale'}, expected exactly {expected}"
+        else:
+            scale, shape = stored.entry(expected), stored.layout.scale_shape((entry.shape[0], entry.shape[1]))
+            if (scale.dtype, scale.shape) != (torch.float32, shape):
+                yield f"{expected} is {scale.dtype} {scale.shape}, expected float32 {shape}"
+    for name in stored.names:
+        weight = next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(".weight" + suffix)), None)
+        if weight is not None:
+            holds = stored.entry(weight).dtype if weight in stored.raw.entries else "nothing"
+            yield f"{name} is the scale of nothing: {weight} holds {holds}"
+
+
+def _check_scale_values(stored: Stored) -> Iterator[str]:
+    for scale_name in (scale for scales in stored.scales.values() for scale in scales):
+        scale = stored.raw[scale_name].float()
+        wrong = int((~(scale.isfinite() & (scale > 0))).sum())
+        if wrong:
+            yield f"{scale_name} has {wrong} values that are not finite and > 0"
+        elif stored.layout.scale_format == "ue8m0" and not powers_of_two(scale):
+            yield f"{scale_name} is not all powers of two, which scale_fmt ue8m0 promises"
+        elif stored.layout.scale_format == "bfloat16" and not bool((scale == scale.bfloat16().float()).all()):
+            yield f"{scale_name} has values that bfloat16 cannot hold: transformers would round them, vLLM not"
+
+
+def powers_of_two(scale: Tensor) -> bool:
+    """Whether every scale is a power of two."""
+    return bool((torch.frexp(scale.float()).mantissa == 0.5).all())
+
+
+def _check_values(stored: Stored) -> Iterator[str]:
+    for name in stored.names:
+        dtype = stored.entry(name).dtype
+        if dtype == torch.float8_e4m3fn:
+            wrong = int(((stored.raw[name].view(torch.uint8) & 0x7F) == 0x7F).sum())
+        elif dtype.is_floating_point and dtype not in _FP8 and math.prod(stored.entry(name).shape):
+            low, high = stored.raw[name].aminmax()
+            wrong = 0 if bool(low.isfinite() & high.isfinite()) else int((~stored.raw[name].isfinite()).sum())
+        else:
+            wrong = 0
+        if wrong:
+            yield f"{name} has {wrong} NaN or Inf values"
+
+
+def _check_sizes(stored: Stored) -> Iterator[str]:
+    if isinstance(stored.layout.granularity, PerBlock):
+        for name in stored.codes:
+            if any(size % 128 for size in stored.entry(name).shape):
+                yield f"{name} has the shape {stored.entry(name).shape}"
+
+
+def _check_modules(stored: Stored) -> Iterator[str]:
+    for name in stored.codes:
+        role = stored.role(name)
+        if role not in ("linear", "expert"):
+            what = "not the weight of a Linear module" if role == "other" else f"of the kind {role!r}"
+            yield f"{name} is in FP8, but {what}: readers keep it in high precision"
+
+
+def _check_ignore(stored: Stored) -> Iterator[str]:
+    on_disk = {key: name.removesuffix(".weight") for name, key in stored.keys.items()}
+    quantized = {stored.keys[name] for name in stored.codes}
+    for module in stored.architecture.linear_modules:
+        key = f"{module}.weight"
+        if key not in quantized:
+            for name in dict.fromkeys((on_disk.get(key, module), module)):
+                if not stored.lists(name):
+                    yield f"{name} is neither quantized nor listed: readers would look for its codes"
+    for name in stored.names:
+        module = name.removesuffix(".weight")
+        if stored.role(name) not in ("linear", "expert"):
+            continue
+        listed = sorted({alias for alias in (module, stored.keys[name].removesuffix(".weight")) if stored.lists(alias)})
+        if name in stored.codes and listed:
+            yield f"{name} is quantized, and {listed[0]} is listed as not quantized"
+        elif name not in stored.codes and stored.role(name) == "expert" and module not in listed:
+            yield f"{module} is neither quantized nor listed"
+
+
+def _check_fused(stored: Stored) -> Iterator[str]:
+    codes = set(stored.codes)
+    for group in FUSED:
+        for first in (name for name in stored.names if name.endswith(f".{group[0]}.weight")):
+            prefix = first.removesuffix(f"{group[0]}.weight")
+            shards = [name for name in (f"{prefix}{leaf}.weight" for leaf in group) if name in stored.raw.entries]
+            if 0 < len(codes.intersection(shards)) < len(shards):
+                yield f"of {', '.join(shards)} only {', '.join(sorted(codes.intersection(shards)))} in FP8"
+
+
+def _check_ties(stored: Stored) -> Iterator[str]:
+    names = {key: name for name, key in stored.keys.items()}
+    for tied, source in stored.ties.items():
+        if tied in names and source in names and names[tied] != names[source]:
+            mine, other = stored.raw[names[tied]], stored.raw[names[source]]
+            if mine.dtype != other.dtype or mine.shape != other.shape or not bool((mine == other).all()):
+                yield f"{names[tied]} differs from {names[source]}, with which config.json ties it"
+
+
+def _check_complete(stored: Stored) -> Iterator[str]:
+    model = stored.architecture.model
+    counts = Counter(stored.keys.values())
+    known = set(model.state_dict())
+
+    def ignored(key: str, attribute: str) -> bool:
+        return any(re.search(pattern, key) for pattern in getattr(model, attribute, None) or ())
+
+    part = {key: stored.entry(name) for name, key in stored.keys.items()}
+    for key, parameter in model.named_parameters():
+        if key in stored.ties or ignored(key, "_keys_to_ignore_on_load_missing"):
+            continue
+        if key not in part:
+            yield f"{key} is missing"
+        elif parameter.ndim == 3 and len(part[key].shape) == 2 and counts[key] % parameter.shape[0]:
+            yield f"{key} has {counts[key]} parts for {parameter.shape[0]} experts"
+    for name, key in stored.keys.items():
+        scale = name.endswith(tuple(".weight" + suffix for suffix in _SUFFIXES))
+        if key not in known and not scale and not ignored(key, "_keys_to_ignore_on_load_unexpected"):
+            yield f"{name} is no tensor of {type(model).__name__}"
+
+
+def _check_report(stored: Stored) -> Iterator[str]:
+    report, manifest = read_json(stored.folder / REPORT), read_json(stored.folder / MANIFEST)
+    differing = sorted(set(report.get("tensors", stored.codes)) ^ set(stored.codes))
+    if differing:
+        yield f"{REPORT} and the files differ in which tensors are quantized: {', '.join(differing[:3])}"
+    config = stored.raw.config.get("quantization_config")
+    if config and manifest.get("quantization_config", config) != config:
+        yield f"{MANIFEST} has another quantization_config than config.json"
+
+
+CheckFunction = Callable[[Stored], Iterator[str]]
+CHECKS: tuple[tuple[str, str, CheckFunction], ...] = (
+    ("files", "Export again, or copy the folder again with all its files.", _check_files),
+    ("nothing stale", "Remove these files: a reader may load them instead of the checkpoint.", _check_leftovers),
+    ("config.json", "Restore the config.json of the export, or export again.", _check_config),
+    ("one scale per weight", "Export again: a reader would use other scales, or none.", _check_scales),
+    ("scale values", "Export again: these scales do not survive loading.", _check_scale_values),
+    ("finite values", "Export again from a checkpoint before the training run diverged.", _check_values),
+    ("sizes fit the blocks", "Export with --scheme FP8_DYNAMIC, which has one scale per row.", _check_sizes),
+    ("quantized modules", "Export again and keep them: --ignore NAME.", _check_modules),
+    (
+        "ignore list",
+        "Correct the list in quantization_config: full names of all Linear modules not in FP8.",
+        _check_ignore,
+    ),
+    ("fused projections", "Export again: quantize all of them, or name all of them with --ignore.", _check_fused),
+    ("tied embeddings", "Remove the tied copy, or set tie_word_embeddings to false and export again.", _check_ties),
+    ("complete", "Export again from a complete checkpoint.", _check_complete),
+    ("report", "Export again: files and report are not of one export.", _check_report),
+)

@@ -1,0 +1,211 @@
+"""Reads the report of an export, worst weight first, and computes its figures once more from the files alone.
+
+    dequantized = code * scale          the codes and scales that readers will use
+    figures     = measure(post, base, dequantized)          the definition, not the search's kernels
+
+A report that was written by the search and one that comes from the files are two witnesses: where they differ, the
+folder does not hold what the report says, or base or post are not the models it was made from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from daq_lightning.architecture import Architecture
+from daq_lightning.checkpoint.layouts import Layout, read_layout
+from daq_lightning.checkpoint.reader import Checkpoint
+from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.numerics.formats import ScaleFormat
+from daq_lightning.numerics.objectives import DeltaStats, cosine, measure
+from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
+from daq_lightning.numerics.tiling import bands
+from daq_lightning.report import ExportReport, TensorReport, figures
+
+TOLERANCE = 1e-5
+"""Of sums, relative to the largest value that each could have: the kernels add up in another order."""
+
+_BAND = 1 << 20  # elements that are held in float64 at a time
+
+
+def recompute(
+    report: ExportReport, post: Mapping[str, Tensor], base: Mapping[str, Tensor], *, progress: bool = False
+) -> ExportReport:
+    """The report that the files of an export give.
+
+    Args:
+        report: Says where the export is, and which tensors it quantized.
+        post: The fine-tuned weights that were exported.
+        base: The weights before fine-tuning.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The same report with the sums of the files, both of the written scales and of plain absmax scales. The alphas
+        are those of the report.
+
+    Raises:
+        CheckpointError: A tensor of the report is missing or has another shape in the export, in post or in base.
+    """
+    files = Checkpoint(report.path)
+    layout = read_layout(files.raw.quantization)
+    scale_format = _scale_format(files, layout)
+    names = _base_names(report, base)
+    tensors = []
+    for tensor in _with_progress(report.tensors, progress):
+        weight = _read(post, tensor.name, tensor, "fine-tuned model")
+        reference = weight if tensor.note else _read(base, names[tensor.name], tensor, "base")
+        if tensor.name not in files.raw or layout.scale_name(tensor.name) not in files.raw:
+            raise CheckpointError(f"{report.path} has no codes and scale of {tensor.name}: run `daq-lightning verify`.")
+        written = files.raw[tensor.name], files.raw[layout.scale_name(tensor.name)]
+        plain = absmax_scale(weight, layout.granularity, scale_format=scale_format)
+        searched, absmax = _measure(weight, reference, *written, plain, layout)
+        tensors.append(dataclasses.replace(tensor, searched=searched, absmax=absmax))
+    return dataclasses.replace(report, tensors=tuple(tensors))
+
+
+def differences(report: ExportReport, other: ExportReport) -> dict[str, list[str]]:
+    """Tensor name -> the sums in which two reports of the same tensors differ by more than `TOLERANCE`."""
+    found: dict[str, list[str]] = {}
+    for mine, theirs in zip(report.tensors, other.tensors, strict=True):
+        for side in ("searched", "absmax"):
+            one, two = getattr(mine, side), getattr(theirs, side)
+            for field, limit in _limits(one)._asdict().items():
+                left, right = float(getattr(one, field)), float(getattr(two, field))
+                if not abs(left - right) <= TOLERANCE * float(limit):
+                    found.setdefault(mine.name, []).append(f"{side} {field}: report {left:g}, files {right:g}")
+    return found
+
+
+def worst_first(report: ExportReport) -> list[TensorReport]:
+    """Its tensors by the cosine of update and kept update, lowest first; those without an update or base come last."""
+
+    def rank(tensor: TensorReport) -> tuple[bool, float]:
+        return bool(tensor.note) or float(tensor.searched.delta_sq) == 0, float(cosine(tensor.searched))
+
+    return sorted(report.tensors, key=rank)
+
+
+def table(report: ExportReport, limit: int | None = None) -> str:
+    """The report as text: what the columns mean, a line per tensor, then the totals.
+
+    Args:
+        report: The report.
+        limit: Show only this many tensors, the worst.
+    """
+    tensors = worst_first(report)[:limit]
+    width = max((len(tensor.name) for tensor in tensors), default=0)
+    plain, kept = report.metrics("absmax"), report.metrics("searched")
+    lines = [
+        f"{report.path}: {len(report.tensors)} weights as {report.scheme}, searched for {report.search.get('metric')}",
+        "Worst first: the lowest cosine between the update (post - base) and what is left of it in FP8.",
+        "absmax: that cosine under plain scales; gain: strength of the update along its own direction, 1 is full;",
+        "sign: share of elements whose change keeps its sign; lost: share whose change became zero; moved: share of",
+        "scales that the search moved away from plain ones.",
+        "",
+        f"{'weight':{width}} {'shape':>14} {'cosine':>8} {'absmax':>8} {'gain':>8} {'sign':>7} {'mse':>10} {'lost':>8} "
+        f"{'moved':>7}",
+    ]
+    for tensor in tensors:
+        now, before = figures(tensor.searched), figures(tensor.absmax)
+        no_update = "no update" if float(tensor.searched.delta_sq) == 0 else ""
+        lines.append(
+            f"{tensor.name:{width}} {'x'.join(map(str, tensor.shape)):>14} {_row(now, before)} "
+            f"{tensor.alpha['moved']:>7.1%} {tensor.note or no_update}".rstrip()
+        )
+    if len(tensors) < len(report.tensors):
+        lines.append(f"and {len(report.tensors) - len(tensors)} more")
+    lines.append(f"{'all weights':{width}} {'':>14} {_row(kept, plain)}")
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+def _row(now: Mapping[str, float], before: Mapping[str, float]) -> str:
+    return (
+        f"{now['cosine']:>8.4f} {'(' + format(before['cosine'], '.4f') + ')':>8} {now['gain']:>8.4f} "
+        f"{now['sign_rate']:>7.4f} {now['mse']:>10.3e} {now['lost']:>8.2%}"
+    )
+
+
+def _measure(
+    weight: Tensor, base: Tensor, codes: Tensor, scale: Tensor, plain: Tensor, layout: Layout
+) -> tuple[DeltaStats, DeltaStats]:
+    """Sums under the written codes and under plain absmax scales, in bands of rows."""
+    shape_MN, rows_of = (weight.shape[0], weight.shape[1]), layout.granularity.cell((weight.shape[0], weight.shape[1]))
+    parts: list[tuple[DeltaStats, DeltaStats]] = []
+    for rows in bands(shape_MN, layout.granularity, _BAND):
+        groups = slice(rows.start // rows_of[0], -(-rows.stop // rows_of[0]))
+        written = dequantize(codes[rows], scale[groups], layout.granularity)
+        absmax = dequantize(
+            quantize(weight[rows], plain[groups], layout.granularity), plain[groups], layout.granularity
+        )
+        parts.append((measure(weight[rows], base[rows], written), measure(weight[rows], base[rows], absmax)))
+    searched, plain_stats = (
+        DeltaStats(*(torch.stack(fields).sum(0) for fields in zip(*side, strict=True)))
+        for side in zip(*parts, strict=True)
+    )
+    return searched, plain_stats
+
+
+def _limits(stats: DeltaStats) -> DeltaStats:
+    """What each sum is compared with: counts with the number of elements, products with the norms."""
+    count = stats.n.double()
+    dot = (stats.delta_sq * stats.delta_q_sq).sqrt()
+    return DeltaStats(
+        n=torch.zeros_like(count),
+        n_changed=count,
+        sign_equal=count,
+        preserved=count,
+        flipped=count,
+        lost=count,
+        dot=dot,
+        delta_sq=stats.delta_sq,
+        delta_q_sq=stats.delta_q_sq,
+        error_sq=stats.error_sq,
+    )
+
+
+def _read(mapping: Mapping[str, Tensor], name: str, tensor: TensorReport, role: str) -> Tensor:
+    where = f" {mapping.path}" if isinstance(mapping, Checkpoint) else ""
+    if name not in mapping:
+        raise CheckpointError(f"The {role}{where} has no tensor {name}: pass the one that the export was made from.")
+    weight = mapping[name]
+    if tuple(weight.shape) != tensor.shape:
+        raise CheckpointError(
+            f"The {role}{where} has {name} in shape {tuple(weight.shape)}, the export has {tensor.shape}: pass the one "
+            "that the export was made from."
+        )
+    return weight
+
+
+def _base_names(report: ExportReport, base: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names in the export -> names in the base, which may be of an older form."""
+    names = {tensor.name: tensor.name for tensor in report.tensors}
+    if all(name in base for name in names):
+        return names
+    architecture = Architecture.from_folder(Path(os.fspath(report.path)))
+    by_key = {key: name for name, key in architecture.keys_of(base).items()}
+    keys = architecture.keys_of(names)
+    return {name: name if name in base else by_key.get(keys[name], name) for name in names}
+
+
+def _scale_format(files: Checkpoint, layout: Layout) -> ScaleFormat:
+    """What scales were rounded to. compressed-tensors does not say it of powers of two, but the scales do."""
+    for name, entry in files.raw.entries.items():
+        if entry.dtype == torch.float8_e4m3fn and layout.scale_name(name) in files.raw:
+            mantissa = torch.frexp(files.raw[layout.scale_name(name)].float()).mantissa
+            if not bool((mantissa == 0.5).all()):
+                return layout.scale_format
+    return "ue8m0"
+
+
+def _with_progress(tensors: Iterable[TensorReport], progress: bool) -> Iterator[TensorReport]:
+    if not progress:
+        yield from tensors
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(tensors, desc="Recompute", unit="tensor", dynamic_ncols=True)

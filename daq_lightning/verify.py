@@ -1,0 +1,87 @@
+"""Holds an exported folder against what its readers need.
+
+Servers believe a checkpoint: a Linear module that is neither quantized nor listed, a scale of another shape or a stale
+weight file loads "successfully" and computes garbage. Every such rule is one check here, run on the files as they are
+stored, one tensor at a time:
+
+    verify_checkpoint(folder) -> problems, empty when all is well
+
+The rules themselves are in `daq_lightning.contract`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from daq_lightning.checkpoint.reader import INDEX, RawCheckpoint
+from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.contract import CHECKS, Stored, UnknownError
+
+_SHOWN = 5  # problems per check in the text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """The outcome of one check.
+
+    Attributes:
+        name: What was checked.
+        problems: What is wrong, one line each; empty when all is well.
+        remedy: What to do about it.
+        skipped: Why it could not be run, else "".
+    """
+
+    name: str
+    problems: tuple[str, ...] = ()
+    remedy: str = ""
+    skipped: str = ""
+
+
+def verify_checkpoint(folder: str | os.PathLike[str]) -> list[str]:
+    """The problems that readers of an FP8 folder would have; see `run_checks`."""
+    return [f"{check.name}: {problem}" for check in run_checks(folder) for problem in check.problems]
+
+
+def run_checks(folder: str | os.PathLike[str]) -> list[Check]:
+    """Runs every check on an FP8 checkpoint folder. Reads all tensors once, one at a time.
+
+    Raises:
+        CheckpointError: Not a folder, no safetensors in it, or nothing in it speaks of FP8.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder: expected an exported FP8 checkpoint.")
+    if not any(path.glob("*.safetensors")) and not (path / INDEX).exists():
+        raise CheckpointError(f"{path} has no safetensors files: expected an exported FP8 checkpoint.")
+    try:
+        stored = Stored(RawCheckpoint(path))
+    except CheckpointError as error:
+        return [Check(name="files", problems=(str(error),), remedy="Copy the folder again, or export again.")]
+    if not stored.codes and not stored.raw.quantization:
+        raise CheckpointError(f"{path} holds no FP8 weights: make an FP8 checkpoint with `daq-lightning quantize`.")
+    results = []
+    for name, remedy, check in CHECKS:
+        try:
+            results.append(Check(name=name, problems=tuple(check(stored)), remedy=remedy))
+        except UnknownError as error:
+            results.append(Check(name=name, skipped=str(error)))
+    return results
+
+
+def checklist(checks: Sequence[Check]) -> str:
+    """The outcome as text: a line per check, what is wrong below it, and what to do."""
+    lines = []
+    for check in checks:
+        state = "skipped" if check.skipped else "FAILED" if check.problems else "ok"
+        lines.append(f"{state:8}{check.name}" + (f" ({check.skipped})" if check.skipped else ""))
+        shown = check.problems[:_SHOWN]
+        lines += [f"          {problem}" for problem in shown]
+        if len(check.problems) > len(shown):
+            lines.append(f"          and {len(check.problems) - len(shown)} more")
+        if check.problems:
+            lines.append(f"          -> {check.remedy}")
+    failed = sum(bool(check.problems) for check in checks)
+    return "\n".join([*lines, f"{failed} of {len(checks)} checks failed" if failed else "all is well"])
