@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from daq_lightning.callback import DeltaAwareQuantization as DeltaAwareQuantization
+    from daq_lightning.chain import Chain as Chain
     from daq_lightning.checkpoint.reader import load_checkpoint as load_checkpoint
     from daq_lightning.checkpoint.tensor_file import CheckpointError as CheckpointError
     from daq_lightning.export import export_checkpoint as export_checkpoint
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 # Each name is loaded when it is first used: torch takes seconds to import, torchmetrics and lightning take more
 # (they import transformers and matplotlib where they are installed), and `daq-lightning --help` needs none of them.
 _HOMES = {
+    "Chain": "daq_lightning.chain",
     "DeltaAwareQuantization": "daq_lightning.callback",
     "load_checkpoint": "daq_lightning.checkpoint.reader",
     "CheckpointError": "daq_lightning.checkpoint.tensor_file",

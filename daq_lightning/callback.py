@@ -14,6 +14,7 @@ Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -28,13 +29,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from daq_lightning.chain import make_lineage
 from daq_lightning.checkpoint.layouts import Scheme
+from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.writer import check_destination
-from daq_lightning.export import ExportSettings, Source, export, make_plan, match_base
+from daq_lightning.export import Context, ExportSettings, export, make_plan, match_base
 from daq_lightning.metrics import delta_metrics
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search import ScaleSearch
 from daq_lightning.report import ExportReport
+from daq_lightning.source import Source
 from daq_lightning.training.adapters import save_adapter
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.model import LiveModel, find_model, holding, owners_of_files
@@ -66,6 +70,9 @@ class DeltaAwareQuantization(Callback):
             its subfolder `adapter` the adapters, as PEFT and servers load them.
         reference: "initial": every export is measured against the base. "previous_checkpoint": against the weights
             of the export before it, which keeps the update small in a long run.
+        parent: Folder of the export that this run goes on from, as the next stage of a chain.
+        chain_from: With a parent: whether the run began with its high-precision "weights" or with its "deployed",
+            dequantized ones. It is checked, never guessed.
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
 
     Attributes:
@@ -102,6 +109,8 @@ class DeltaAwareQuantization(Callback):
         filename: str = "{step}",
         reference: Literal["initial", "previous_checkpoint"] = "initial",
         merge_adapters: bool = True,
+        parent: str | None = None,
+        chain_from: ChainFrom | None = None,
         export_on_exception: bool = False,
     ) -> None:
         super().__init__()
@@ -109,13 +118,17 @@ class DeltaAwareQuantization(Callback):
         self.export_on, self.which, self.reference, self.filename = export_on, which, reference, filename
         self.every_n_train_steps, self.every_n_epochs, self.keep_last = every_n_train_steps, every_n_epochs, keep_last
         self.export_on_exception, self.merge_adapters = export_on_exception, merge_adapters
+        self.parent: str | None = parent
+        self.chain_from: ChainFrom | None = chain_from
         self._check_arguments()
         self._choices = _make_settings(scheme, metric, alpha_range, search, ignore, scale_format)
         self.metrics: dict[str, float] = {}
         self.report: ExportReport | None = None
         self.exports: list[Path] = []
         self._base: Base | None = None
+        self._lineage, self._root = Lineage(), None
         self._saved_base: dict[str, Any] | None = None
+        self._saved_root: str | None = None
         self._retaken: Base | None = None
         self._snapshots: list[Path] = []
         self._exported_step = -1
@@ -128,11 +141,11 @@ class DeltaAwareQuantization(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The reference to the base, in primitives."""
-        return {} if self._base is None else {"base": self._base.state()}
+        return {} if self._base is None else {"base": self._base.state(), "root": self._lineage.root}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the reference; it is resolved in `on_fit_start`."""
-        self._saved_base = state_dict.get("base")
+        self._saved_base, self._saved_root = state_dict.get("base"), state_dict.get("root")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses strategies and destinations that could not be exported, before anything is trained."""
@@ -232,6 +245,11 @@ class DeltaAwareQuantization(Callback):
         )
         base = resolve_base(request, model)
         match_base(plan, base.weights, source, self._choices)
+        root = self._saved_root if request.resumed_from and self._saved_root else base.path
+        lineage = Lineage(base_kind=base.kind, base_path=base.path, root=root)
+        self._lineage, self._root = make_lineage(
+            lineage, base.weights, request.names, parent=self.parent, chain_from=self.chain_from
+        )
         self._base, self.exports, self._snapshots = base, [], []
 
     def _source(self, trainer: Trainer, model: LiveModel) -> Source:
@@ -334,7 +352,15 @@ class DeltaAwareQuantization(Callback):
         bar = getattr(trainer.progress_bar_callback, "is_enabled", False)
         source = self._source(trainer, model)
         device = trainer.strategy.root_device
-        self.report = export(source, self._base.weights, out, self._choices, device=device, progress=bar)
+        training = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
+        context = Context(
+            lineage=dataclasses.replace(self._lineage, base_kind=self._base.kind, base_path=self._base.path),
+            root=self._root,
+            training=training | ({"checkpoint": str(checkpoint.absolute())} if checkpoint else {}),
+        )
+        self.report = export(
+            source, self._base.weights, out, self._choices, context=context, device=device, progress=bar
+        )
         self.exports.append(out)
         self._exported_step = trainer.global_step
         self._publish_metrics(trainer, self.report)

@@ -12,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage, Manifest
-from daq_lightning.checkpoint.reader import INDEX, MANIFEST, Checkpoint, RawCheckpoint
+from daq_lightning.checkpoint.reader import INDEX, MANIFEST, REPORT, Checkpoint, RawCheckpoint, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.fingerprint import fingerprint
 
@@ -76,6 +76,21 @@ class Chain:
         first = self.stages[0]
         return (first.folder / first.manifest.lineage.base_path).resolve() if first.manifest.lineage.base_path else None
 
+    def table(self) -> str:
+        """The lineage as text: for each stage what it was made from, and what is left of its change since its base
+        and since the root."""
+        lines = [f"root  {self.root or 'in memory, not kept'}"]
+        for stage in self.stages:
+            lineage, totals = stage.manifest.lineage, read_json(stage.folder / REPORT).get("totals", {})
+            begun = f"from the parent's {lineage.chain_from} weights" if lineage.chain_from else lineage.base_kind
+            lines.append(f"stage {lineage.stage}  {stage.folder}  {stage.manifest.scheme}, {begun}")
+            for side, label in (("searched", "since its base"), ("root", "since the root")):
+                if side in totals:
+                    figures = {name: totals[side][name] for name in ("gain", "cosine", "sign_rate")}
+                    shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
+                    lines.append(f"         kept of the change {label}: {shown}")
+        return "\n".join(lines)
+
     def verify(self) -> list[str]:
         """Compares every file of every stage with its manifest.
 
@@ -86,53 +101,55 @@ class Chain:
 
 
 def make_lineage(
-    *,
-    base_kind: str,
-    base_path: str,
-    base_fingerprint: str,
+    lineage: Lineage,
     base: Mapping[str, Tensor],
     names: Iterable[str],
+    *,
     parent: str | None = None,
     chain_from: ChainFrom | None = None,
-) -> Lineage:
+) -> tuple[Lineage, Mapping[str, Tensor] | None]:
     """The place of a new export in a chain, after checking that its base is what it is said to be.
 
     Args:
-        base_kind: Where the base came from.
-        base_path: Its folder or file, or empty.
-        base_fingerprint: One fingerprint of it.
-        base: Its tensors.
+        lineage: What is known of its base; the lineage of a first stage.
+        base: The tensors of the base.
         names: The tensors that are quantized.
-        parent: Folder of the stage before; None begins a chain.
-        chain_from: Whether the base is the parent's high-precision "weights" or its "deployed" ones.
+        parent: Folder of the stage before; None takes the base's folder if that is an export.
+        chain_from: Whether the base is the parent's high-precision "weights" or its "deployed" ones; None begins a
+            chain.
+
+    Returns:
+        The lineage, and the weights of the chain's root if they are at hand.
 
     Raises:
-        CheckpointError: The base is an export and nothing says so, or it is not what `chain_from` says.
+        CheckpointError: There is no parent, or the base is not what `chain_from` says.
     """
-    is_export = bool(base_path) and (Path(base_path) / MANIFEST).is_file() and base_kind == "folder"
-    if parent is None and not is_export:
-        if chain_from is not None:
-            raise CheckpointError(f"chain_from={chain_from!r} needs parent='<folder of the stage before>'.")
-        return Lineage(base_kind=base_kind, base_path=base_path, base_fingerprint=base_fingerprint, root=base_path)
-    parent = parent or base_path
+    if chain_from is None:
+        if parent is not None:
+            raise CheckpointError(
+                f"parent={parent!r}: say what this stage was trained from with chain_from='deployed' (the parent's "
+                "dequantized FP8 weights) or chain_from='weights' (the high-precision weights it was made from)."
+            )
+        return lineage, None
     if chain_from not in ("weights", "deployed"):
+        raise CheckpointError(f"chain_from={chain_from!r}: expected 'weights' or 'deployed'.")
+    parent = parent or (lineage.base_path if lineage.base_kind == "folder" else "")
+    if not parent or not (Path(parent) / MANIFEST).is_file():
         raise CheckpointError(
-            f"{parent} is an export: say what this stage was trained from with chain_from='deployed' (its dequantized "
-            "FP8 weights) or chain_from='weights' (the high-precision weights it was made from)."
+            f"chain_from={chain_from!r} needs parent='<folder of the export before>'; {parent or 'the base'} is none."
         )
     chain = Chain.open(parent)
-    stage = chain.stages[-1]
-    _check_base(stage, chain_from, base, list(names))
-    return Lineage(
-        stage=stage.manifest.lineage.stage + 1,
-        parent=parent,
-        parent_fingerprint=stage.manifest.fingerprint,
+    _check_base(chain.stages[-1], chain_from, base, list(names))
+    root = chain.root
+    linked = replace(
+        lineage,
+        stage=chain.stages[-1].manifest.lineage.stage + 1,
+        parent=str(Path(parent).absolute()),
+        parent_fingerprint=chain.stages[-1].manifest.fingerprint,
         chain_from=chain_from,
-        base_kind=base_kind,
-        base_path=base_path,
-        base_fingerprint=base_fingerprint,
-        root=str(chain.root or ""),
+        root=str(root or ""),
     )
+    return linked, Checkpoint(root) if root is not None and root.is_dir() else None
 
 
 def _check_base(stage: Stage, chain_from: ChainFrom, base: Mapping[str, Tensor], names: list[str]) -> None:

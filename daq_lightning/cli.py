@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from daq_lightning.checkpoint.reader import Checkpoint
-    from daq_lightning.export import Source
     from daq_lightning.plan import ExportPlan
+    from daq_lightning.source import Source
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,7 +154,7 @@ def _verify(options: Namespace) -> int:
 def _source(post: str, adapter: str | None) -> Source:
     """The fine-tuned model: a folder, or a folder with an adapter merged in."""
     from daq_lightning.checkpoint.adapted import AdaptedCheckpoint
-    from daq_lightning.export import Source
+    from daq_lightning.source import Source
 
     _folder(post, "POST")
     if adapter is None:

@@ -10,31 +10,32 @@ adapters.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import shutil
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from daq_lightning.architecture import Architecture
+from daq_lightning.chain import make_lineage
 from daq_lightning.checkpoint.layouts import Container, Scheme, make_layout
-from daq_lightning.checkpoint.reader import MANIFEST, REPORT, Checkpoint, companion_files
-from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
+from daq_lightning.checkpoint.manifest import ChainFrom, Lineage, Manifest, describe_files, relative_to
+from daq_lightning.checkpoint.reader import INDEX, MANIFEST, REPORT, Checkpoint
+from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
+from daq_lightning.numerics.fingerprint import combine, fingerprint
 from daq_lightning.numerics.formats import ScaleFormat
-from daq_lightning.numerics.search import ScaleSearch, search_scale
+from daq_lightning.numerics.kernels import delta_stats
+from daq_lightning.numerics.search import ScaleSearch, SearchResult, search_scale
+from daq_lightning.pipeline import WriteBehind, read_ahead, with_progress
 from daq_lightning.plan import ExportPlan, TensorPlan, plan_export
 from daq_lightning.report import ExportReport, TensorReport, alpha_statistics, settings
+from daq_lightning.source import Source
 
-MANIFEST_VERSION = 1
 Weights: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
 
 
@@ -70,69 +71,6 @@ class ExportSettings:
             raise ValueError(f"max_shard_bytes must be at least 1, got {self.max_shard_bytes}.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """The fine-tuned model, wherever it is.
-
-    Attributes:
-        weights: Checkpoint name -> tensor, may be lazy.
-        specs: The same names with dtypes and shapes, in file order.
-        keys: Checkpoint name -> memory name.
-        architecture: The model's modules.
-        config: Content of config.json, or None for a model that has none.
-        copy_files: Puts tokenizer, generation config and the like into a folder.
-    """
-
-    weights: Mapping[str, Tensor]
-    specs: tuple[TensorSpec, ...]
-    keys: Mapping[str, str]
-    architecture: Architecture
-    config: Mapping[str, Any] | None
-    copy_files: Callable[[Path], None]
-
-    @classmethod
-    def from_folder(cls, path: str | os.PathLike[str]) -> Source:
-        """The source that a Hugging Face model folder is."""
-        checkpoint = Checkpoint(path)
-        architecture = Architecture.from_folder(checkpoint.path)
-        keys = architecture.keys_of(checkpoint)
-        _check_complete(checkpoint, architecture, keys)
-        return cls(
-            weights=checkpoint,
-            specs=tuple(
-                spec
-                for name, spec in checkpoint.specs.items()
-                if not _is_tied_copy(name, checkpoint, architecture, keys)
-            ),
-            keys=keys,
-            architecture=architecture,
-            config=checkpoint.config,
-            copy_files=lambda folder: _copy_companions(checkpoint.path, folder),
-        )
-
-    @classmethod
-    def from_mapping(cls, weights: Mapping[str, Tensor], model: nn.Module | None = None) -> Source:
-        """The source that tensors under checkpoint names are.
-
-        Args:
-            weights: Checkpoint name -> tensor.
-            model: Says what the tensors are (may be on the meta device). None takes every matrix named `*.weight`
-                for a Linear weight, unless its name speaks of an embedding, norm, router or head.
-        """
-        architecture = Architecture(_guess_modules(weights) if model is None else model)
-        specs = tuple(
-            TensorSpec(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in weights.items()
-        )
-        return cls(
-            weights=weights,
-            specs=specs,
-            keys=architecture.keys_of(weights),
-            architecture=architecture,
-            config=None,
-            copy_files=lambda folder: None,
-        )
-
-
 def export_checkpoint(
     weights: Weights,
     base: Weights,
@@ -145,6 +83,8 @@ def export_checkpoint(
     scale_format: ScaleFormat | None = None,
     missing_base: Literal["error", "absmax"] = "error",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    parent: str | None = None,
+    chain_from: ChainFrom | None = None,
     device: str | None = None,
     progress: bool = False,
 ) -> ExportReport:
@@ -161,6 +101,9 @@ def export_checkpoint(
         scale_format: Of the scales.
         missing_base: "error" or "absmax".
         max_shard_bytes: Size at which a new file begins.
+        parent: Folder of the export that this stage of a chain follows; None takes `base` if it is one.
+        chain_from: Makes this a stage of a chain: whether it was trained from the parent's high-precision "weights" or
+            its "deployed" ones.
         device: Where to search; None searches where each weight lies.
         progress: Whether to show a progress bar.
 
@@ -184,7 +127,10 @@ def export_checkpoint(
         max_shard_bytes=max_shard_bytes,
     )
     reference = base if isinstance(base, Mapping) else Checkpoint(base)
-    return export(source, reference, Path(out), choices, device=device, progress=progress)
+    names = [tensor.spec.name for tensor in make_plan(source, choices).quantized]
+    lineage, root = make_lineage(_lineage_of(reference), reference, names, parent=parent, chain_from=chain_from)
+    context = Context(lineage=lineage, root=root)
+    return export(source, reference, Path(out), choices, context=context, device=device, progress=progress)
 
 
 def make_plan(source: Source, choices: ExportSettings) -> ExportPlan:
@@ -200,40 +146,72 @@ def make_plan(source: Source, choices: ExportSettings) -> ExportPlan:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """Where an export belongs, beyond the weights themselves.
+
+    Attributes:
+        lineage: Its place in a chain of exports.
+        root: The base of the first stage: what is kept of the change since then is reported too.
+        training: Step, epoch and checkpoint of the run that made the weights.
+    """
+
+    lineage: Lineage = field(default_factory=Lineage)
+    root: Mapping[str, Tensor] | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
 def export(
     source: Source,
     base: Mapping[str, Tensor],
     out: Path,
     choices: ExportSettings,
     *,
+    context: Context | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
 ) -> ExportReport:
-    """`export_checkpoint` for a source and settings that are made already."""
+    """`export_checkpoint` for a source, settings and a context that are made already."""
     check_destination(out)
-    for role, mapping in (("weights", source.weights), ("base", base)):
+    context = context or Context(lineage=_lineage_of(base))
+    for role, mapping in (("weights", source.weights), ("base", base), ("chain's root", context.root)):
         if isinstance(mapping, Checkpoint) and mapping.path.resolve() == out.resolve():
             raise CheckpointError(f"{out} is the folder of the {role}: choose another destination.")
     plan = make_plan(source, choices)
     base_names, without_base = match_base(plan, base, source, choices)
     reports: list[TensorReport] = []
-    with CheckpointWriter(out, plan.stored, choices.max_shard_bytes) as writer, _Behind() as behind:
-        weights = _stream(source.weights, [tensor.spec.name for tensor in plan.tensors])
-        bases = _stream(base, [base_names[tensor.spec.name] for tensor in plan.quantized
-                               if tensor.spec.name in base_names])  # fmt: skip
-        for tensor, weight in zip(_with_progress(plan.tensors, progress), weights, strict=True):
+    prints: dict[str, dict[str, Any]] = {}
+    with CheckpointWriter(out, plan.stored, choices.max_shard_bytes) as writer, WriteBehind() as behind:
+
+        def finish(tensor: TensorPlan, stored: tuple[Tensor, ...], weight: Tensor, reference: Tensor | None) -> None:
+            for spec, values in zip(tensor.stored, stored, strict=True):
+                writer.write(spec.name, values)
+            prints[tensor.spec.name] = _fingerprints(stored, weight, reference) if tensor.quantize else {
+                "stored": fingerprint(stored[0])
+            }  # fmt: skip
+
+        weights = read_ahead(source.weights, [tensor.spec.name for tensor in plan.tensors])
+        bases = read_ahead(base, [base_names[tensor.spec.name] for tensor in plan.quantized
+                                  if tensor.spec.name in base_names])  # fmt: skip
+        for tensor, weight in zip(with_progress(plan.tensors, progress), weights, strict=True):
             if device is not None:
                 weight = weight.to(device)
             if not tensor.quantize:
                 _check_finite(weight, tensor.spec.name)
-                behind.run(writer.write, tensor.spec.name, weight.to(tensor.stored[0].dtype))
+                behind.run(finish, tensor, (weight.to(tensor.stored[0].dtype),), weight, None)
                 continue
             note = without_base.get(tensor.spec.name, "")
-            reference = weight if note else next(bases).to(weight.device)
-            report, stored = _search_one(tensor, weight, reference, plan, choices, note)
-            reports.append(report)
-            for spec, values in zip(tensor.stored, stored, strict=True):
-                behind.run(writer.write, spec.name, values)
+            reference = None if note else next(bases).to(weight.device)
+            result = search_scale(
+                weight,
+                weight if reference is None else reference,
+                plan.layout.granularity,
+                choices.search,
+                scale_format=plan.layout.scale_format,
+                name=tensor.spec.name,
+            )
+            reports.append(_report(tensor, weight, result, plan, context, note))
+            behind.run(finish, tensor, (result.codes, result.scale), weight, reference)
         behind.wait()
         report = ExportReport(
             path=str(out),
@@ -245,24 +223,24 @@ def export(
         )
         writer.add_files(source.copy_files)
         quantization = plan.layout.quantization_config(plan.ignore)
-        writer.write_json(MANIFEST, _manifest(plan, quantization))
+        if source.config is not None:
+            writer.write_json("config.json", _make_config(source.config, quantization, plan.dtype))
         writer.write_json(REPORT, report.to_dict())
-        writer.publish(None if source.config is None else _make_config(source.config, quantization, plan.dtype))
+        writer.write_json(MANIFEST, _manifest(plan, choices, context, prints, writer.folder, out).to_dict())
+        writer.publish()
     return report
 
 
-def _search_one(
-    tensor: TensorPlan, weight: Tensor, base: Tensor, plan: ExportPlan, choices: ExportSettings, note: str
-) -> tuple[TensorReport, tuple[Tensor, Tensor]]:
-    result = search_scale(
-        weight,
-        base,
-        plan.layout.granularity,
-        choices.search,
-        scale_format=plan.layout.scale_format,
-        name=tensor.spec.name,
-    )
-    report = TensorReport(
+def _report(
+    tensor: TensorPlan, weight: Tensor, result: SearchResult, plan: ExportPlan, context: Context, note: str
+) -> TensorReport:
+    root = None
+    if context.root is not None and tensor.spec.name in context.root:
+        ancestor = context.root[tensor.spec.name].to(weight.device)
+        if ancestor.shape == weight.shape:
+            scale_G1 = result.scale.reshape(-1, 1)
+            root = delta_stats(weight, ancestor, scale_G1, plan.layout.granularity).total().map(lambda field: field[0])
+    return TensorReport(
         name=tensor.spec.name,
         shape=tensor.spec.shape,
         dtype=str(weight.dtype).removeprefix("torch."),
@@ -270,9 +248,23 @@ def _search_one(
         alpha=alpha_statistics(result.alpha),
         searched=result.stats.total().map(Tensor.cpu),
         absmax=result.absmax_stats.total().map(Tensor.cpu),
+        root=None if root is None else root.map(Tensor.cpu),
         note=note,
     )
-    return report, (result.codes, result.scale)
+
+
+def _fingerprints(stored: tuple[Tensor, ...], weight: Tensor, base: Tensor | None) -> dict[str, Any]:
+    """Fingerprints of a quantized tensor. Float32 weights are known by their bfloat16 copy as well, which is what a
+    run usually saves of them."""
+    forms = {str(weight.dtype).removeprefix("torch."): fingerprint(weight)}
+    if weight.dtype == torch.float32:
+        forms["bfloat16"] = fingerprint(weight.bfloat16())
+    return {
+        "base": "" if base is None else fingerprint(base),
+        "weights": forms,
+        "codes": fingerprint(stored[0]),
+        "scale": fingerprint(stored[1]),
+    }
 
 
 def match_base(
@@ -311,38 +303,6 @@ def _identity(name: str, key: str) -> tuple[str, str]:
     return key, expert if found else ""
 
 
-def _check_complete(checkpoint: Checkpoint, architecture: Architecture, keys: Mapping[str, str]) -> None:
-    missing = architecture.missing(keys.values())
-    if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise CheckpointError(
-            f"{checkpoint.path} lacks {', '.join(missing[:4])}{more}, which the model of its config.json has: the "
-            "folder is incomplete. Copy or save it again."
-        )
-    parameters = dict(architecture.model.named_parameters(remove_duplicate=False))
-    for name, spec in checkpoint.specs.items():
-        expected = parameters.get(keys[name])
-        if keys[name] == name and expected is not None and tuple(expected.shape) != spec.shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} has shape {spec.shape}, by config.json it should have "
-                f"{tuple(expected.shape)}. Files and config.json are of different models."
-            )
-
-
-def _is_tied_copy(name: str, checkpoint: Checkpoint, architecture: Architecture, keys: Mapping[str, str]) -> bool:
-    """Whether this is a second copy of a tied tensor, which no export writes."""
-    target = architecture.tied_to(keys[name])
-    original = next((other for other, key in keys.items() if key == target), None) if target else None
-    if original is None or original == name:
-        return False
-    if not torch.equal(checkpoint[name], checkpoint[original]):
-        raise CheckpointError(
-            f"{checkpoint.path}: by config.json {name} is tied to {original}, but the files hold different values, of "
-            "which servers would use only one. Set tie_word_embeddings to false in config.json or save the model again."
-        )
-    return True
-
-
 def _notes(plan: ExportPlan, without_base: Mapping[str, str]) -> list[str]:
     notes = [f"{name}: plain absmax scale, because {problem}." for name, problem in without_base.items()]
     cast = [tensor for tensor in plan.tensors if not tensor.quantize and tensor.stored[0].dtype != tensor.spec.dtype]
@@ -354,13 +314,50 @@ def _notes(plan: ExportPlan, without_base: Mapping[str, str]) -> list[str]:
     return notes
 
 
-def _manifest(plan: ExportPlan, quantization: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "format_version": MANIFEST_VERSION,
-        "scheme": plan.layout.scheme,
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "quantization_config": dict(quantization),
+def _lineage_of(base: Mapping[str, Tensor]) -> Lineage:
+    """The lineage of an export that is not part of a chain."""
+    path = str(base.path.absolute()) if isinstance(base, Checkpoint) else ""
+    return Lineage(base_kind="folder" if path else "memory", base_path=path, root=path)
+
+
+def _manifest(
+    plan: ExportPlan,
+    choices: ExportSettings,
+    context: Context,
+    prints: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    out: Path,
+) -> Manifest:
+    tensors = {tensor.spec.name: prints[tensor.spec.name] for tensor in plan.quantized}
+    paths = {
+        name: relative_to(getattr(context.lineage, name), out.absolute()) for name in ("parent", "base_path", "root")
     }
+    base_fingerprint = combine({name: entry["base"] for name, entry in tensors.items() if entry["base"]})
+    weight_files = frozenset(file.name for file in folder.glob("*.safetensors"))
+    training = dict(context.training)
+    if training.get("checkpoint"):
+        training["checkpoint"] = relative_to(training["checkpoint"], out.absolute())
+    return Manifest(
+        scheme=plan.layout.scheme,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        quantization_config=plan.layout.quantization_config(plan.ignore),
+        settings={"search": settings(choices.search), "ignore": list(choices.ignore)},
+        versions={name: _version(name) for name in ("daq-lightning", "torch", "transformers")},
+        lineage=dataclasses.replace(context.lineage, base_fingerprint=base_fingerprint, **paths),
+        tensors=tensors,
+        kept={
+            tensor.spec.name: prints[tensor.spec.name]["stored"] for tensor in plan.tensors if not tensor.quantize
+        },
+        files=describe_files(folder, skip=weight_files | {MANIFEST, INDEX}),
+        training=training,
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "unknown"
 
 
 def _make_config(config: Mapping[str, Any], quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -388,101 +385,3 @@ def _check_finite(tensor: Tensor, name: str) -> None:
             f"{name} has {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} Inf values: the training run "
             "has diverged or the file is damaged. Export an earlier checkpoint."
         )
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    for file in companion_files(source):
-        target = folder / file.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
-
-
-def _guess_modules(weights: Mapping[str, Tensor]) -> nn.Module:
-    """A skeleton whose Linear modules are the matrices that look like Linear weights by name."""
-    root = nn.Module()
-    for name, tensor in weights.items():
-        path, _, parameter = name.rpartition(".")
-        words = path.lower()
-        kept = any(word in words for word in ("embed", "norm", "router", "wte", "wpe")) or words.endswith(
-            (".gate", "shared_expert_gate")
-        )
-        if parameter != "weight" or tensor.ndim != 2 or kept or not path:
-            continue
-        parent, (*parents, leaf) = root, path.split(".")
-        for part in parents:  # not add_module, which refuses names such as "type"
-            parent = parent._modules.setdefault(part, nn.Module()) or root
-        with torch.device("meta"):
-            linear = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False)
-        if leaf in parent._modules:
-            linear._modules.update(parent._modules[leaf]._modules)  # type: ignore[union-attr]
-        parent._modules[leaf] = linear
-    return root
-
-
-def _stream(mapping: Mapping[str, Tensor], names: list[str]) -> Iterator[Tensor]:
-    """The tensors of some names in order; those of a folder are read one ahead by a thread."""
-    if not isinstance(mapping, Checkpoint):
-        yield from (mapping[name] for name in names)
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        ahead: deque[Future[Tensor]] = deque()
-        for name in names:
-            ahead.append(pool.submit(mapping.__getitem__, name))
-            if len(ahead) > 1:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-class _Behind:
-    """Runs calls one after the other in a thread; at most two wait. An error surfaces in the next call."""
-
-    def __enter__(self) -> _Behind:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
-        self._pending: deque[Future[None]] = deque()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def run(self, function: Callable[[str, Tensor], None], name: str, tensor: Tensor) -> None:
-        self._pending.append(self._pool.submit(function, name, tensor))
-        while len(self._pending) > 2:
-            self._pending.popleft().result()
-
-    def wait(self) -> None:
-        while self._pending:
-            self._pending.popleft().result()
-
-
-def _with_progress(tensors: tuple[TensorPlan, ...], progress: bool) -> Iterator[TensorPlan]:
-    if not progress:
-        yield from tensors
-        return
-    total = sum(spec.nbytes for tensor in tensors for spec in tensor.stored)
-    if not sys.stderr.isatty():
-        yield from _with_lines(tensors, total)
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc="FP8 export", dynamic_ncols=True) as bar:
-        for tensor in tensors:
-            yield tensor
-            bar.update(sum(spec.nbytes for spec in tensor.stored))
-
-
-def _with_lines(tensors: tuple[TensorPlan, ...], total: int) -> Iterator[TensorPlan]:
-    """Progress for a log file: one line in five seconds, and one at the end."""
-    done, start, last = 0, time.monotonic(), time.monotonic()
-    for tensor in tensors:
-        yield tensor
-        done += sum(spec.nbytes for spec in tensor.stored)
-        now = time.monotonic()
-        if done == total or now - last > 5:
-            last, rate = now, done / max(now - start, 1e-9)
-            print(
-                f"FP8 export: {done / max(total, 1):.0%} of {total / 1e9:.3g} GB, {rate / 1e6:.3g} MB/s, "
-                f"{(total - done) / max(rate, 1e-9):.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
 
-Side: TypeAlias = Literal["searched", "absmax"]
+Side: TypeAlias = Literal["searched", "absmax", "root"]
 FORMAT_VERSION = 1
 
 
@@ -35,6 +35,7 @@ class TensorReport:
         alpha: Over its groups: min, mean, max, and the share of groups whose alpha is not 1 ("moved").
         searched: Sums over the tensor under the written scales.
         absmax: Sums under plain absmax scales.
+        root: Sums of the written scales against the first base of a chain, if the tensor is part of one.
         note: Anything unusual, such as a missing base.
     """
 
@@ -45,6 +46,7 @@ class TensorReport:
     alpha: Mapping[str, float]
     searched: DeltaStats
     absmax: DeltaStats
+    root: DeltaStats | None = None
     note: str = ""
 
 
@@ -70,14 +72,18 @@ class ExportReport:
 
     def totals(self, side: Side = "searched") -> DeltaStats:
         """Sums over all quantized tensors whose base is known."""
-        stats = [getattr(tensor, side) for tensor in self.tensors if not tensor.note]
-        if not stats:
-            stats = [getattr(tensor, side) for tensor in self.tensors]
+        stats = [getattr(tensor, side) for tensor in self.tensors if not tensor.note] or [
+            getattr(tensor, side) for tensor in self.tensors
+        ]
         return DeltaStats(*(torch.stack(fields).sum(0) for fields in zip(*stats, strict=True)))
 
     def metrics(self, side: Side = "searched") -> dict[str, float]:
         """The figures of the totals: sign_rate, cosine, gain, mse, delta_norm, lost, flipped."""
         return figures(self.totals(side))
+
+    def _sides(self) -> list[Side]:
+        chained = bool(self.tensors) and all(tensor.root is not None for tensor in self.tensors)
+        return ["searched", "absmax", "root"] if chained else ["searched", "absmax"]
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `daq_report.json`."""
@@ -85,7 +91,7 @@ class ExportReport:
             "format_version": FORMAT_VERSION,
             "scheme": self.scheme,
             "search": dict(self.search),
-            "totals": {side: _with_sums(self.totals(side)) for side in ("searched", "absmax")},
+            "totals": {side: _with_sums(self.totals(side)) for side in self._sides()},
             "notes": list(self.notes),
             "tensors": {
                 tensor.name: {
@@ -95,6 +101,7 @@ class ExportReport:
                     "alpha": dict(tensor.alpha),
                     "searched": _with_sums(tensor.searched),
                     "absmax": _with_sums(tensor.absmax),
+                    **({"root": _with_sums(tensor.root)} if tensor.root is not None else {}),
                     **({"note": tensor.note} if tensor.note else {}),
                 }
                 for tensor in self.tensors
@@ -120,6 +127,7 @@ class ExportReport:
                 alpha=entry["alpha"],
                 searched=_stats_from(entry["searched"]["sums"]),
                 absmax=_stats_from(entry["absmax"]["sums"]),
+                root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
                 note=entry.get("note", ""),
             )
             for name, entry in content["tensors"].items()

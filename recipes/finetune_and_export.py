@@ -19,7 +19,7 @@ import sysconfig
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L  # noqa: N812
 import torch
@@ -65,7 +65,7 @@ def windows(text: str, count: int, seed: int) -> Tensor:
     return tokens[starts + torch.arange(CONTEXT + 1)]
 
 
-def new_model() -> LlamaForCausalLM:
+def new_model() -> Any:
     """A Llama over the 256 byte values, with random weights."""
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=3, num_attention_heads=8,
@@ -73,14 +73,14 @@ def new_model() -> LlamaForCausalLM:
     ))  # fmt: skip
 
 
-def log_probs(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
+def log_probs(model: Any, batch: Tensor) -> Tensor:
     return model(input_ids=batch[:, :-1]).logits.log_softmax(-1)
 
 
 class LanguageModel(L.LightningModule):
     """Next-byte prediction with AdamW, a short warm-up and a linear decay."""
 
-    def __init__(self, model: LlamaForCausalLM, lr: float) -> None:
+    def __init__(self, model: Any, lr: float) -> None:
         super().__init__()
         self.model, self.lr = model, lr
 
@@ -91,14 +91,14 @@ class LanguageModel(L.LightningModule):
             say(f"  step {batch_idx}/{self.trainer.max_steps}, loss {loss.item():.3f} nats per byte")
         return loss
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         steps = self.trainer.max_steps
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / (0.1 * steps), 1 - k / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def train(model: LlamaForCausalLM, data: Tensor, lr: float, callbacks: list[L.Callback]) -> None:
+def train(model: Any, data: Tensor, lr: float, callbacks: list[L.Callback]) -> None:
     trainer = L.Trainer(
         accelerator="cpu", max_steps=len(data) // BATCH, gradient_clip_val=1.0, callbacks=callbacks, logger=False,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=sys.stdout.isatty(),
@@ -115,7 +115,7 @@ class Result(NamedTuple):
 @torch.no_grad()
 def evaluate(folder: Path, held_out: Tensor, new_bytes: int) -> Result:
     """Loss on unseen text and two generated lines of a checkpoint, loaded by plain transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).float().eval()
     log_p = torch.cat([log_probs(model, batch) for batch in held_out.split(16)])
     loss = float(F.nll_loss(log_p.flatten(0, 1), held_out[:, 1:].flatten()))
     torch.manual_seed(0)

@@ -109,7 +109,8 @@ class Manifest:
             raise CheckpointError(f"{path} was altered: its content does not have the fingerprint it claims.")
         try:
             del content["format_version"]
-            return cls(**(content | {"lineage": Lineage(**content["lineage"])}))
+            content["lineage"] = Lineage(**content["lineage"])
+            return cls(**content)
         except (TypeError, KeyError) as error:
             raise CheckpointError(f"{path} lacks fields or has unknown ones: {error}.") from error
 

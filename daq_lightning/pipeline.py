@@ -1,0 +1,88 @@
+"""Reading ahead, writing behind, and telling how far it is: so that the disk and the arithmetic work at once.
+
+Threads only read, write and fingerprint, which leaves the cores to the search; at most a few tensors are held.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor
+
+from daq_lightning.checkpoint.reader import Checkpoint
+from daq_lightning.plan import TensorPlan
+
+
+def read_ahead(mapping: Mapping[str, Tensor], names: list[str]) -> Iterator[Tensor]:
+    """The tensors of some names in order; those of a folder are read one ahead by a thread."""
+    if not isinstance(mapping, Checkpoint):
+        yield from (mapping[name] for name in names)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+        ahead: deque[Future[Tensor]] = deque()
+        for name in names:
+            ahead.append(pool.submit(mapping.__getitem__, name))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+class WriteBehind:
+    """Runs calls one after the other in a thread; at most two wait. An error surfaces in the next call."""
+
+    def __enter__(self) -> WriteBehind:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
+        self._pending: deque[Future[None]] = deque()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, function: Callable[..., None], *arguments: object) -> None:
+        """Queues a call; waits while two are queued already."""
+        self._pending.append(self._pool.submit(function, *arguments))
+        while len(self._pending) > 2:
+            self._pending.popleft().result()
+
+    def wait(self) -> None:
+        """Waits for all calls."""
+        while self._pending:
+            self._pending.popleft().result()
+
+
+def with_progress(tensors: tuple[TensorPlan, ...], progress: bool) -> Iterator[TensorPlan]:
+    if not progress:
+        yield from tensors
+        return
+    total = sum(spec.nbytes for tensor in tensors for spec in tensor.stored)
+    if not sys.stderr.isatty():
+        yield from _with_lines(tensors, total)
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, desc="FP8 export", dynamic_ncols=True) as bar:
+        for tensor in tensors:
+            yield tensor
+            bar.update(sum(spec.nbytes for spec in tensor.stored))
+
+
+def _with_lines(tensors: tuple[TensorPlan, ...], total: int) -> Iterator[TensorPlan]:
+    """Progress for a log file: one line in five seconds, and one at the end."""
+    done, start, last = 0, time.monotonic(), time.monotonic()
+    for tensor in tensors:
+        yield tensor
+        done += sum(spec.nbytes for spec in tensor.stored)
+        now = time.monotonic()
+        if done == total or now - last > 5:
+            last, rate = now, done / max(now - start, 1e-9)
+            print(
+                f"FP8 export: {done / max(total, 1):.0%} of {total / 1e9:.3g} GB, {rate / 1e6:.3g} MB/s, "
+                f"{(total - done) / max(rate, 1e-9):.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
