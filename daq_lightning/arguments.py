@@ -7,6 +7,7 @@ importing them would import torch; a test holds the two together.
 
 from __future__ import annotations
 
+import re
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,12 @@ def normalized(argv: list[str]) -> list[str]:
 def _dashed(option: str) -> str:
     name, equals, value = option.partition("=")
     return name.replace("_", "-") + equals + value
+
+
+def in_options(message: str) -> str:
+    """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
+    named = r"\b(scheme|container|scale_format|missing_base)='([^']*)'"
+    return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)
 
 
 def _version() -> str:

@@ -12,22 +12,26 @@ Exit codes: 0 fine, 1 problems were found (inspect, verify), 2 wrong arguments o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daq_lightning.arguments import make_parser, normalized
+from daq_lightning.arguments import in_options, make_parser, normalized
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from daq_lightning.checkpoint.reader import Checkpoint
-    from daq_lightning.plan import ExportPlan
     from daq_lightning.source import Source
+
+_SHOWN = 5  # differing weights in the text of inspect
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,23 +42,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = normalized(list(sys.argv[1:] if argv is None else argv))
     debug = "--debug" in argv
+    interrupts: list[int] = []
     try:
-        options = make_parser().parse_args(argv)
-        command = {"quantize": _quantize, "inspect": _inspect, "verify": _verify}[options.subcommand]
-        code = command(options[options.subcommand])
-        sys.stdout.flush()
+        with _noting_interrupts(interrupts):
+            options = make_parser().parse_args(argv)
+            command = {"quantize": _quantize, "inspect": _inspect, "verify": _verify}[options.subcommand]
+            code = command(options[options.subcommand])
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print("\ndaq-lightning: interrupted, nothing was written.", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, TypeError, OSError, ImportError) as error:
+        if interrupts:  # while a library was being imported, which swallowed it and failed in another way
+            return _interrupted()
         if debug:
             raise
-        print(f"daq-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"daq-lightning: error: {in_options(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
+
+
+def _interrupted() -> int:
+    print("\ndaq-lightning: interrupted; nothing was left behind.", file=sys.stderr)
+    return 130
+
+
+@contextlib.contextmanager
+def _noting_interrupts(interrupts: list[int]) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt as ever, and is noted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, _: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _quantize(options: Namespace) -> int:
@@ -90,7 +120,7 @@ def _quantize(options: Namespace) -> int:
         plan = make_plan(source, choices)
         _, without_base = match_base(plan, base, source, choices)
         if options.json:
-            _print_json(_plan_as_dict(plan, without_base))
+            _print_json(plan.to_dict() | {"without_base": without_base})
             return 0
         print(plan.table())
         print(
@@ -135,8 +165,11 @@ def _inspect(options: Namespace) -> int:
             f"computed again from the files: {len(report.tensors) - len(differing)} of {len(report.tensors)} weights "
             "agree with daq_report.json"
         )
-    for name, sums in differing.items():
-        print(f"DIFFERS {name}: {'; '.join(sums)}")
+    for name, sums in list(differing.items())[:_SHOWN]:
+        print(f"DIFFERS {name}: {'; '.join(sums[:2])}" + (f"; and {len(sums) - 2} more" if len(sums) > 2 else ""))
+    if differing:
+        more = f"and {len(differing) - _SHOWN} more weights. " if len(differing) > _SHOWN else ""
+        print(f"{more}The files were changed after the export, or base and post are not the models it was made from.")
     return 1 if differing else 0
 
 
@@ -161,8 +194,10 @@ def _source(post: str, adapter: str | None) -> Source:
         return Source.from_folder(post)
     from daq_lightning.checkpoint.adapter_folder import read_adapter  # type: ignore[import-not-found]
 
-    source = Source.from_folder(post)
-    return dataclasses.replace(source, weights=AdaptedCheckpoint(post, read_adapter(_folder(adapter, "--adapter"))))
+    source, found = Source.from_folder(post), read_adapter(_folder(adapter, "--adapter"))
+    ties = getattr(source.architecture.model, "all_tied_weights_keys", None) or {}
+    tied = [(name, copy) for copy, name in ties.items()]
+    return dataclasses.replace(source, weights=AdaptedCheckpoint(post, found, tied))
 
 
 def _checkpoint(path: str, role: str) -> Checkpoint:
@@ -201,20 +236,6 @@ def _check_device(device: str | None) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _plan_as_dict(plan: ExportPlan, without_base: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "scheme": plan.layout.scheme,
-        "container": plan.layout.container,
-        "bytes": sum(spec.nbytes for spec in plan.stored),
-        "tensors": {
-            tensor.spec.name: {"shape": list(tensor.spec.shape), "quantize": tensor.quantize, "reason": tensor.reason}
-            for tensor in plan.tensors
-        },
-        "without_base": dict(without_base),
-        "notes": list(plan.notes),
-    }
 
 
 def _print_json(content: Any) -> None:

@@ -29,7 +29,6 @@ from daq_lightning.plan import FUSED
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".tmp", ".incomplete"}
-_SHARD = re.compile(r"model-(\d{5,})-of-(\d{5,})\.safetensors")
 _SUFFIXES = ("_scale_inv", "_scale")
 
 
@@ -96,9 +95,6 @@ def _check_files(stored: Stored) -> Iterator[str]:
         claimed = (index.get("metadata") or {}).get("total_size")
         if claimed != total:
             yield f"{INDEX} says total_size {claimed}, its tensors have {total} bytes"
-    numbers = [match.groups() for file in files if (match := _SHARD.fullmatch(file))]
-    if any(int(count) != len(files) for _, count in numbers):
-        yield f"{len(files)} shards whose names count {', '.join(sorted({count for _, count in numbers}))}"
     for file in files:
         metadata = _metadata(stored.folder / file)
         if metadata.get("format") != "pt":

@@ -124,10 +124,10 @@ def table(report: ExportReport, limit: int | None = None) -> str:
 
 
 def _row(now: Mapping[str, float], before: Mapping[str, float]) -> str:
-    return (
-        f"{now['cosine']:>8.4f} {'(' + format(before['cosine'], '.4f') + ')':>8} {now['gain']:>8.4f} "
-        f"{now['sign_rate']:>7.4f} {now['mse']:>10.3e} {now['lost']:>8.2%}"
-    )
+    direction = f"{now['cosine']:>8.4f} {'(' + format(before['cosine'], '.4f') + ')':>8} {now['gain']:>8.4f}"
+    if now["delta_norm"] == 0:  # nothing to keep: the cosine and gain of rounding noise mean nothing
+        direction = f"{'-':>8} {'-':>8} {'-':>8}"
+    return f"{direction} {now['sign_rate']:>7.4f} {now['mse']:>10.3e} {now['lost']:>8.2%}"
 
 
 def _measure(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -105,6 +106,15 @@ class ExportPlan:
             f"{before / 1e9:.3f} GB -> {after / 1e9:.3f} GB"
         )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        tensors = {
+            tensor.spec.name: {"shape": list(tensor.spec.shape), "quantize": tensor.quantize, "reason": tensor.reason}
+            for tensor in self.tensors
+        }
+        size = sum(spec.nbytes for spec in self.stored)
+        return {"scheme": self.layout.scheme, "bytes": size, "tensors": tensors, "notes": list(self.notes)}
 
 
 def plan_export(

@@ -9,7 +9,7 @@ update away before the search sees it.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -29,6 +29,10 @@ class Adapter(Protocol):
         """The tensors that the adapter changes and that are not among `names`."""
         ...
 
+    def unties(self, tied: Sequence[Sequence[str]]) -> Collection[str]:
+        """The tensors of these groups of tied names that the adapter changes in one place and not in the others."""
+        ...
+
 
 class AdaptedCheckpoint(Checkpoint):
     """A folder whose tensors come with an adapter merged in. Names, dtypes and shapes are those of the folder.
@@ -36,12 +40,14 @@ class AdaptedCheckpoint(Checkpoint):
     Args:
         path: The folder that the adapter was trained on.
         adapter: The adapter.
+        tied: Groups of names that are one tensor in the model.
 
     Raises:
-        CheckpointError: As for `Checkpoint`, or the adapter changes a tensor that the folder lacks.
+        CheckpointError: As for `Checkpoint`, or the adapter changes a tensor that the folder lacks, or one of two that
+            are tied.
     """
 
-    def __init__(self, path: str | os.PathLike[str], adapter: Adapter) -> None:
+    def __init__(self, path: str | os.PathLike[str], adapter: Adapter, tied: Sequence[Sequence[str]] = ()) -> None:
         super().__init__(path)
         self._adapter = adapter
         unused = sorted(adapter.unused(self.specs))
@@ -50,6 +56,13 @@ class AdaptedCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"The adapter changes {', '.join(unused[:3])}{more}, which {self.path} does not have: pass the model "
                 "that the adapter was trained on."
+            )
+        apart = sorted(adapter.unties(tied))
+        if apart:
+            raise CheckpointError(
+                f"The adapter changes {', '.join(apart)}, which config.json ties to a weight that it does not change "
+                "in the same way: the two can no longer be one tensor. Merge it with PEFT into a model with "
+                "tie_word_embeddings=False, save that, and pass it as the fine-tuned model."
             )
 
     def __getitem__(self, name: str) -> Tensor:

@@ -1,0 +1,349 @@
+"""The command line does what `export_checkpoint` does, says clearly what is wrong, and leaves nothing behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from daq_lightning import ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
+from daq_lightning.arguments import make_parser, normalized
+from daq_lightning.checkpoint.layouts import SCHEMES
+from daq_lightning.cli import main
+from daq_lightning.export import ExportSettings
+from daq_lightning.numerics.objectives import METRICS
+from daq_lightning.verify import verify_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = transformers.LlamaConfig(
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    vocab_size=64,
+)
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a base and of a fine-tuned model."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.003 * torch.randn(parameter.shape))
+    model.save_pretrained(folder / "post")
+    return SimpleNamespace(base=str(folder / "base"), post=str(folder / "post"))
+
+
+@pytest.fixture(scope="module")
+def exported(models, tmp_path_factory):
+    """An export, made by the command."""
+    out = tmp_path_factory.mktemp("exported") / "fp8"
+    assert main(["quantize", models.post, "--base", models.base, "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def quantize(models, out, *options):
+    return main(["quantize", models.post, "--base", models.base, "--out", str(out), *options])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_quantize_writes_what_export_checkpoint_writes(models, tmp_path, capsys):
+    options = ["--scheme", "FP8_DYNAMIC", "--metric", "cosine", "--range", "0.8", "1.25", "--n_coarse", "3"]
+    options += ["--n-fine=2", "--alpha_scope", "layer", "--ignore", "re:.*o_proj", "--ignore", "lm_head"]
+    assert quantize(models, tmp_path / "command", *options) == 0
+    assert "FP8 export" in capsys.readouterr().out
+    search = ScaleSearch(metric="cosine", alpha_min=0.8, alpha_max=1.25, n_coarse=3, n_fine=2, alpha_scope="layer")
+    export_checkpoint(
+        models.post,
+        models.base,
+        tmp_path / "function",
+        scheme="FP8_DYNAMIC",
+        search=search,
+        ignore=["re:.*o_proj", "lm_head"],
+    )
+    assert contents(tmp_path / "command") == contents(tmp_path / "function")
+
+
+def test_choices_and_defaults_are_those_of_the_settings():
+    quantize_parser = make_parser()._subcommands_action._name_parser_map["quantize"]  # type: ignore[union-attr]
+    choices = {action.dest: action.choices for action in quantize_parser._actions}
+    assert tuple(choices["scheme"]) == SCHEMES
+    assert tuple(choices["metric"]) == METRICS
+    defaults, search = quantize_parser.get_defaults(), ScaleSearch()
+    assert tuple(defaults.range) == (search.alpha_min, search.alpha_max)
+    for name in ("metric", "n_coarse", "n_fine", "alpha_scope", "tau"):
+        assert defaults[name] == getattr(search, name)
+    for name in ("scheme", "container", "scale_format", "missing_base"):
+        assert defaults[name] == getattr(ExportSettings(), name)
+    assert tuple(defaults.ignore) == ExportSettings().ignore
+
+
+def test_help_and_typing_errors_import_no_torch():
+    code = (
+        "import sys\nfrom daq_lightning.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
+        "    print(end.code, sorted({'torch', 'transformers', 'lightning', 'numpy'} & set(sys.modules)))"
+    )
+
+    def run(*argv):
+        result = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True)
+        return result.stdout.splitlines()[-1]
+
+    assert run("--help") == "0 []"
+    assert run("quantize", "--help") == "0 []"
+    assert run("quantize", "x", "--scheme", "INT8") == "2 []"
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(models, tmp_path, capsys):
+    out = tmp_path / "below" / "out"
+    assert quantize(models, out, "--dry-run", "--ignore", "model.layers.0.self_attn.o_proj") == 0
+    text = capsys.readouterr().out
+    assert "ignored by pattern" in text
+    assert "6 of 12 tensors in FP8" in text
+    assert "6 of 6 FP8 weights are in" in text
+    assert quantize(models, out, "--dry_run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert sum(tensor["quantize"] for tensor in plan["tensors"].values()) == 7
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_notices_a_base_that_does_not_fit(models, tmp_path, capsys):
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = load_file(Path(models.base) / "model.safetensors")
+    tensors[Q] = tensors[Q][:64].clone()
+    save_file(tensors, base / "model.safetensors")
+    command = ["quantize", models.post, "--base", str(base), "--dry-run"]
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert Q in message
+    assert "--missing-base absmax" in message
+    assert main([*command, "--missing_base", "absmax"]) == 0
+    assert f"{Q}: plain scale" in capsys.readouterr().out
+
+
+def test_a_config_file_is_a_whole_command_and_options_go_before_it(models, tmp_path, capsys):
+    command = ["quantize", models.post, "--base", models.base, "--out", str(tmp_path / "out"), "--range", "0.9", "1.11"]
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--ignore", "lm_head", "--dry-run", "--print_config"])
+    assert end.value.code == 0
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out)
+    again = make_parser().parse_args(normalized(["quantize", "--config", str(file)])).quantize
+    assert (again.post, again.base, again.range) == (models.post, models.base, [0.9, 1.11])
+    assert (again.ignore, again.dry_run) == (["lm_head"], True)
+    # also where the file is named last
+    other = (
+        make_parser().parse_args(normalized(["quantize", "elsewhere", "--metric", "sign", f"--config={file}"])).quantize
+    )
+    assert (other.post, other.metric, other.range) == ("elsewhere", "sign", [0.9, 1.11])
+    file.write_text(file.read_text() + "typo: 1\n")
+    with pytest.raises(SystemExit) as end:
+        main(["quantize", "--config", str(file)])
+    assert end.value.code == 2
+
+
+def test_json_is_the_report(models, tmp_path, capsys):
+    assert quantize(models, tmp_path / "out", "--json", "--quiet") == 0
+    printed = capsys.readouterr()
+    content = json.loads(printed.out)
+    assert printed.err == ""
+    assert content.pop("path") == str(tmp_path / "out")
+    assert content == json.loads((tmp_path / "out" / "daq_report.json").read_text())
+
+
+def test_progress_in_a_log_has_rate_and_time_left(models, tmp_path, capsys):
+    assert quantize(models, tmp_path / "out") == 0
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("FP8 export: 100%")
+    assert "MB/s" in line
+    assert "0 s left" in line
+
+
+BAD_COMMANDS = {
+    "no such post": (["quantize", "nowhere", "--base", "BASE", "--out", "OUT"], "nowhere is not there"),
+    "a name of the Hub": (["quantize", "some/model", "--base", "BASE", "--out", "OUT"], "hf download some/model"),
+    "no such base": (["quantize", "POST", "--base", "nowhere", "--out", "OUT"], "--base: nowhere is not there"),
+    "no base": (["quantize", "POST", "--out", "OUT"], "--base is missing"),
+    "no out": (["quantize", "POST", "--base", "BASE"], "--out is missing"),
+    "out is the post": (["quantize", "POST", "--base", "BASE", "--out", "POST"], "choose another destination"),
+    "range": (["quantize", "POST", "--base", "BASE", "--out", "OUT", "--range", "2", "1"], "alpha_max must be"),
+    "device": (["quantize", "POST", "--base", "BASE", "--out", "OUT", "--device", "abacus"], "--device abacus"),
+    "ignore": (["quantize", "POST", "--base", "BASE", "--out", "OUT", "--ignore", "nothing"], "matches no module"),
+    "container": (
+        ["quantize", "POST", "--base", "BASE", "--out", "OUT", "--scheme", "FP8_DYNAMIC", "--container", "fp8"],
+        "use --container compressed-tensors or --scheme FP8_BLOCK",
+    ),
+    "inspect something else": (["inspect", "POST"], "not written by `daq-lightning quantize`"),
+    "inspect with one of two": (["inspect", "OUT", "--base", "BASE"], "belong together"),
+    "verify something else": (["verify", "POST"], "holds no FP8 weights"),
+    "verify nothing": (["verify", "nowhere"], "nowhere is not a folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_bad_input_is_one_line_and_exit_code_2(models, tmp_path, capsys, case):
+    command, expected = BAD_COMMANDS[case]
+    places = {"POST": models.post, "BASE": models.base, "OUT": str(tmp_path / "out")}
+    command = [places.get(part, part) for part in command]
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("daq-lightning: error: ")
+    assert expected in printed.err
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises((ValueError, OSError)):
+        main([*command, "--debug"])
+
+
+def test_an_interrupt_leaves_nothing_behind(models, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("daq_lightning.export._search_one", interrupted)
+    assert quantize(models, tmp_path / "out", "--quiet") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_jsonargparse_the_error_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["verify", "x"]) == 2
+    assert "pip install daq-lightning[cli]" in capsys.readouterr().err
+
+
+def test_inspect_lists_the_worst_weights_and_recomputes(models, exported, capsys):
+    assert main(["inspect", str(exported), "--limit", "2"]) == 0
+    assert "and 5 more" in capsys.readouterr().out
+    with_models = ["inspect", str(exported), "--base", models.base, "--post", models.post]
+    assert main(with_models) == 0
+    assert "7 of 7 weights agree" in capsys.readouterr().out
+    assert main([*with_models, "--json", "--limit", "3"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    cosines = [tensor["searched"]["cosine"] for tensor in content["tensors"].values()]
+    assert len(cosines) == 3
+    assert cosines == sorted(cosines)
+    assert content["recomputed"]
+    assert content["differences"] == {}
+
+
+def test_inspect_of_other_models_finds_differences(models, exported, capsys):
+    assert main(["inspect", str(exported), "--base", models.post, "--post", models.base]) == 1
+    text = capsys.readouterr().out
+    assert "0 of 7 weights agree" in text
+    assert "and 2 more weights" in text
+
+
+def test_verify_says_ok_or_what_to_do(exported, tmp_path, capsys):
+    assert main(["verify", str(exported)]) == 0
+    assert "FAILED" not in capsys.readouterr().out
+    (exported / "pytorch_model.bin").touch()
+    try:
+        assert main(["verify", str(exported)]) == 1
+        assert "FAILED  nothing stale" in capsys.readouterr().out
+        assert main(["verify", str(exported), "--json"]) == 1
+        checks = {check["name"]: check["problems"] for check in json.loads(capsys.readouterr().out)["checks"]}
+        assert len(checks.pop("nothing stale")) == 1
+        assert not any(checks.values())
+    finally:
+        (exported / "pytorch_model.bin").unlink()
+
+
+class OneMergedWeight:
+    """An adapter that doubles one weight."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def merged(self, name, weight):
+        return weight.float() * 2 if name == self.name else None
+
+    def unused(self, names):
+        return {self.name} - set(names)
+
+    def unties(self, tied):
+        return [name for group in tied for name in group if name == self.name]
+
+
+@pytest.fixture
+def adapter(monkeypatch, tmp_path):
+    """Stands in for the reader of adapter folders; the folder's name is the weight that is doubled."""
+    reader = SimpleNamespace(read_adapter=lambda folder: OneMergedWeight(Path(folder).name))
+    monkeypatch.setitem(sys.modules, "daq_lightning.checkpoint.adapter_folder", reader)
+
+    def make(name):
+        (tmp_path / name).mkdir()
+        return str(tmp_path / name)
+
+    return make
+
+
+def test_an_adapter_is_merged_and_its_base_is_the_base(models, tmp_path, adapter, capsys):
+    out, folder = tmp_path / "out", adapter(Q)
+    assert main(["quantize", models.base, "--adapter", folder, "--out", str(out)]) == 0
+    report = {tensor.name: tensor for tensor in ExportReport.load(out).tensors}
+    norm = float(load_checkpoint(models.base)[Q].double().square().sum())
+    assert float(report[Q].searched.delta_sq) == pytest.approx(norm)
+    assert report[Q].dtype == "float32"
+    assert {name for name, tensor in report.items() if tensor.searched.n_changed} == {Q}
+    assert verify_checkpoint(out) == []
+    assert main(["inspect", str(out), "--base", models.base, "--adapter", folder]) == 0
+    assert "7 of 7 weights agree" in capsys.readouterr().out
+
+
+def test_an_adapter_of_another_model_is_refused(models, tmp_path, adapter, capsys):
+    command = ["quantize", models.base, "--adapter", adapter("other.weight"), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "other.weight, which" in capsys.readouterr().err
+
+
+def test_an_adapter_that_pulls_tied_weights_apart_is_refused(models, tmp_path, adapter, capsys):
+    tied = tmp_path / "tied"
+    tied.mkdir()
+    tensors = load_file(Path(models.base) / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tied / "model.safetensors", {"format": "pt"})
+    config = json.loads((Path(models.base) / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tied / "config.json").write_text(json.dumps(config))
+    folder = adapter("model.embed_tokens.weight")
+    assert main(["quantize", str(tied), "--adapter", folder, "--out", str(tmp_path / "out")]) == 2
+    assert "tie_word_embeddings" in capsys.readouterr().err
+
+
+def test_an_adapter_folder_as_post_is_explained(models, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(["quantize", str(tmp_path), "--base", models.base, "--out", str(tmp_path / "out")]) == 2
+    assert f"--adapter {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_lora_folder_is_merged_as_peft_merges_it(models, tmp_path):
+    pytest.importorskip("daq_lightning.checkpoint.adapter_folder")
+    import peft
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(models.base, dtype=torch.float32)
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out"
+    assert main(["quantize", models.base, "--adapter", str(tmp_path / "adapter"), "--out", str(out), "--quiet"]) == 0
+    base, merged = load_checkpoint(models.base), adapted.merge_and_unload().state_dict()
+    for tensor in ExportReport.load(out).tensors:
+        delta = merged[tensor.name].double() - base[tensor.name].double()
+        assert float(tensor.searched.delta_sq) == pytest.approx(float(delta.square().sum()), rel=1e-5)
