@@ -293,7 +293,7 @@ REFUSED = {
         {"a.weight": codes(), "a.weight_scale": torch.ones(256, 1), "a.weight_scale_inv": torch.ones(2, 1)}, BLOCK,
         "has 2 scales",
     ),
-    "codes in three dimensions": ({"a.weight": codes((2, 4, 4)), "a.weight_scale": torch.ones(2)}, COMPRESSED, "matrix"),
+    "codes in 3-D": ({"a.weight": codes((2, 4, 4)), "a.weight_scale": torch.ones(2)}, COMPRESSED, "matrix"),
     "too few blocks": ({"a.weight": codes(), "a.weight_scale_inv": torch.ones(1, 1)}, BLOCK, r"shape \(1, 1\)"),
     "blocks the wrong way": ({"a.weight": codes(), "a.weight_scale_inv": torch.ones(1, 2)}, BLOCK, r"shape \(1, 2\)"),
     "a scale per column": ({"a.weight": codes(), "a.weight_scale": torch.ones(1, 128)}, COMPRESSED, "fits a weight"),
