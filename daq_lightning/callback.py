@@ -29,8 +29,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from daq_lightning.chain import make_lineage
 from daq_lightning.checkpoint.layouts import Scheme
+from daq_lightning.checkpoint.lineage import make_lineage
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.writer import check_destination
 from daq_lightning.export import Context, ExportSettings, export, make_plan, match_base

@@ -2,26 +2,22 @@
 
     root base -> stage 1 -> stage 2 -> ...          each export's manifest names its parent by folder and fingerprint
 
-Continual learning trains each stage from the last one, either from its high-precision weights or from the deployed
-FP8 model. The two differ by the quantization error, so which one it was is said (`chain_from`) and checked, never
-guessed. `Chain.open(folder).verify()` finds any file of any stage that was altered, is missing or does not belong.
+Continual learning trains each stage from the last one. `Chain.open(folder).verify()` finds any file of any stage that
+was altered, is missing or does not belong.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from daq_lightning.checkpoint.manifest import ChainFrom, Lineage, Manifest
-from daq_lightning.checkpoint.reader import INDEX, MANIFEST, REPORT, Checkpoint, RawCheckpoint, read_json
+from daq_lightning.checkpoint.fingerprint import fingerprint
+from daq_lightning.checkpoint.manifest import Manifest
+from daq_lightning.checkpoint.reader import INDEX, MANIFEST, REPORT, RawCheckpoint, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.numerics.fingerprint import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +34,6 @@ class Chain:
 
     Attributes:
         stages: From the first to the one that was opened.
-
-    Example:
-        >>> Chain.open("exports/stage3").verify()  # doctest: +SKIP
-        []
     """
 
     stages: tuple[Stage, ...]
@@ -98,83 +90,6 @@ class Chain:
             One line for each tensor or file that was altered, is missing, or does not belong; empty if all is well.
         """
         return [problem for stage in self.stages for problem in _verify_stage(stage)]
-
-
-def make_lineage(
-    lineage: Lineage,
-    base: Mapping[str, Tensor],
-    names: Iterable[str],
-    *,
-    parent: str | None = None,
-    chain_from: ChainFrom | None = None,
-) -> tuple[Lineage, Mapping[str, Tensor] | None]:
-    """The place of a new export in a chain, after checking that its base is what it is said to be.
-
-    Args:
-        lineage: What is known of its base; the lineage of a first stage.
-        base: The tensors of the base.
-        names: The tensors that are quantized.
-        parent: Folder of the stage before; None takes the base's folder if that is an export.
-        chain_from: Whether the base is the parent's high-precision "weights" or its "deployed" ones; None begins a
-            chain.
-
-    Returns:
-        The lineage, and the weights of the chain's root if they are at hand.
-
-    Raises:
-        CheckpointError: There is no parent, or the base is not what `chain_from` says.
-    """
-    if chain_from is None:
-        if parent is not None:
-            raise CheckpointError(
-                f"parent={parent!r}: say what this stage was trained from with chain_from='deployed' (the parent's "
-                "dequantized FP8 weights) or chain_from='weights' (the high-precision weights it was made from)."
-            )
-        return lineage, None
-    if chain_from not in ("weights", "deployed"):
-        raise CheckpointError(f"chain_from={chain_from!r}: expected 'weights' or 'deployed'.")
-    parent = parent or (lineage.base_path if lineage.base_kind == "folder" else "")
-    if not parent or not (Path(parent) / MANIFEST).is_file():
-        raise CheckpointError(
-            f"chain_from={chain_from!r} needs parent='<folder of the export before>'; {parent or 'the base'} is none."
-        )
-    chain = Chain.open(parent)
-    _check_base(chain.stages[-1], chain_from, base, list(names))
-    root = chain.root
-    linked = replace(
-        lineage,
-        stage=chain.stages[-1].manifest.lineage.stage + 1,
-        parent=str(Path(parent).absolute()),
-        parent_fingerprint=chain.stages[-1].manifest.fingerprint,
-        chain_from=chain_from,
-        root=str(root or ""),
-    )
-    return linked, Checkpoint(root) if root is not None and root.is_dir() else None
-
-
-def _check_base(stage: Stage, chain_from: ChainFrom, base: Mapping[str, Tensor], names: list[str]) -> None:
-    recorded, deployed = stage.manifest.tensors, Checkpoint(stage.folder)
-    wrong = []
-    for name in names:
-        if name not in recorded or name not in base:
-            continue
-        if chain_from == "deployed":
-            equal = torch.equal(deployed[name].float(), base[name].detach().cpu().float())
-        else:
-            equal = fingerprint(base[name]) in recorded[name]["weights"].values()
-        if not equal:
-            wrong.append(name)
-    if wrong:
-        what = {
-            "weights": "the high-precision weights it was exported from",
-            "deployed": "its dequantized FP8 weights",
-        }[chain_from]
-        other = "deployed" if chain_from == "weights" else "weights"
-        raise CheckpointError(
-            f"chain_from={chain_from!r} says that this stage began with {what}, but {len(wrong)} of {len(names)} base "
-            f"weights differ from those of {stage.folder} ({', '.join(wrong[:3])}). Pass the base that training really "
-            f"began with, or chain_from={other!r}."
-        )
 
 
 def _verify_stage(stage: Stage) -> Iterator[str]:

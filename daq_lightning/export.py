@@ -21,13 +21,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from daq_lightning.chain import make_lineage
+from daq_lightning.checkpoint.fingerprint import combine, fingerprint
 from daq_lightning.checkpoint.layouts import Container, Scheme, make_layout
+from daq_lightning.checkpoint.lineage import make_lineage
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage, Manifest, describe_files, relative_to
 from daq_lightning.checkpoint.reader import INDEX, MANIFEST, REPORT, Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
-from daq_lightning.numerics.fingerprint import combine, fingerprint
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.kernels import delta_stats
 from daq_lightning.numerics.search import ScaleSearch, SearchResult, search_scale

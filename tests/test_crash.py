@@ -151,7 +151,7 @@ def at_random_times(folder, kills):
         search = ScaleSearch(n_coarse=4, n_fine=2)
         export_checkpoint(post, base, out, search=search, max_shard_bytes=200_000)
 
-    reference, out = folder / "reference", folder / "place" / "out"
+    reference, out = folder / "reference" / "out", folder / "place" / "out"
     out.parent.mkdir()
     started = time.monotonic()
     assert os.waitpid(child(lambda: export(reference)), 0)[1] == 0

@@ -13,16 +13,22 @@ PACKAGE = "daq_lightning"
 INSIDE = {
     "": {"callback", "chain", "checkpoint", "cli", "export", "metrics", "numerics", "plan", "report", "training"},
     "architecture": {"checkpoint.tensor_file"},
-    "callback": {"architecture", "chain", "checkpoint", "export", "metrics", "numerics", "plan", "report", "training"},
+    "arguments": set(),
+    "callback": {"checkpoint", "export", "metrics", "numerics", "report", "source", "training"},
     "chain": {"checkpoint"},
     "checkpoint": {"checkpoint", "numerics"},
-    "cli": {"chain", "checkpoint", "export", "numerics", "plan", "report"},
-    "export": {"architecture", "checkpoint", "numerics", "plan", "report"},
+    "cli": {"arguments", "chain", "checkpoint", "export", "inspection", "numerics", "plan", "report", "source", "verify"},
+    "contract": {"architecture", "checkpoint", "numerics.formats", "plan"},
+    "export": {"checkpoint", "numerics", "pipeline", "plan", "report", "source"},
+    "inspection": {"architecture", "checkpoint", "numerics", "report"},
     "metrics": {"numerics"},
     "numerics": {"numerics"},
+    "pipeline": {"checkpoint", "plan"},
     "plan": {"architecture", "checkpoint.layouts", "checkpoint.tensor_file", "numerics.formats"},
     "report": {"numerics.objectives"},
+    "source": {"architecture", "checkpoint"},
     "training": {"architecture", "checkpoint", "numerics", "training"},
+    "verify": {"checkpoint", "contract"},
 }
 """Module or wing -> modules or wings of the package that it may import, at its top or inside a function."""
 
@@ -31,15 +37,17 @@ AT_TOP = {
     "checkpoint": {"safetensors"},
     "metrics": {"torchmetrics"},
     "numerics.kernels.fused": {"triton"},
-    "training": {"lightning"},
+    "training": {"lightning", "safetensors"},
 }
 """Module or wing -> packages besides torch that it may import when it is imported itself."""
 
 LAZILY = {
     "architecture": {"transformers"},
     "callback": {"peft", "transformers"},
+    "arguments": {"jsonargparse"},
     "cli": {"jsonargparse"},
-    "export": {"tqdm"},
+    "inspection": {"tqdm"},
+    "pipeline": {"tqdm"},
     "numerics.kernels": {"triton"},
     "report": {"matplotlib"},
     "training": {"deepspeed", "peft", "transformers"},

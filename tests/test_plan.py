@@ -8,9 +8,10 @@ import transformers
 from daq_lightning.architecture import Architecture
 from daq_lightning.checkpoint.layouts import make_layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
-from daq_lightning.export import Source, make_plan
+from daq_lightning.export import make_plan
 from daq_lightning.numerics.formats import PerBlock, PerChannel
 from daq_lightning.plan import plan_export
+from daq_lightning.source import Source
 
 
 def plan(factory=tiny_models.llama, *, dtype=torch.bfloat16, extra=(), drop=(), arguments=(), **changes):
@@ -18,12 +19,11 @@ def plan(factory=tiny_models.llama, *, dtype=torch.bfloat16, extra=(), drop=(), 
     with torch.device("meta"):
         model = factory(**changes).to(dtype)
     architecture = Architecture(model)
-    tensors = dict(model.state_dict(keep_vars=True))
-    names = architecture.saved_names(tensors)
-    specs = []
-    for name, key in names.items():
-        tensor = architecture.split(key, tensors[key].detach())[name]
-        specs.append(TensorSpec(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape)))
+    tensors = model.state_dict(keep_vars=True)
+    outlines = {key: tensor.detach() for key, tensor in tensors.items()}
+    saved = architecture.saved(outlines, {key: id(tensor) for key, tensor in tensors.items()})
+    names = {name: key for name, (key, _) in saved.items()}
+    specs = [TensorSpec(name=name, dtype=part.dtype, shape=tuple(part.shape)) for name, (_, part) in saved.items()]
     specs = [*(spec for spec in specs if spec.name not in drop), *extra]
     keys = {spec.name: names.get(spec.name, spec.name) for spec in specs}
     return plan_export(specs, keys, architecture, **dict(arguments))

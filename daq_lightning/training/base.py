@@ -24,10 +24,10 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from daq_lightning.checkpoint.fingerprint import combine, fingerprint
 from daq_lightning.checkpoint.reader import MANIFEST, Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.checkpoint.writer import CheckpointWriter
-from daq_lightning.numerics.fingerprint import combine, fingerprint
 from daq_lightning.training.model import LiveModel
 
 Kind: TypeAlias = Literal["adapters", "snapshot", "memory", "folder", "ckpt"]

@@ -1,0 +1,100 @@
+"""Where a new export stands in a chain: its parent, and the proof that its base is what it is said to be.
+
+    chain_from="weights"    the base has the fingerprints of the weights that the parent was exported from
+    chain_from="deployed"   the base equals the parent's dequantized FP8 weights, value by value
+
+The two differ by the quantization error. Which one a stage began with is said and checked, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from daq_lightning.checkpoint.fingerprint import fingerprint
+from daq_lightning.checkpoint.manifest import ChainFrom, Lineage, Manifest
+from daq_lightning.checkpoint.reader import MANIFEST, Checkpoint
+from daq_lightning.checkpoint.tensor_file import CheckpointError
+
+
+def make_lineage(
+    lineage: Lineage,
+    base: Mapping[str, Tensor],
+    names: Iterable[str],
+    *,
+    parent: str | None = None,
+    chain_from: ChainFrom | None = None,
+) -> tuple[Lineage, Mapping[str, Tensor] | None]:
+    """The place of a new export in a chain, after checking that its base is what it is said to be.
+
+    Args:
+        lineage: What is known of its base; the lineage of a first stage.
+        base: The tensors of the base.
+        names: The tensors that are quantized.
+        parent: Folder of the stage before; None takes the base's folder if that is an export.
+        chain_from: Whether the base is the parent's high-precision "weights" or its "deployed" ones; None begins a
+            chain.
+
+    Returns:
+        The lineage, and the weights of the chain's root if they are at hand.
+
+    Raises:
+        CheckpointError: There is no parent, or the base is not what `chain_from` says.
+    """
+    if chain_from is None:
+        if parent is not None:
+            raise CheckpointError(
+                f"parent={parent!r}: say what this stage was trained from with chain_from='deployed' (the parent's "
+                "dequantized FP8 weights) or chain_from='weights' (the high-precision weights it was made from)."
+            )
+        return lineage, None
+    if chain_from not in ("weights", "deployed"):
+        raise CheckpointError(f"chain_from={chain_from!r}: expected 'weights' or 'deployed'.")
+    parent = parent or (lineage.base_path if lineage.base_kind == "folder" else "")
+    if not parent or not (Path(parent) / MANIFEST).is_file():
+        raise CheckpointError(
+            f"chain_from={chain_from!r} needs parent='<folder of the export before>'; {parent or 'the base'} is none."
+        )
+    manifest = Manifest.load(parent)
+    _check_base(Path(parent), manifest, chain_from, base, list(names))
+    root = (Path(parent) / manifest.lineage.root).resolve() if manifest.lineage.root else None
+    linked = replace(
+        lineage,
+        stage=manifest.lineage.stage + 1,
+        parent=str(Path(parent).absolute()),
+        parent_fingerprint=manifest.fingerprint,
+        chain_from=chain_from,
+        root=str(root or ""),
+    )
+    return linked, Checkpoint(root) if root is not None and root.is_dir() else None
+
+
+def _check_base(
+    parent: Path, manifest: Manifest, chain_from: ChainFrom, base: Mapping[str, Tensor], names: list[str]
+) -> None:
+    recorded, deployed = manifest.tensors, Checkpoint(parent)
+    wrong = []
+    for name in names:
+        if name not in recorded or name not in base:
+            continue
+        if chain_from == "deployed":
+            equal = torch.equal(deployed[name].float(), base[name].detach().cpu().float())
+        else:
+            equal = fingerprint(base[name]) in recorded[name]["weights"].values()
+        if not equal:
+            wrong.append(name)
+    if wrong:
+        what = {
+            "weights": "the high-precision weights it was exported from",
+            "deployed": "its dequantized FP8 weights",
+        }[chain_from]
+        other = "deployed" if chain_from == "weights" else "weights"
+        raise CheckpointError(
+            f"chain_from={chain_from!r} says that this stage began with {what}, but {len(wrong)} of {len(names)} base "
+            f"weights differ from those of {parent} ({', '.join(wrong[:3])}). Pass the base that training really "
+            f"began with, or chain_from={other!r}."
+        )
