@@ -242,7 +242,8 @@ def _ignore_list(tensors: Sequence[TensorPlan], architecture: Architecture) -> t
     unknown = [
         tensor.spec.name.removesuffix(".weight")
         for tensor in kept
-        if tensor.spec.name.endswith(".weight")
+        if architecture.is_transformers
+        and tensor.spec.name.endswith(".weight")
         and len(tensor.spec.shape) == 2
         and not architecture.has_module(_owner(tensor.key))
     ]

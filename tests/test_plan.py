@@ -8,7 +8,7 @@ import transformers
 from daq_lightning.architecture import Architecture
 from daq_lightning.checkpoint.layouts import make_layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
-from daq_lightning.export import make_plan
+from daq_lightning.export import ExportSettings, make_plan
 from daq_lightning.numerics.formats import PerBlock, PerChannel
 from daq_lightning.plan import plan_export
 from daq_lightning.source import Source
@@ -150,11 +150,10 @@ def test_the_fused_experts_of_mixtral_are_known_by_their_names():
 def test_nothing_to_quantize_is_an_error():
     with pytest.raises(CheckpointError, match="LlamaForCausalLM has no Linear weight to quantize"):
         plan(arguments={"ignore": [r"re:.*_proj"]})
+    architecture = Architecture(torch.nn.Embedding(4, 4))
+    specs = [TensorSpec(name="weight", dtype=torch.float32, shape=(4, 4))]
     with pytest.raises(CheckpointError, match="Embedding has no Linear weight to quantize among its 1 tensors"):
-        module = torch.nn.Embedding(4, 4)
-        plan_export(
-            [TensorSpec(name="weight", dtype=torch.float32, shape=(4, 4))], {"weight": "weight"}, Architecture(module)
-        )
+        plan_export(specs, {"weight": "weight"}, architecture)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +242,4 @@ def test_a_plan_reads_no_weight(tmp_path):
     _, post = tiny_models.make_pair(tmp_path, tiny_models.llama)
     source = Source.from_folder(post)
     (post / "model.safetensors").unlink()
-    from daq_lightning.export import ExportSettings
-
     assert len(make_plan(source, ExportSettings()).quantized) == 14

@@ -1,4 +1,5 @@
 """A written folder is complete or not there, and the same input makes the same bytes."""
+# ruff: noqa: PT012  a writer fails inside its own context
 
 import contextlib
 import fcntl
@@ -61,7 +62,7 @@ def test_a_file_begins_when_the_next_tensor_does_not_fit(limit, files):
     if len(files) == 1:
         assert list(shards) == ["model.safetensors"]
     else:
-        assert list(shards)[0] == f"model-00001-of-{len(files):05d}.safetensors"
+        assert next(iter(shards)) == f"model-00001-of-{len(files):05d}.safetensors"
     assert all(sum(spec.nbytes for spec in specs) <= limit for specs in shards.values() if len(specs) > 1)
 
 
@@ -93,6 +94,25 @@ def test_order_and_threads_of_writing_change_no_byte(tmp_path, limit):
         writer.write_json(REPORT, {})
         writer.publish()
     assert hashes(first) == hashes(second) == hashes(tmp_path / "c")
+
+
+def test_everything_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    synced, published, fsync, rename = set(), [], os.fsync, os.rename
+
+    def record(descriptor):
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def check(source, target):
+        published.append({str(path) for path in [source, *source.rglob("*")]} - synced)
+        synced.clear()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "rename", check)
+    write(tmp_path / "out", tensors_of(), max_shard_bytes=900, config={})
+    assert published == [set()]
+    assert synced == {str(tmp_path)}  # and then the name itself
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -273,7 +293,7 @@ def test_a_full_disk_is_known_before_the_first_tensor_is_made(small_disk):
     before = hashes(small_disk / "out")
     big = [TensorSpec(name="a", dtype=torch.float32, shape=(100_000,))]
     with (
-        pytest.raises(CheckpointError, match="No space left on device.*GB free"),
+        pytest.raises(CheckpointError, match=r"No space left on device.*GB free"),
         CheckpointWriter(small_disk / "out", big),
     ):
         raise AssertionError("unreachable")
