@@ -19,14 +19,15 @@ import sysconfig
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L  # noqa: N812
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as hf_logging
 
 from daq_lightning import DeltaAwareQuantization, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 
@@ -73,7 +74,7 @@ def new_model() -> LlamaForCausalLM:
     ))  # fmt: skip
 
 
-def log_probs(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
+def log_probs(model: nn.Module, batch: Tensor) -> Tensor:
     return model(input_ids=batch[:, :-1]).logits.log_softmax(-1)
 
 
@@ -91,7 +92,7 @@ class LanguageModel(L.LightningModule):
             say(f"  step {batch_idx}/{self.trainer.max_steps}, loss {loss.item():.3f} nats per byte")
         return loss
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         steps = self.trainer.max_steps
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / (0.1 * steps), 1 - k / steps))
@@ -115,7 +116,7 @@ class Result(NamedTuple):
 @torch.no_grad()
 def evaluate(folder: Path, held_out: Tensor, new_bytes: int) -> Result:
     """Loss on unseen text and two generated lines of a checkpoint, loaded by plain transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).float().eval()
     log_p = torch.cat([log_probs(model, batch) for batch in held_out.split(16)])
     loss = float(F.nll_loss(log_p.flatten(0, 1), held_out[:, 1:].flatten()))
     torch.manual_seed(0)
@@ -127,7 +128,8 @@ def evaluate(folder: Path, held_out: Tensor, new_bytes: int) -> Result:
 
 def print_table(results: dict[str, Result], reports: dict[str, ExportReport]) -> None:
     base, tuned = results["base"], results["BF16 fine-tuned"]
-    print("\n| model           | style loss | gap kept | KL to BF16 | sign rate | cosine | gain |\n" + "| --- " * 7 + "|")
+    print("\n| model           | style loss | gap kept | KL to BF16 | sign rate | cosine | gain |")
+    print("| --- " * 7 + "|")
     for name, result in results.items():
         kept = (base.loss - result.loss) / (base.loss - tuned.loss)
         kl = float((tuned.log_p.exp() * (tuned.log_p - result.log_p)).sum(-1).mean())
@@ -147,8 +149,9 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="a few steps only: checks that everything runs")
     args = parser.parse_args()
     base_steps, tune_steps, tests, new_bytes = (3, 3, 4, 8) if args.fast else (450, 150, 96, 90)
-    for name in ("lightning.pytorch", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*(many workers|LeafSpec).*")
 
     passages = standard_library_text()
@@ -157,11 +160,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = new_model()
     train(model, windows(seen, base_steps * BATCH, args.seed), 3e-3, [])
-    base = args.out / "base-bf16"
-    model.to(torch.bfloat16).save_pretrained(base)
+    base = unrounded = args.out / "base-bf16"
+    model.bfloat16().save_pretrained(base)
     if args.base_format == "fp8":
         base = args.out / "base-fp8"
-        export_checkpoint(args.out / "base-bf16", args.out / "base-bf16", base, scheme="FP8_BLOCK", search=ScaleSearch.absmax())
+        export_checkpoint(unrounded, unrounded, base, scheme="FP8_BLOCK", search=ScaleSearch.absmax())
 
     say(f"Fine-tuning: {tune_steps} steps In Title Case from {base}, then four exports")
     model = new_model()  # float32 masters that start from exactly the values of the base checkpoint
@@ -169,11 +172,13 @@ def main() -> None:
     searches = {"absmax FP8": ScaleSearch.absmax(), "DAQ sign": ScaleSearch(metric="sign"),
                 "DAQ cosine": ScaleSearch(metric="cosine"), "DAQ hybrid": ScaleSearch(metric="hybrid")}  # fmt: skip
     exports = {
-        name: DeltaAwareQuantization(str(args.out / name.replace(" ", "-")), str(base), "FP8_BLOCK", search=search)
+        name: DeltaAwareQuantization(
+            dirpath=str(args.out / name.replace(" ", "-")), base=str(base), scheme="FP8_BLOCK", search=search
+        )
         for name, search in searches.items()
     }
-    train(model, windows(in_title_case(seen), tune_steps * BATCH, args.seed + 1), 1e-4, [*exports.values()])
-    model.to(torch.bfloat16).save_pretrained(args.out / "finetuned-bf16")
+    train(model, windows(in_title_case(seen), tune_steps * BATCH, args.seed + 1), 1.5e-5, [*exports.values()])
+    model.bfloat16().save_pretrained(args.out / "finetuned-bf16")
 
     say("Every checkpoint, reloaded with transformers, on text that none was trained on")
     reports = {name: callback.report for name, callback in exports.items() if callback.report}
