@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import lightning.pytorch as L  # noqa: N812
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as hf_logging
 
 from daq_lightning import DeltaAwareQuantization, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 
@@ -65,7 +66,7 @@ def windows(text: str, count: int, seed: int) -> Tensor:
     return tokens[starts + torch.arange(CONTEXT + 1)]
 
 
-def new_model() -> Any:
+def new_model() -> LlamaForCausalLM:
     """A Llama over the 256 byte values, with random weights."""
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=3, num_attention_heads=8,
@@ -73,14 +74,14 @@ def new_model() -> Any:
     ))  # fmt: skip
 
 
-def log_probs(model: Any, batch: Tensor) -> Tensor:
+def log_probs(model: nn.Module, batch: Tensor) -> Tensor:
     return model(input_ids=batch[:, :-1]).logits.log_softmax(-1)
 
 
 class LanguageModel(L.LightningModule):
     """Next-byte prediction with AdamW, a short warm-up and a linear decay."""
 
-    def __init__(self, model: Any, lr: float) -> None:
+    def __init__(self, model: LlamaForCausalLM, lr: float) -> None:
         super().__init__()
         self.model, self.lr = model, lr
 
@@ -98,7 +99,7 @@ class LanguageModel(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def train(model: Any, data: Tensor, lr: float, callbacks: list[L.Callback]) -> None:
+def train(model: LlamaForCausalLM, data: Tensor, lr: float, callbacks: list[L.Callback]) -> None:
     trainer = L.Trainer(
         accelerator="cpu", max_steps=len(data) // BATCH, gradient_clip_val=1.0, callbacks=callbacks, logger=False,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=sys.stdout.isatty(),
@@ -127,7 +128,8 @@ def evaluate(folder: Path, held_out: Tensor, new_bytes: int) -> Result:
 
 def print_table(results: dict[str, Result], reports: dict[str, ExportReport]) -> None:
     base, tuned = results["base"], results["BF16 fine-tuned"]
-    print("\n| model           | style loss | gap kept | KL to BF16 | sign rate | cosine | gain |\n" + "| --- " * 7 + "|")
+    print("\n| model           | style loss | gap kept | KL to BF16 | sign rate | cosine | gain |")
+    print("| --- " * 7 + "|")
     for name, result in results.items():
         kept = (base.loss - result.loss) / (base.loss - tuned.loss)
         kl = float((tuned.log_p.exp() * (tuned.log_p - result.log_p)).sum(-1).mean())
@@ -147,8 +149,9 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="a few steps only: checks that everything runs")
     args = parser.parse_args()
     base_steps, tune_steps, tests, new_bytes = (3, 3, 4, 8) if args.fast else (450, 150, 96, 90)
-    for name in ("lightning.pytorch", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*(many workers|LeafSpec).*")
 
     passages = standard_library_text()
@@ -157,11 +160,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = new_model()
     train(model, windows(seen, base_steps * BATCH, args.seed), 3e-3, [])
-    base = args.out / "base-bf16"
-    model.to(torch.bfloat16).save_pretrained(base)
+    base = unrounded = args.out / "base-bf16"
+    model.bfloat16().save_pretrained(base)
     if args.base_format == "fp8":
         base = args.out / "base-fp8"
-        export_checkpoint(args.out / "base-bf16", args.out / "base-bf16", base, scheme="FP8_BLOCK", search=ScaleSearch.absmax())
+        export_checkpoint(unrounded, unrounded, base, scheme="FP8_BLOCK", search=ScaleSearch.absmax())
 
     say(f"Fine-tuning: {tune_steps} steps In Title Case from {base}, then four exports")
     model = new_model()  # float32 masters that start from exactly the values of the base checkpoint
@@ -169,11 +172,13 @@ def main() -> None:
     searches = {"absmax FP8": ScaleSearch.absmax(), "DAQ sign": ScaleSearch(metric="sign"),
                 "DAQ cosine": ScaleSearch(metric="cosine"), "DAQ hybrid": ScaleSearch(metric="hybrid")}  # fmt: skip
     exports = {
-        name: DeltaAwareQuantization(str(args.out / name.replace(" ", "-")), str(base), "FP8_BLOCK", search=search)
+        name: DeltaAwareQuantization(
+            dirpath=str(args.out / name.replace(" ", "-")), base=str(base), scheme="FP8_BLOCK", search=search
+        )
         for name, search in searches.items()
     }
-    train(model, windows(in_title_case(seen), tune_steps * BATCH, args.seed + 1), 1e-4, [*exports.values()])
-    model.to(torch.bfloat16).save_pretrained(args.out / "finetuned-bf16")
+    train(model, windows(in_title_case(seen), tune_steps * BATCH, args.seed + 1), 1.5e-5, [*exports.values()])
+    model.bfloat16().save_pretrained(args.out / "finetuned-bf16")
 
     say("Every checkpoint, reloaded with transformers, on text that none was trained on")
     reports = {name: callback.report for name, callback in exports.items() if callback.report}
