@@ -1,0 +1,172 @@
+"""The CPU kernel by hand: `native.cpp`, built once per machine with the C++ compiler found there, called by ctypes.
+
+One pass over a weight evaluates all candidates; the same file computes absmax and codes. The library knows nothing of
+Python or torch, so it builds in seconds, has no state, and runs without the interpreter's lock.
+
+Built libraries are kept in the user's cache folder under a name that hashes the source, the flags and everything that
+the compiler predefines for this processor: another compiler version or another machine on a shared home builds its own.
+
+Legend: M out, N in, G groups, C chunks of a group, K candidates.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from daq_lightning.numerics.formats import FP8_E4M3, Granularity
+from daq_lightning.numerics.objectives import DeltaStats
+
+_CHUNK = 1 << 15  # elements of a unit of work
+_COMPILERS = ("c++", "g++", "clang++")
+# no -ffast-math: rounding relies on (x + m) - m being evaluated as written, and sums must see a base that is NaN
+_FLAGS = (
+    *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd", "-ffp-contract=off"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros"),
+)
+_CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class CompilerMissing(RuntimeError):
+    """No C++ compiler on this machine can build the kernel."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int64), ("stride", ctypes.c_int64))
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("m", "n", "cell_rows", "cell_cols", "chunk_rows", "chunk_cols"))
+
+
+def delta_stats_native(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> DeltaStats:
+    """See `daq_lightning.numerics.kernels.delta_stats`.
+
+    Raises:
+        CompilerMissing: The kernel cannot be built here.
+    """
+    plan, chunks = _plan(weight_MN, granularity)
+    groups, candidates = scale_GK.shape
+    counts = torch.empty(6, groups, chunks, candidates, dtype=torch.int64)
+    totals = torch.empty(4, groups, chunks, candidates, dtype=torch.float64)
+    weight_MN, base_MN, scale_GK = _rows(weight_MN), _rows(base_MN), scale_GK.contiguous()
+    _library().daq_delta_stats(
+        *(_matrix(weight_MN), _matrix(base_MN), plan),
+        *(scale_GK.data_ptr(), candidates, torch.get_num_threads(), counts.data_ptr(), totals.data_ptr()),
+    )
+    fields = [field.sum(1) if chunks > 1 else field[:, 0] for field in (*counts, *totals)]
+    return DeltaStats(*fields)
+
+
+def absmax_native(weight_MN: Tensor, granularity: Granularity) -> Tensor:
+    """Largest magnitude of each group: float32, shape ``granularity.grid((M, N))``; NaN or Inf where a group has one."""
+    plan, chunks = _plan(weight_MN, granularity)
+    grid = granularity.grid((weight_MN.shape[0], weight_MN.shape[1]))
+    absmax_GC = torch.empty(grid[0] * grid[1], chunks)
+    weight_MN = _rows(weight_MN)
+    _library().daq_absmax(_matrix(weight_MN), plan, torch.get_num_threads(), absmax_GC.data_ptr())
+    return absmax_GC.amax(1).reshape(grid)
+
+
+def quantize_native(weight_MN: Tensor, scale: Tensor, granularity: Granularity) -> Tensor:
+    """The codes of `daq_lightning.numerics.quantize.quantize`, bit for bit, for finite weights."""
+    plan, _ = _plan(weight_MN, granularity)
+    codes_MN = torch.empty(weight_MN.shape, dtype=torch.uint8)
+    weight_MN, scale = _rows(weight_MN), scale.contiguous()
+    _library().daq_quantize(
+        *(_matrix(weight_MN), plan, scale.data_ptr(), torch.get_num_threads(), codes_MN.data_ptr())
+    )
+    return codes_MN.view(FP8_E4M3.dtype)
+
+
+def why_not() -> str | None:
+    """None if the kernel is built or can be built here (some seconds, once per machine), else the reason."""
+    try:
+        _library()
+    except CompilerMissing as reason:
+        return str(reason)
+    return None
+
+
+def _plan(weight_MN: Tensor, granularity: Granularity) -> tuple[_Plan, int]:
+    """How the library cuts the weight, and how many chunks a group has."""
+    m, n = weight_MN.shape
+    rows, cols = granularity.cell((m, n))
+    chunk_cols = min(cols, _CHUNK)
+    chunk_rows = min(rows, max(1, _CHUNK // chunk_cols))
+    return _Plan(m, n, rows, cols, chunk_rows, chunk_cols), -(-rows // chunk_rows) * -(-cols // chunk_cols)
+
+
+def _rows(weight_MN: Tensor) -> Tensor:
+    """The weight itself if its columns are adjacent, else a contiguous copy."""
+    return weight_MN if weight_MN.stride(1) == 1 else weight_MN.contiguous()
+
+
+def _matrix(weight_MN: Tensor) -> _Matrix:
+    return _Matrix(weight_MN.data_ptr(), _DTYPES[weight_MN.dtype], weight_MN.stride(0))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_build()))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.daq_delta_stats.argtypes = [_Matrix, _Matrix, _Plan, pointer, integer, integer, pointer, pointer]
+    library.daq_absmax.argtypes = [_Matrix, _Plan, integer, pointer]
+    library.daq_quantize.argtypes = [_Matrix, _Plan, pointer, integer, pointer]
+    for function in (library.daq_delta_stats, library.daq_absmax, library.daq_quantize):
+        function.restype = None
+    return library
+
+
+@functools.cache
+def _build() -> Path:
+    """Path of the library for this processor, built if it is not there yet."""
+    source = Path(__file__).with_name("native.cpp")
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else list(_COMPILERS)
+    compilers = [path for path in map(shutil.which, wanted) if path]
+    if not compilers:
+        raise CompilerMissing(f"No C++ compiler found (looked for {', '.join(wanted)}); install one or set CXX.")
+    errors = []
+    for compiler in compilers:
+        for cpu_flags in _CPU_FLAGS:
+            command = [compiler, *_FLAGS, *cpu_flags]
+            processor = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True)
+            if processor.returncode:
+                errors.append(processor.stderr)
+                continue
+            key = hashlib.sha256(b"".join([source.read_bytes(), *map(os.fsencode, command), processor.stdout]))
+            library = _cache_folder() / f"native_{key.hexdigest()[:24]}.so"
+            if library.exists():
+                return library
+            # built beside its place and renamed: processes that build at the same time never see half a file
+            handle, unfinished = tempfile.mkstemp(dir=library.parent, suffix=".tmp")
+            os.close(handle)
+            built = subprocess.run([*command, str(source), "-o", unfinished], capture_output=True)
+            if not built.returncode:
+                os.replace(unfinished, library)
+                return library
+            errors.append(built.stderr)
+            os.unlink(unfinished)
+    raise CompilerMissing(f"{compilers[0]} cannot build {source}: {errors[-1].decode(errors='replace')[-500:]}")
+
+
+def _cache_folder() -> Path:
+    """The user's cache folder, or one of this process where that cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "daq_lightning"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="daq_lightning_"))
