@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from daq_lightning import CheckpointError, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
-from daq_lightning.export import ExportSettings, Source, _guess_modules
+from daq_lightning.export import ExportSettings
+from daq_lightning.source import Source, _guess_modules
 
 QUICK = ScaleSearch(metric="cosine", n_coarse=3, n_fine=2)
 DOWN = "model.layers.0.mlp.down_proj.weight"
