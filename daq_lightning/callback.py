@@ -406,7 +406,7 @@ class DeltaAwareQuantization(Callback):
         """The metrics of the written and of plain absmax scales: to the attribute, the Trainer and its loggers."""
         self.metrics = {}
         for side, prefix in (("searched", "daq/"), ("absmax", "daq/absmax_")):
-            collection = delta_metrics(prefix=prefix)
+            collection = delta_metrics(prefix=prefix, sync=False)  # rank 0 exports, alone
             collection.update(report.totals(side))  # type: ignore[arg-type]
             self.metrics |= {name: float(value) for name, value in collection.compute().items()}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.items()})

@@ -27,11 +27,13 @@ from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, measure,
 _COUNTS = ("n", "n_changed", "sign_equal", "preserved", "flipped", "lost")
 
 
-def delta_metrics(prefix: str | None = None) -> MetricCollection:
+def delta_metrics(prefix: str | None = None, *, sync: bool = True) -> MetricCollection:
     """The four metrics, under the keys "sign_rate", "cosine", "gain" and "mse", with one update for all.
 
     Args:
         prefix: Put before every key, for example "daq/".
+        sync: Whether `compute` adds up the sums of all ranks, which all ranks must then call. False where one rank
+            alone has seen everything.
 
     Returns:
         A `MetricCollection` whose members form one compute group.
@@ -43,10 +45,10 @@ def delta_metrics(prefix: str | None = None) -> MetricCollection:
         0.5
     """
     members: dict[str, Metric | MetricCollection] = {
-        "sign_rate": SignPreservationRate(),
-        "cosine": DeltaCosineSimilarity(),
-        "gain": DeltaGain(),
-        "mse": DeltaMeanSquaredError(),
+        "sign_rate": SignPreservationRate(sync_on_compute=sync),
+        "cosine": DeltaCosineSimilarity(sync_on_compute=sync),
+        "gain": DeltaGain(sync_on_compute=sync),
+        "mse": DeltaMeanSquaredError(sync_on_compute=sync),
     }
     return MetricCollection(members, prefix=prefix, compute_groups=[list(members)])
 
