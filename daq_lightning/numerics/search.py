@@ -7,6 +7,10 @@ The incumbent is alpha = 1 and gives way only to a strictly better candidate, so
 absmax quantization on the objective. Among equally good candidates the nearest to 1 wins. Where the update is all
 zero there is no evidence and alpha stays 1. Scores are taken from the very codes and scales that are returned.
 
+Three ways through the candidates: the paper's coarse and fine grids, one dense logarithmic grid over [1, 2), and the
+exact optimum over all of [1, 2) (`ScaleSearch()`, `ScaleSearch.dense(n)`, `ScaleSearch.exact()`). [1, 2) covers every
+distinct FP8 grid: alpha and 2 alpha give the same one up to subnormal codes, and below 1 the largest weights saturate.
+
 Legend: M out, N in, G groups that share a scale, K candidates.
 
 Source: arXiv 2603.22324, Algorithm 1 and section 3.1 (ranges).
@@ -14,18 +18,20 @@ Source: arXiv 2603.22324, Algorithm 1 and section 3.1 (ranges).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from daq_lightning.numerics.exact import EXACT_METRICS, best_scale
 from daq_lightning.numerics.formats import Granularity, ScaleFormat
-from daq_lightning.numerics.kernels import Implementation, delta_stats
+from daq_lightning.numerics.kernels import Implementation, delta_stats, fast_absmax_scale, fast_quantize
 from daq_lightning.numerics.objectives import METRICS, DeltaStats, Metric, score
-from daq_lightning.numerics.quantize import absmax_scale, quantize, round_scale
+from daq_lightning.numerics.quantize import round_scale
 from daq_lightning.numerics.tiling import bands
 
 WIDE_RANGE = (0.5, 2.0)
@@ -33,8 +39,8 @@ MEDIUM_RANGE = (0.8, 1.25)
 NARROW_RANGE = (0.9, 1.11)
 """The three ranges of alpha in the paper's experiments."""
 
-_BAND = {"cpu": 1 << 20, "cuda": 1 << 26}  # weights that are searched at a time
-_SUMS = 1 << 20  # groups times candidates whose sums are held at a time
+_SUMS = 1 << 14  # groups times candidates whose sums are held at a time, at least
+_SUMS_SHARE = 512  # and for a large weight one such sum for so many elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +57,14 @@ class ScaleSearch:
         alpha_scope: "group": each block or row has its own alpha. "layer": one alpha for the weight, as Algorithm 1
             is printed.
         tau: Weight of the orthogonal noise in the hybrid objective, >= 0.
+        spacing: Of the coarse stage. "linear": both ends included, as in the paper. "log": n_coarse steps of one
+            factor, alpha_max excluded. "exact": no candidates; the optimum over [1, 2) whatever the range says.
 
     Example:
         >>> ScaleSearch(metric="cosine", alpha_min=0.8, alpha_max=1.25).n_coarse
         5
+        >>> ScaleSearch.dense(64, metric="mse").n_coarse
+        64
     """
 
     metric: Metric = "hybrid"
@@ -65,6 +75,36 @@ class ScaleSearch:
     fine_radius: float | None = None
     alpha_scope: Literal["group", "layer"] = "group"
     tau: float = 0.01
+    spacing: Literal["linear", "log", "exact"] = "linear"
+
+    @classmethod
+    def dense(
+        cls,
+        n: int,
+        *,
+        metric: Metric = "hybrid",
+        tau: float = 0.01,
+        alpha_scope: Literal["group", "layer"] = "group",
+    ) -> ScaleSearch:
+        """One stage of n candidates 2^(i / n) over [1, 2)."""
+        return cls(
+            metric=metric,
+            alpha_min=1.0,
+            alpha_max=2.0,
+            n_coarse=n,
+            n_fine=0,
+            alpha_scope=alpha_scope,
+            tau=tau,
+            spacing="log",
+        )
+
+    @classmethod
+    def exact(cls, *, metric: Metric = "hybrid", tau: float = 0.01) -> ScaleSearch:
+        """The optimum over all scales of [1, 2) x absmax: bfloat16 weights; cosine, mse or hybrid; one alpha a group.
+
+        See `daq_lightning.numerics.exact`.
+        """
+        return cls(metric=metric, alpha_min=1.0, alpha_max=2.0, n_coarse=1, n_fine=0, tau=tau, spacing="exact")
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -84,6 +124,13 @@ class ScaleSearch:
             raise ValueError(f"Unknown alpha_scope {self.alpha_scope!r}: expected 'group' or 'layer'.")
         if not (math.isfinite(self.tau) and self.tau >= 0):
             raise ValueError(f"tau must be a finite number >= 0, got {self.tau}.")
+        if self.spacing not in ("linear", "log", "exact"):
+            raise ValueError(f"Unknown spacing {self.spacing!r}: expected 'linear', 'log' or 'exact'.")
+        if self.spacing == "exact" and (self.metric not in EXACT_METRICS or self.alpha_scope != "group"):
+            raise ValueError(
+                f"The exact search maximizes {', '.join(EXACT_METRICS)} for each group, got metric {self.metric!r} and "
+                f"alpha_scope {self.alpha_scope!r}; use ScaleSearch.dense(64, metric=..., alpha_scope=...) instead."
+            )
 
     @classmethod
     def absmax(cls) -> ScaleSearch:
@@ -96,6 +143,13 @@ class ScaleSearch:
         if self.fine_radius is not None:
             return self.fine_radius
         return (self.alpha_max - self.alpha_min) / max(1, self.n_coarse - 1) / 2
+
+    def coarse(self) -> Tensor:
+        """The candidates of the coarse stage: float64, shape (n_coarse,)."""
+        if self.spacing == "log":
+            step = torch.arange(self.n_coarse, dtype=torch.float64) / self.n_coarse
+            return self.alpha_min * (self.alpha_max / self.alpha_min) ** step
+        return torch.linspace(self.alpha_min, self.alpha_max, self.n_coarse, dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +171,7 @@ class SearchResult:
     absmax_stats: DeltaStats
 
 
+@torch.no_grad()
 def search_scale(
     weight: Tensor,
     base: Tensor,
@@ -143,7 +198,7 @@ def search_scale(
 
     Raises:
         ValueError: Not two matrices of one shape on one device, or NaN or Inf in one of them.
-        TypeError: A dtype other than the three.
+        TypeError: A dtype other than the three, or an exact search in a weight that is not bfloat16.
 
     Source: arXiv 2603.22324, Algorithm 1.
 
@@ -158,7 +213,7 @@ def search_scale(
     search = ScaleSearch() if search is None else search
     _check_inputs(weight, base, name)
     shape_MN = (weight.shape[0], weight.shape[1])
-    absmax = absmax_scale(weight, granularity, scale_format=scale_format)
+    absmax = fast_absmax_scale(weight, granularity, scale_format, implementation)
     if not bool(absmax.isfinite().all()):
         raise ValueError(_not_finite(weight, name))
 
@@ -166,14 +221,34 @@ def search_scale(
         scale_GK = round_scale((absmax_G.double()[:, None] * alpha_GK).float(), scale_format)
         return delta_stats(weight[rows], base[rows], scale_GK, granularity, implementation)
 
-    finder = _search_groups if search.alpha_scope == "group" else _search_layer
-    alpha_G, stats, absmax_stats = finder(shape_MN, granularity, search, absmax, evaluate)
+    if search.spacing == "exact" and scale_format != "ue8m0":
+        if weight.dtype != torch.bfloat16:
+            raise TypeError(
+                f"{name}: the exact search needs bfloat16 weights, got {weight.dtype}; use ScaleSearch.dense(64), or "
+                "pass weight.bfloat16() if that is what training stores."
+            )
+        best, _ = best_scale(
+            *(weight, base, absmax, granularity),
+            metric=search.metric,
+            tau=search.tau,
+            scale_format=scale_format,
+            implementation=implementation,
+        )
+        alpha_G, stats, absmax_stats = _check_proposal(shape_MN, granularity, search, absmax, best, evaluate)
+    elif search.alpha_scope == "group":
+        alpha_G, stats, absmax_stats = _search_groups(shape_MN, granularity, search, absmax, evaluate)
+    else:
+        alpha_G, stats, absmax_stats = _search_layer(shape_MN, granularity, search, absmax, evaluate)
     if not bool(stats.delta_sq.isfinite().all()):
         raise ValueError(_not_finite(base, f"the base of {name}"))
     alpha = alpha_G.reshape(absmax.shape)
     scale = round_scale((absmax.double() * alpha).float(), scale_format)
     return SearchResult(
-        codes=quantize(weight, scale, granularity), scale=scale, alpha=alpha, stats=stats, absmax_stats=absmax_stats
+        codes=fast_quantize(weight, scale, granularity, implementation),
+        scale=scale,
+        alpha=alpha,
+        stats=stats,
+        absmax_stats=absmax_stats,
     )
 
 
@@ -186,16 +261,34 @@ def _search_groups(
 ) -> _Found:
     """One alpha per group: bands of groups are independent of each other."""
     found: list[_Found] = []
+    for rows, absmax_G in _bands(shape_MN, granularity, search, absmax):
+        found.append(_coarse_to_fine(functools.partial(_evaluate_band, evaluate, rows, absmax_G), absmax_G, search))
+    return _concatenate_found(found)
+
+
+def _evaluate_band(evaluate: _Evaluate, rows: slice, absmax_G: Tensor, alpha_GK: Tensor) -> DeltaStats:
+    return evaluate(rows, alpha_GK, absmax_G)
+
+
+def _check_proposal(
+    shape_MN: tuple[int, int],
+    granularity: Granularity,
+    search: ScaleSearch,
+    absmax: Tensor,
+    proposal: Tensor,
+    evaluate: _Evaluate,
+) -> _Found:
+    """Takes the proposed scales where they beat absmax by the sums of their own codes."""
+    found: list[_Found] = []
     start = 0
-    for rows in _bands(shape_MN, granularity, search, absmax.device):
-        grid_rows, grid_cols = granularity.grid((rows.stop - rows.start, shape_MN[1]))
-        absmax_G = absmax.flatten()[start : start + grid_rows * grid_cols]
-        start += grid_rows * grid_cols
-        found.append(
-            _coarse_to_fine(lambda alpha_GK, rows=rows, scale_G=absmax_G: evaluate(rows, alpha_GK, scale_G), absmax_G, search)
-        )
-    alphas, stats, absmax_stats = zip(*found, strict=True)
-    return torch.cat(alphas), _concatenate(stats), _concatenate(absmax_stats)
+    for rows, absmax_G in _bands(shape_MN, granularity, search, absmax):
+        alpha_G = proposal.flatten()[start : start + len(absmax_G)].double() / absmax_G.double()
+        start += len(absmax_G)
+        stats_GK = evaluate(rows, torch.stack([torch.ones_like(alpha_G), alpha_G], 1), absmax_G)
+        absmax_stats, stats_G1 = stats_GK.map(lambda field: field[:, 0]), stats_GK.map(lambda field: field[:, 1:])
+        chosen = _pick(torch.ones_like(alpha_G), absmax_stats, alpha_G[:, None], stats_G1, search)
+        found.append((*chosen, absmax_stats))
+    return _concatenate_found(found)
 
 
 def _search_layer(
@@ -204,11 +297,8 @@ def _search_layer(
     """One alpha for the weight: every stage sums over all bands before it decides."""
 
     def evaluate_all(alpha_1K: Tensor, per_group: bool = False) -> DeltaStats:
-        parts, start = [], 0
-        for rows in _bands(shape_MN, granularity, search, absmax.device):
-            grid_rows, grid_cols = granularity.grid((rows.stop - rows.start, shape_MN[1]))
-            absmax_G = absmax.flatten()[start : start + grid_rows * grid_cols]
-            start += grid_rows * grid_cols
+        parts = []
+        for rows, absmax_G in _bands(shape_MN, granularity, search, absmax):
             stats_GK = evaluate(rows, alpha_1K, absmax_G)
             parts.append(stats_GK if per_group else stats_GK.map(lambda field: field.sum(0, keepdim=True)))
         if per_group:
@@ -224,13 +314,12 @@ def _search_layer(
 def _coarse_to_fine(evaluate: Callable[[Tensor], DeltaStats], like_G: Tensor, search: ScaleSearch) -> _Found:
     """Algorithm 1 for many groups at once, in two calls of `evaluate`."""
     one_G1 = torch.ones(like_G.shape[0], 1, dtype=torch.float64, device=like_G.device)
-    coarse_K = torch.linspace(
-        search.alpha_min, search.alpha_max, search.n_coarse, dtype=torch.float64, device=like_G.device
-    )
+    coarse_K = search.coarse().to(like_G.device)
     alpha_GK = torch.cat([one_G1, coarse_K.expand(one_G1.shape[0], -1)], 1)
     stats_GK = evaluate(alpha_GK)
     absmax_stats = stats_GK.map(lambda field: field[:, 0])
-    alpha_G, stats = _pick(one_G1[:, 0], absmax_stats, alpha_GK[:, 1:], stats_GK.map(lambda field: field[:, 1:]), search)
+    stats_GK = stats_GK.map(lambda field: field[:, 1:])
+    alpha_G, stats = _pick(one_G1[:, 0], absmax_stats, coarse_K.expand(len(one_G1), -1), stats_GK, search)
     if search.n_fine:
         low_G = (alpha_G - search.radius).clamp(min=search.alpha_min)
         high_G = torch.maximum((alpha_G + search.radius).clamp(max=search.alpha_max), low_G)
@@ -260,13 +349,22 @@ def _pick(
 
 
 def _bands(
-    shape_MN: tuple[int, int], granularity: Granularity, search: ScaleSearch, device: torch.device
-) -> list[slice]:
-    """Row bands that bound both the weights and the sums that are held at a time."""
+    shape_MN: tuple[int, int], granularity: Granularity, search: ScaleSearch, absmax: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Row bands, few enough groups each that the sums of all candidates stay small, and their absmax scales."""
     rows, cols = granularity.cell(shape_MN)
     candidates = max(search.n_coarse + 1, search.n_fine)
-    by_sums = _SUMS // candidates * max(1, rows * cols)
-    return list(bands(shape_MN, granularity, min(_BAND.get(device.type, _BAND["cpu"]), by_sums)))
+    sums = max(_SUMS, shape_MN[0] * shape_MN[1] // _SUMS_SHARE)
+    start = 0
+    for band in bands(shape_MN, granularity, max(1, sums // candidates) * rows * cols):
+        grid_rows, grid_cols = granularity.grid((band.stop - band.start, shape_MN[1]))
+        yield band, absmax.flatten()[start : start + grid_rows * grid_cols]
+        start += grid_rows * grid_cols
+
+
+def _concatenate_found(found: list[_Found]) -> _Found:
+    alphas, stats, absmax_stats = zip(*found, strict=True)
+    return torch.cat(alphas), _concatenate(stats), _concatenate(absmax_stats)
 
 
 def _concatenate(parts: list[DeltaStats] | tuple[DeltaStats, ...]) -> DeltaStats:

@@ -106,9 +106,7 @@ def fast_absmax_scale(
     return torch.where(absmax == 0, 1.0, round_scale(absmax / FP8_E4M3.max, scale_format))
 
 
-def fast_quantize(
-    weight_MN: Tensor, scale: Tensor, granularity: Granularity, implementation: Implementation
-) -> Tensor:
+def fast_quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, implementation: Implementation) -> Tensor:
     """`quantize`, in the C++ kernel where that is in use: the same codes bit for bit."""
     if choose(implementation, weight_MN.device) != "fused" or weight_MN.device.type != "cpu":
         return quantize(weight_MN, scale, granularity)

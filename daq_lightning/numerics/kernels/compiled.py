@@ -22,8 +22,8 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 from daq_lightning.numerics.formats import FP8_E4M3, Granularity, PerChannel, PerTensor
 from daq_lightning.numerics.kernels.eager import delta_stats_eager
@@ -58,9 +58,9 @@ def _band_stats(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularit
     weight_TE, base_TE = (_tiles(to_groups(tensor, granularity)) for tensor in (weight_MN, base_MN))
     tiles = weight_TE.shape[0] // groups
     scale_TK = scale_GK.repeat_interleave(tiles, 0)
-    pad_T, pad_K = max(0, 2 - groups * tiles), max(0, 2 - candidates)  # sizes 0 and 1 are never dynamic
-    weight_TE, base_TE = (F.pad(tensor, (0, 0, 0, pad_T)) for tensor in (weight_TE, base_TE))
-    scale_TK = F.pad(scale_TK, (0, pad_K, 0, pad_T), value=1.0)
+    more_T, more_K = max(0, 2 - groups * tiles), max(0, 2 - candidates)  # sizes 0 and 1 are never dynamic
+    weight_TE, base_TE = (pad(tensor, (0, 0, 0, more_T)) for tensor in (weight_TE, base_TE))
+    scale_TK = pad(scale_TK, (0, more_K, 0, more_T), value=1.0)
     of_tiles, of_candidates = _run(weight_TE, base_TE, scale_TK)
 
     changed_T, delta_sq_T, smallest_T, largest_T = of_tiles
@@ -101,7 +101,7 @@ def _tiles(groups_GE: Tensor) -> Tensor:
     size = max(2, -(-elements // tiles))
     if groups_GE.device.type == "cpu" or groups_GE.dtype == torch.float16:
         groups_GE = groups_GE.float()
-    return F.pad(groups_GE, (0, tiles * size - elements)).reshape(-1, size).contiguous()
+    return pad(groups_GE, (0, tiles * size - elements)).reshape(-1, size).contiguous()
 
 
 _Outputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]

@@ -1,7 +1,7 @@
-"""The CPU kernel by hand: `native.cpp`, built once per machine with the C++ compiler found there, called by ctypes.
+"""The CPU kernels by hand: `native.cpp` and `exact.cpp`, built once per machine with the C++ compiler found there.
 
-One pass over a weight evaluates all candidates; the same file computes absmax and codes. The library knows nothing of
-Python or torch, so it builds in seconds, has no state, and runs without the interpreter's lock.
+One pass over a weight evaluates all candidates; absmax, codes and the exact search have a pass each. The library
+knows nothing of Python or torch, so it builds in seconds and runs without the interpreter's lock.
 
 Built libraries are kept in the user's cache folder under a name that hashes the source, the flags and everything that
 the compiler predefines for this processor: another compiler version or another machine on a shared home builds its own.
@@ -37,7 +37,7 @@ _CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class CompilerMissing(RuntimeError):
+class CompilerMissingError(RuntimeError):
     """No C++ compiler on this machine can build the kernel."""
 
 
@@ -46,14 +46,16 @@ class _Matrix(ctypes.Structure):
 
 
 class _Plan(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("m", "n", "cell_rows", "cell_cols", "chunk_rows", "chunk_cols"))
+    _fields_ = tuple(
+        (name, ctypes.c_int64) for name in ["m", "n", "cell_rows", "cell_cols", "chunk_rows", "chunk_cols"]
+    )
 
 
 def delta_stats_native(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> DeltaStats:
     """See `daq_lightning.numerics.kernels.delta_stats`.
 
     Raises:
-        CompilerMissing: The kernel cannot be built here.
+        CompilerMissingError: The kernel cannot be built here.
     """
     plan, chunks = _plan(weight_MN, granularity)
     groups, candidates = scale_GK.shape
@@ -69,7 +71,7 @@ def delta_stats_native(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, gra
 
 
 def absmax_native(weight_MN: Tensor, granularity: Granularity) -> Tensor:
-    """Largest magnitude of each group: float32, shape ``granularity.grid((M, N))``; NaN or Inf where a group has one."""
+    """Largest magnitude of each group: float32, shape of the granularity's grid; NaN or Inf where it has one."""
     plan, chunks = _plan(weight_MN, granularity)
     grid = granularity.grid((weight_MN.shape[0], weight_MN.shape[1]))
     absmax_GC = torch.empty(grid[0] * grid[1], chunks)
@@ -83,17 +85,34 @@ def quantize_native(weight_MN: Tensor, scale: Tensor, granularity: Granularity) 
     plan, _ = _plan(weight_MN, granularity)
     codes_MN = torch.empty(weight_MN.shape, dtype=torch.uint8)
     weight_MN, scale = _rows(weight_MN), scale.contiguous()
-    _library().daq_quantize(
-        *(_matrix(weight_MN), plan, scale.data_ptr(), torch.get_num_threads(), codes_MN.data_ptr())
-    )
+    _library().daq_quantize(*(_matrix(weight_MN), plan, scale.data_ptr(), torch.get_num_threads(), codes_MN.data_ptr()))
     return codes_MN.view(FP8_E4M3.dtype)
+
+
+def exact_native(
+    weight_MN: Tensor,
+    base_MN: Tensor,
+    scale_G: Tensor,
+    granularity: Granularity,
+    objective: tuple[int, float],
+    eight_bits: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `daq_lightning.numerics.exact.best_scale`; the objective is its number there and tau."""
+    plan, _ = _plan(weight_MN, granularity)
+    best_G, promise_G = torch.empty_like(scale_G), torch.empty(scale_G.shape, dtype=torch.float64)
+    weight_MN, base_MN, scale_G = _rows(weight_MN), _rows(base_MN), scale_G.contiguous()
+    _library().daq_exact(
+        *(_matrix(weight_MN), _matrix(base_MN), plan, scale_G.data_ptr(), *objective, int(eight_bits)),
+        *(torch.get_num_threads(), best_G.data_ptr(), promise_G.data_ptr()),
+    )
+    return best_G, promise_G
 
 
 def why_not() -> str | None:
     """None if the kernel is built or can be built here (some seconds, once per machine), else the reason."""
     try:
         _library()
-    except CompilerMissing as reason:
+    except CompilerMissingError as reason:
         return str(reason)
     return None
 
@@ -123,7 +142,10 @@ def _library() -> ctypes.CDLL:
     library.daq_delta_stats.argtypes = [_Matrix, _Matrix, _Plan, pointer, integer, integer, pointer, pointer]
     library.daq_absmax.argtypes = [_Matrix, _Plan, integer, pointer]
     library.daq_quantize.argtypes = [_Matrix, _Plan, pointer, integer, pointer]
-    for function in (library.daq_delta_stats, library.daq_absmax, library.daq_quantize):
+    library.daq_exact.argtypes = [
+        *(_Matrix, _Matrix, _Plan, pointer, integer, ctypes.c_double, integer, integer, pointer, pointer)
+    ]
+    for function in (library.daq_delta_stats, library.daq_absmax, library.daq_quantize, library.daq_exact):
         function.restype = None
     return library
 
@@ -131,11 +153,11 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _build() -> Path:
     """Path of the library for this processor, built if it is not there yet."""
-    source = Path(__file__).with_name("native.cpp")
+    header, *sources = (Path(__file__).with_name(name) for name in ("native.h", "native.cpp", "exact.cpp"))
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else list(_COMPILERS)
     compilers = [path for path in map(shutil.which, wanted) if path]
     if not compilers:
-        raise CompilerMissing(f"No C++ compiler found (looked for {', '.join(wanted)}); install one or set CXX.")
+        raise CompilerMissingError(f"No C++ compiler found (looked for {', '.join(wanted)}); install one or set CXX.")
     errors = []
     for compiler in compilers:
         for cpu_flags in _CPU_FLAGS:
@@ -144,20 +166,23 @@ def _build() -> Path:
             if processor.returncode:
                 errors.append(processor.stderr)
                 continue
-            key = hashlib.sha256(b"".join([source.read_bytes(), *map(os.fsencode, command), processor.stdout]))
+            texts = (path.read_bytes() for path in (header, *sources))
+            key = hashlib.sha256(b"".join([*texts, *map(os.fsencode, command), processor.stdout]))
             library = _cache_folder() / f"native_{key.hexdigest()[:24]}.so"
             if library.exists():
                 return library
             # built beside its place and renamed: processes that build at the same time never see half a file
             handle, unfinished = tempfile.mkstemp(dir=library.parent, suffix=".tmp")
             os.close(handle)
-            built = subprocess.run([*command, str(source), "-o", unfinished], capture_output=True)
+            built = subprocess.run([*command, *map(str, sources), "-o", unfinished], capture_output=True)
             if not built.returncode:
                 os.replace(unfinished, library)
                 return library
             errors.append(built.stderr)
             os.unlink(unfinished)
-    raise CompilerMissing(f"{compilers[0]} cannot build {source}: {errors[-1].decode(errors='replace')[-500:]}")
+    raise CompilerMissingError(
+        f"{compilers[0]} cannot build {sources[0]}: {errors[-1].decode(errors='replace')[-500:]}"
+    )
 
 
 def _cache_folder() -> Path:
