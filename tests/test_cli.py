@@ -215,7 +215,7 @@ def test_an_interrupt_leaves_nothing_behind(models, tmp_path, capsys, monkeypatc
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("daq_lightning.export._search_one", interrupted)
+    monkeypatch.setattr("daq_lightning.checkpoint.writer.CheckpointWriter.write", interrupted)
     assert quantize(models, tmp_path / "out", "--quiet") == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -132,6 +132,10 @@ TENSOR_DAMAGES = {
     "kept NaN": (with_value("model.norm.weight", float("nan")), {"finite values"}),
     "kept -Inf": (with_value("lm_head.weight", float("-inf")), {"finite values"}),
     "half of a fused projection": (as_bfloat16, {"fused projections", "ignore list", "report"}),
+    "most of a fused projection": (
+        lambda tensors: [as_bfloat16(tensors, Q.replace("q_proj", leaf) + ".weight") for leaf in ("q_proj", "k_proj")],
+        {"fused projections", "ignore list", "report"},
+    ),
     "missing tensor": (lambda tensors: tensors.pop("model.norm.weight"), {"complete"}),
     "unknown tensor": (lambda tensors: tensors.update({"model.extra.weight": torch.ones(2)}), {"complete"}),
 }
