@@ -397,21 +397,30 @@ def test_names_of_linear_weights_are_guessed_without_tripping_over_odd_ones():
 
 
 MEMORY = """
-import resource, sys
+import gc, sys
 import torch
 from daq_lightning import ScaleSearch, export_checkpoint
 torch.set_num_threads(1)
-for layers in (2, 8):
+
+def memory(kind):
+    [line] = [line for line in open("/proc/self/status") if line.startswith(kind)]
+    return int(line.split()[1]) * 1024
+
+for layers in (2, 2, 8):  # the first warms up
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins anew
+    before = memory("VmRSS")
     base, post, out = (f"{sys.argv[1]}/{layers}/{role}" for role in ("base", "post", "out"))
     export_checkpoint(post, base, out, search=ScaleSearch.absmax())
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(memory("VmHWM") - before)
 """
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     size = {}
     for count in (2, 8):
-        shape = {"num_hidden_layers": count, "hidden_size": 512, "intermediate_size": 1536}
+        shape = {"num_hidden_layers": count, "hidden_size": 512, "intermediate_size": 1024}
         _, post = tiny_models.make_pair(tmp_path / str(count), tiny_models.llama, **shape)
         size[count] = (post / "model.safetensors").stat().st_size
     root = str(Path(__file__).resolve().parent.parent)
@@ -420,6 +429,6 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    peak = [1024 * int(line) for line in result.stdout.splitlines()[-2:]]
-    assert size[8] - size[2] > 30e6  # bytes that the second export reads beyond the first, from base and from post
-    assert peak[1] - peak[0] < 8e6
+    peak = [int(line) for line in result.stdout.splitlines()[-2:]]
+    assert size[8] - size[2] > 20e6  # bytes that the second export reads beyond the first, from base and from post
+    assert peak[1] - peak[0] < (size[8] - size[2]) / 2
