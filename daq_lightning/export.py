@@ -28,14 +28,16 @@ from daq_lightning.checkpoint.manifest import ChainFrom, Lineage, Manifest, desc
 from daq_lightning.checkpoint.reader import INDEX, MANIFEST, REPORT, Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
+from daq_lightning.numerics.batch import search_batch
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.kernels import delta_stats
-from daq_lightning.numerics.search import ScaleSearch, SearchResult, search_scale
+from daq_lightning.numerics.search import ScaleSearch, SearchResult
 from daq_lightning.pipeline import WriteBehind, read_ahead, with_progress
 from daq_lightning.plan import ExportPlan, TensorPlan, plan_export
 from daq_lightning.report import ExportReport, TensorReport, alpha_statistics, settings
 from daq_lightning.source import Source
 
+_BATCH = 64 << 20  # bytes of weights that are searched together
 Weights: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
 
 
@@ -179,7 +181,7 @@ def export(
             raise CheckpointError(f"{out} is the folder of the {role}: choose another destination.")
     plan = make_plan(source, choices)
     base_names, without_base = match_base(plan, base, source, choices)
-    reports: list[TensorReport] = []
+    reports: dict[str, TensorReport] = {}
     prints: dict[str, dict[str, Any]] = {}
     with CheckpointWriter(out, plan.stored, choices.max_shard_bytes) as writer, WriteBehind() as behind:
 
@@ -190,34 +192,40 @@ def export(
                 "stored": fingerprint(stored[0])
             }  # fmt: skip
 
-        weights = read_ahead(source.weights, [tensor.spec.name for tensor in plan.tensors])
-        bases = read_ahead(base, [base_names[tensor.spec.name] for tensor in plan.quantized
-                                  if tensor.spec.name in base_names])  # fmt: skip
-        for tensor, weight in zip(with_progress(plan.tensors, progress), weights, strict=True):
+        batches = _batches(plan, choices.search)
+        order = [tensor for batch in batches for tensor in batch]
+        weights = read_ahead(source.weights, [tensor.spec.name for tensor in order])
+        bases = read_ahead(base, [base_names[tensor.spec.name] for tensor in order if tensor.spec.name in base_names])
+        for batch in with_progress(batches, progress):
+            values = [next(weights) for _ in batch]
             if device is not None:
-                weight = weight.to(device)
-            if not tensor.quantize:
-                _check_finite(weight, tensor.spec.name)
-                behind.run(finish, tensor, (weight.to(tensor.stored[0].dtype),), weight, None)
+                values = [weight.to(device) for weight in values]
+            if not batch[0].quantize:
+                _check_finite(values[0], batch[0].spec.name)
+                behind.run(finish, batch[0], (values[0].to(batch[0].stored[0].dtype),), values[0], None)
                 continue
-            note = without_base.get(tensor.spec.name, "")
-            reference = None if note else next(bases).to(weight.device)
-            result = search_scale(
-                weight,
-                weight if reference is None else reference,
+            references = [
+                next(bases).to(weight.device) if tensor.spec.name in base_names else None
+                for tensor, weight in zip(batch, values, strict=True)
+            ]
+            results = search_batch(
+                values,
+                [weight if known is None else known for weight, known in zip(values, references, strict=True)],
                 plan.layout.granularity,
                 choices.search,
                 scale_format=plan.layout.scale_format,
-                name=tensor.spec.name,
+                names=[tensor.spec.name for tensor in batch],
             )
-            reports.append(_report(tensor, weight, result, plan, context, note))
-            behind.run(finish, tensor, (result.codes, result.scale), weight, reference)
+            for tensor, weight, reference, result in zip(batch, values, references, results, strict=True):
+                note = without_base.get(tensor.spec.name, "")
+                reports[tensor.spec.name] = _report(tensor, weight, result, plan, context, note)
+                behind.run(finish, tensor, (result.codes, result.scale), weight, reference)
         behind.wait()
         report = ExportReport(
             path=str(out),
             scheme=plan.layout.scheme,
             search=settings(choices.search),
-            tensors=tuple(reports),
+            tensors=tuple(reports[tensor.spec.name] for tensor in plan.quantized),
             kept={tensor.spec.name: tensor.reason for tensor in plan.tensors if not tensor.quantize},
             notes=(*plan.notes, *_notes(plan, without_base)),
         )
@@ -229,6 +237,23 @@ def export(
         writer.write_json(MANIFEST, _manifest(plan, choices, context, prints, writer.folder, out).to_dict())
         writer.publish()
     return report
+
+
+def _batches(plan: ExportPlan, search: ScaleSearch) -> list[tuple[TensorPlan, ...]]:
+    """What is searched together: experts of one layer and shape, up to a bounded size; everything else by itself."""
+    batches: list[list[TensorPlan]] = []
+    open_batches: dict[tuple[str, tuple[int, ...]], list[TensorPlan]] = {}
+    for tensor in plan.tensors:
+        layer, found, _ = tensor.spec.name.rpartition(".experts.")
+        if not (tensor.quantize and tensor.role == "expert" and found and search.alpha_scope == "group"):
+            batches.append([tensor])
+            continue
+        batch = open_batches.setdefault((layer, tensor.spec.shape), [])
+        if not batch or (len(batch) + 1) * tensor.spec.nbytes > _BATCH:
+            batch = open_batches[layer, tensor.spec.shape] = []
+            batches.append(batch)
+        batch.append(tensor)
+    return [tuple(batch) for batch in batches]
 
 
 def _report(

@@ -8,13 +8,16 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeAlias
 
 from torch import Tensor
 
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.plan import TensorPlan
+
+Batch: TypeAlias = tuple[TensorPlan, ...]
 
 
 def read_ahead(mapping: Mapping[str, Tensor], names: list[str]) -> Iterator[Tensor]:
@@ -55,28 +58,33 @@ class WriteBehind:
             self._pending.popleft().result()
 
 
-def with_progress(tensors: tuple[TensorPlan, ...], progress: bool) -> Iterator[TensorPlan]:
+def with_progress(batches: Sequence[Batch], progress: bool) -> Iterator[Batch]:
+    """Yields batches; shows how far it is, the rate and the time left: a bar on a terminal, else lines."""
     if not progress:
-        yield from tensors
+        yield from batches
         return
-    total = sum(spec.nbytes for tensor in tensors for spec in tensor.stored)
+    total = sum(map(_size, batches))
     if not sys.stderr.isatty():
-        yield from _with_lines(tensors, total)
+        yield from _with_lines(batches, total)
         return
     from tqdm import tqdm
 
     with tqdm(total=total, unit="B", unit_scale=True, desc="FP8 export", dynamic_ncols=True) as bar:
-        for tensor in tensors:
-            yield tensor
-            bar.update(sum(spec.nbytes for spec in tensor.stored))
+        for batch in batches:
+            yield batch
+            bar.update(_size(batch))
 
 
-def _with_lines(tensors: tuple[TensorPlan, ...], total: int) -> Iterator[TensorPlan]:
+def _size(batch: Batch) -> int:
+    return sum(spec.nbytes for tensor in batch for spec in tensor.stored)
+
+
+def _with_lines(batches: Sequence[Batch], total: int) -> Iterator[Batch]:
     """Progress for a log file: one line in five seconds, and one at the end."""
     done, start, last = 0, time.monotonic(), time.monotonic()
-    for tensor in tensors:
-        yield tensor
-        done += sum(spec.nbytes for spec in tensor.stored)
+    for batch in batches:
+        yield batch
+        done += _size(batch)
         now = time.monotonic()
         if done == total or now - last > 5:
             last, rate = now, done / max(now - start, 1e-9)

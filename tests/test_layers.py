@@ -17,7 +17,9 @@ INSIDE = {
     "callback": {"checkpoint", "export", "metrics", "numerics", "report", "source", "training"},
     "chain": {"checkpoint"},
     "checkpoint": {"checkpoint", "numerics"},
-    "cli": {"arguments", "chain", "checkpoint", "export", "inspection", "numerics", "plan", "report", "source", "verify"},
+    "cli": {
+        *("arguments", "chain", "checkpoint", "export", "inspection", "numerics", "plan", "report", "source", "verify")
+    },
     "contract": {"architecture", "checkpoint", "numerics.formats", "plan"},
     "export": {"checkpoint", "numerics", "pipeline", "plan", "report", "source"},
     "inspection": {"architecture", "checkpoint", "numerics", "report"},

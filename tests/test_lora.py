@@ -1,4 +1,4 @@
-"""LoRA runs: the frozen weights are the base, the merged weights are exported, and the live adapters stay as they are."""
+"""LoRA runs: the frozen weights are the base, the merged ones are exported, and live adapters stay as they are."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """A written folder is complete or not there, and the same input makes the same bytes."""
-# ruff: noqa: PT012  a writer fails inside its own context
+
 
 import contextlib
 import fcntl
