@@ -42,49 +42,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = normalized(list(sys.argv[1:] if argv is None else argv))
     debug = "--debug" in argv
-    interrupts: list[int] = []
     try:
-        with _noting_interrupts(interrupts):
-            options = make_parser().parse_args(argv)
-            command = {"quantize": _quantize, "inspect": _inspect, "verify": _verify}[options.subcommand]
-            code = command(options[options.subcommand])
-            sys.stdout.flush()
+        options = make_parser().parse_args(argv)
+        with _without_interrupts():
+            import torch  # noqa: F401
+        command = {"quantize": _quantize, "inspect": _inspect, "verify": _verify}[options.subcommand]
+        code = command(options[options.subcommand])
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return _interrupted()
+        print("\ndaq-lightning: interrupted; nothing was left behind.", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if interrupts:  # while a library was being imported, which swallowed it and failed in another way
-            return _interrupted()
         if debug:
             raise
         print(f"daq-lightning: error: {in_options(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
 
 
-def _interrupted() -> int:
-    print("\ndaq-lightning: interrupted; nothing was left behind.", file=sys.stderr)
-    return 130
-
-
 @contextlib.contextmanager
-def _noting_interrupts(interrupts: list[int]) -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt as ever, and is noted."""
+def _without_interrupts() -> Iterator[None]:
+    """Holds Ctrl-C back until the end: in the middle of an import, torch aborts the process or fails in another way."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def note(number: int, _: object) -> None:
-        interrupts.append(number)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, note)
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 def _quantize(options: Namespace) -> int:

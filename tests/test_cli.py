@@ -1,6 +1,7 @@
 """The command line does what `export_checkpoint` does, says clearly what is wrong, and leaves nothing behind."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from daq_lightning import ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.arguments import make_parser, normalized
 from daq_lightning.checkpoint.layouts import SCHEMES
-from daq_lightning.cli import main
+from daq_lightning.cli import _without_interrupts, main
 from daq_lightning.export import ExportSettings
 from daq_lightning.numerics.objectives import METRICS
 from daq_lightning.verify import verify_checkpoint
@@ -94,7 +95,7 @@ def test_choices_and_defaults_are_those_of_the_settings():
 
 def test_help_and_typing_errors_import_no_torch():
     code = (
-        "import sys\nfrom daq_lightning.cli import main\n"
+        "import sys\nfrom daq_lightning.cli import _without_interrupts, main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
         "    print(end.code, sorted({'torch', 'transformers', 'lightning', 'numpy'} & set(sys.modules)))"
     )
@@ -219,6 +220,21 @@ def test_an_interrupt_leaves_nothing_behind(models, tmp_path, capsys, monkeypatc
     assert quantize(models, tmp_path / "out", "--quiet") == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_during_an_import_is_held_back_until_it_is_done():
+    steps = []
+
+    def imported():
+        with _without_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("imported")
+
+    with pytest.raises(KeyboardInterrupt):
+        imported()
+    assert steps == ["imported"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_without_jsonargparse_the_error_names_the_extra(capsys, monkeypatch):
