@@ -425,10 +425,12 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         size[count] = (post / "model.safetensors").stat().st_size
     root = str(Path(__file__).resolve().parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    # what is freed goes back to the system at once, so that only memory in use is counted
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stderr[-2000:]
     peak = [int(line) for line in result.stdout.splitlines()[-2:]]
     assert size[8] - size[2] > 20e6  # bytes that the second export reads beyond the first, from base and from post
-    assert peak[1] - peak[0] < (size[8] - size[2]) / 2
+    assert peak[1] - peak[0] < (size[8] - size[2]) / 4
