@@ -1,0 +1,138 @@
+"""How fast an export is, and how much memory it needs: a synthetic Llama of 0.6 B parameters, beside a plain copy.
+
+    export   read both checkpoints, search all scales, fingerprint, write, fsync
+    copy     read both checkpoints in pieces and write as many bytes as the export, fsync: what the disk alone needs
+
+Both run in processes of their own, so that each has a peak of resident memory; imports and building the kernel are
+left out of the time. Run it on a quiet machine; compare runs by their ratio.
+
+    python recipes/benchmark_export.py [--layers 8] [--folder outputs/benchmark] [--scheme FP8_BLOCK] [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 8192, 32000
+
+
+def make_pair(folder: Path, layers: int) -> tuple[Path, Path]:
+    """A base and a fine-tuned checkpoint with random weights, in bfloat16; kept for the next run."""
+    import torch
+    from transformers import LlamaConfig
+
+    from daq_lightning.checkpoint.tensor_file import TensorSpec
+    from daq_lightning.checkpoint.writer import CheckpointWriter
+
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=layers, num_attention_heads=16,
+        vocab_size=VOCABULARY, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    for i in range(layers):
+        layer = f"model.layers.{i}."
+        shapes |= {f"{layer}self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
+        shapes |= {f"{layer}mlp.{name}_proj.weight": (INTERMEDIATE, HIDDEN) for name in ("gate", "up")}
+        shapes |= {f"{layer}mlp.down_proj.weight": (HIDDEN, INTERMEDIATE)}
+        shapes |= {f"{layer}{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
+    shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+    specs = [TensorSpec(name=name, dtype=torch.bfloat16, shape=shape) for name, shape in shapes.items()]
+    paths = folder / f"base-{layers}", folder / f"post-{layers}"
+    for path, change in zip(paths, (0.0, 1e-4), strict=True):
+        if path.exists():
+            continue
+        generator = torch.Generator().manual_seed(0)
+        with CheckpointWriter(path, specs) as writer:
+            for spec in specs:
+                weight = 0.02 * torch.randn(spec.shape, generator=generator)
+                update = torch.randn(spec.shape, generator=generator)
+                writer.write(spec.name, (weight + change * update).bfloat16())
+            writer.publish(json.loads(config.to_json_string()))
+    return paths
+
+
+def export(post: Path, base: Path, out: Path, scheme: str) -> float:
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401  imports are not timed
+
+    from daq_lightning import PerBlock, ScaleSearch, export_checkpoint, search_scale
+
+    search = ScaleSearch(metric="cosine", n_coarse=5, n_fine=10)
+    search_scale(torch.ones(256, 256), torch.zeros(256, 256), PerBlock(), search)  # builds the kernel
+    start = time.perf_counter()
+    export_checkpoint(post, base, out, scheme=scheme, search=search)  # type: ignore[arg-type]
+    return time.perf_counter() - start
+
+
+def copy(post: Path, base: Path, out: Path, scheme: str) -> float:
+    start = time.perf_counter()
+    buffer = bytearray(32 << 20)
+    left = sum(file.stat().st_size for file in post.iterdir()) * 2 // 3  # about what an export writes
+    with open(out, "wb", buffering=0) as target:
+        for folder in (post, base):
+            with open(folder / "model.safetensors", "rb", buffering=0) as source:
+                while count := source.readinto(buffer):
+                    written = min(count, left)
+                    target.write(memoryview(buffer)[:written])
+                    left -= written
+        os.fsync(target.fileno())
+    return time.perf_counter() - start
+
+
+def peak_memory() -> float:
+    """Peak resident memory of this process in GB. (`getrusage` would count its parent's as well.)"""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e9
+    return float("nan")
+
+
+def measure(job: str, *arguments: str) -> tuple[float, float]:
+    """Seconds and peak resident gigabytes of a job in a process of its own."""
+    output = subprocess.run([sys.executable, __file__, "--job", job, *arguments], capture_output=True, text=True)
+    if output.returncode:
+        raise SystemExit(output.stderr)
+    seconds, peak = output.stdout.split()[-2:]
+    return float(seconds), float(peak)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of an export.")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the model; 8 are 0.6 B parameters")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark"))
+    parser.add_argument("--scheme", default="FP8_BLOCK")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--job", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        job, post, base, out, scheme = args.job
+        seconds = {"export": export, "copy": copy}[job](Path(post), Path(base), Path(out), scheme)
+        print(seconds, peak_memory())
+        return
+    args.folder.mkdir(parents=True, exist_ok=True)
+    print(f"Making a pair of checkpoints with {args.layers} layers in {args.folder} ...", flush=True)
+    base, post = make_pair(args.folder, args.layers)
+    rows = []
+    for _ in range(args.repeat):
+        row = {}
+        for job in ("copy", "export"):
+            row[job] = measure(job, str(post), str(base), str(args.folder / f"out-{job}"), args.scheme)
+        rows.append(row)
+        print("  ".join(f"{job} {seconds:6.2f} s, peak {peak:.2f} GB" for job, (seconds, peak) in row.items()), flush=True)
+    best = {job: min(row[job][0] for row in rows) for job in ("copy", "export")}
+    peak = max(row["export"][1] for row in rows)
+    print(
+        f"\n{args.scheme}, {args.layers} layers, 16 candidates: export {best['export']:.2f} s "
+        f"({best['export'] / best['copy']:.1f} x the copy), peak {peak:.2f} GB"
+    )
+    if args.json:
+        args.json.write_text(json.dumps({"layers": args.layers, "scheme": args.scheme, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
