@@ -80,18 +80,9 @@ def _band_stats(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularit
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     n = group_sizes(shape_MN, granularity, weight_MN.device)[:, None].expand(-1, candidates)
     filled = tiles * weight_TE.shape[1] - n  # zeros over zeros
-    return DeltaStats(
-        n=n,
-        n_changed=changed.long(),
-        sign_equal=(preserved + both_zero).long() - filled,
-        preserved=preserved.long(),
-        flipped=(changed - preserved - lost).long(),
-        lost=lost.long(),
-        dot=per_group(dot_TK),
-        delta_sq=delta_sq,
-        delta_q_sq=per_group(delta_q_sq_TK),
-        error_sq=per_group(error_sq_TK),
-    )
+    counts = (changed, preserved + both_zero - filled, preserved, changed - preserved - lost, lost)
+    totals = (per_group(dot_TK), delta_sq, per_group(delta_q_sq_TK), per_group(error_sq_TK))
+    return DeltaStats(n, *(count.long() for count in counts), *totals)
 
 
 def _tiles(groups_GE: Tensor) -> Tensor:
@@ -118,7 +109,9 @@ def _run(weight_TE: Tensor, base_TE: Tensor, scale_TK: Tensor) -> _Outputs:
 @functools.cache
 def _compiled(device: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], _Outputs]:
     rounding = round_by_arithmetic if device == "cpu" else _round_by_cast
-    function = torch.compile(functools.partial(_tile_sums, rounding), dynamic=True, fullgraph=True)
+    # on a GPU products would be fused into differences, and q - b would not be 0 where q == b
+    options = None if device == "cpu" else {"emulate_precision_casts": True}
+    function = torch.compile(functools.partial(_tile_sums, rounding), dynamic=True, fullgraph=True, options=options)
     # sizes that differ from each other at the first call stay independent of each other, and so do separate tensors
     weight, base = torch.zeros(3, 64, device=device), torch.zeros(3, 64, device=device)
     function(weight, base, torch.ones(3, 5, device=device), torch.ones(3, 5, device=device))

@@ -1,0 +1,283 @@
+"""All implementations of the sums are one: counts bit for bit, float sums to 2e-6, and their codes are `quantize`'s."""
+
+import importlib.util
+import subprocess
+import sys
+import threading
+import warnings
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from daq_lightning.numerics import kernels
+from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
+from daq_lightning.numerics.kernels import compiled, delta_stats, native
+from daq_lightning.numerics.objectives import DeltaStats
+from daq_lightning.numerics.quantize import absmax_scale, dequantize, encode, quantize
+
+RTOL = 2e-6
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+IMPLEMENTATIONS = ["compiled", "fused"]
+SHAPES_AND_GRIDS = [
+    ((1, 1), PerBlock(128, 128)),
+    ((1, 300), PerChannel()),
+    ((130, 260), PerBlock(128, 128)),
+    ((7, 5000), PerChannel()),
+    ((70, 90), PerTensor()),
+    ((10, 12), PerBlock(3, 5)),
+]
+
+
+def pair(shape, dtype=torch.bfloat16, magnitude=1.0, seed=0, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    base = (torch.randn(shape, generator=generator) * 0.02 * magnitude).to(dtype)
+    step = torch.randn(shape, generator=generator) * 2e-4 * magnitude
+    step[torch.rand(shape, generator=generator) < 0.3] = 0
+    return (base.float() + step).to(dtype).to(device), base.to(device)
+
+
+def candidates(weight, granularity, count=5, seed=1):
+    scale_G = absmax_scale(weight, granularity).flatten()
+    factor = torch.rand(len(scale_G), count, generator=torch.Generator().manual_seed(seed)) * 2 + 0.25
+    return (scale_G[:, None] * factor.to(scale_G.device)).clamp(min=2.0**-126)
+
+
+def assert_same(stats: DeltaStats, expected: DeltaStats):
+    for name, mine, theirs in zip(DeltaStats._fields, stats, expected, strict=True):
+        assert mine.dtype == theirs.dtype, name
+        assert mine.shape == theirs.shape, name
+        if mine.dtype == torch.int64:
+            assert torch.equal(mine, theirs), name
+        else:
+            size = (expected.delta_sq * expected.delta_q_sq).sqrt() if name == "dot" else theirs
+            assert bool(((mine - theirs).abs() <= RTOL * size).all()), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("shape", "granularity"), SHAPES_AND_GRIDS)
+def test_agrees_with_the_reference(shape, granularity, implementation, device):
+    for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)):
+        weight, base = pair(shape, device=device)
+        weight, base = weight.to(dtypes[0]), base.to(dtypes[1])
+        scale_GK = candidates(weight, granularity)
+        assert_same(
+            delta_stats(weight, base, scale_GK, granularity, implementation),
+            delta_stats(weight, base, scale_GK, granularity, "eager"),
+        )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-16, 1e20, 1e30])
+def test_magnitudes_whose_squares_do_not_fit_float32(magnitude, implementation):
+    weight, base = pair((40, 60), torch.float32, magnitude)
+    granularity = PerBlock(32, 32)
+    scale_GK = candidates(weight, granularity)
+    expected = delta_stats(weight, base, scale_GK, granularity, "eager")
+    assert_same(delta_stats(weight, base, scale_GK, granularity, implementation), expected)
+    assert bool((expected.delta_q_sq > 0).all())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [1.0, 0.37, 3.0 * 2**-9])
+def test_scores_the_codes_of_quantize_for_every_bfloat16(scale, implementation):
+    """Where the base is what `quantize` makes of the weight, delta_q is 0 in every element or a code differs."""
+    values = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    values = values[(values >= 2.0**-40) & (values < 2.0**40)]
+    weight = torch.cat([values, -values]).reshape(-1, 256)
+    scale_M1 = torch.full((len(weight), 1), scale)
+    base = dequantize(quantize(weight, scale_M1, PerChannel()), scale_M1, PerChannel())
+    stats = delta_stats(weight, base, scale_M1, PerChannel(), implementation).total()
+    assert float(stats.delta_q_sq) == 0
+    assert int(stats.lost) + int(stats.sign_equal) == weight.numel()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scores_the_codes_of_quantize_for_random_float32(implementation):
+    generator = torch.Generator().manual_seed(0)
+    exponent = torch.randint(-14, 10, (128, 2048), generator=generator)
+    weight = torch.ldexp(torch.rand(128, 2048, generator=generator) - 0.5, exponent)
+    scale_M1 = torch.rand(128, 1, generator=generator) + 0.5
+    base = dequantize(quantize(weight, scale_M1, PerChannel()), scale_M1, PerChannel())
+    stats = delta_stats(weight, base, scale_M1, PerChannel(), implementation).total()
+    assert float(stats.delta_q_sq) == 0
+
+
+def test_rounding_by_arithmetic_is_the_cast_for_every_significand():
+    for exponent in (0, 8, -6, -7, -9, -10):
+        for part in (torch.arange(1 << 22), torch.arange(1 << 22, 1 << 23)):
+            bits = (part + ((exponent + 127) << 23)).to(torch.int32)
+            values = bits.view(torch.float32)
+            values = values[values <= 448]
+            assert torch.equal(compiled.round_by_arithmetic(values), encode(values).float()), exponent
+
+
+def test_native_codes_are_those_of_ml_dtypes_for_every_half():
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        values = every.view(dtype)
+        values = values[values.isfinite()].reshape(-1, 1)
+        scale = 2.0 ** torch.randint(-20, 20, (len(values), 1), generator=torch.Generator().manual_seed(0))
+        codes = native.quantize_native(values, scale, PerChannel())
+        scaled = (values.double() / scale).clamp(-448, 448).numpy()
+        expected = scaled.astype(np.float32).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+        assert np.array_equal(codes.view(torch.uint8).numpy(), expected)
+
+
+@pytest.mark.parametrize(("shape", "granularity"), SHAPES_AND_GRIDS)
+def test_native_absmax_and_codes_are_those_of_torch(shape, granularity):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight, _ = pair(shape, dtype)
+        scale = absmax_scale(weight, granularity)
+        assert torch.equal((native.absmax_native(weight, granularity) / 448).clamp(min=2.0**-126), scale)
+        for stretch in (1.0, 0.7, 300.0):
+            codes = native.quantize_native(weight, scale * stretch, granularity)
+            expected = quantize(weight, scale * stretch, granularity)
+            assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_native_absmax_shows_nan_and_infinity():
+    weight = torch.zeros(2, 3000)
+    weight[0, 2999], weight[1, 0] = float("nan"), float("-inf")
+    absmax = native.absmax_native(weight, PerChannel()).flatten()
+    assert bool(absmax[0].isnan())
+    assert bool(absmax[1].isinf())
+
+
+def test_native_does_not_depend_on_the_number_of_threads():
+    weight, base = pair((300, 500))
+    scale_GK = candidates(weight, PerBlock(128, 128))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(delta_stats(weight, base, scale_GK, PerBlock(128, 128), "fused"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_strided_inputs(implementation):
+    weight, base = pair((300, 200))
+    for cut in (lambda x: x.t(), lambda x: x[10:90, 7:77], lambda x: x[::3, ::2]):
+        part, base_part = cut(weight), cut(base)
+        scale_GK = candidates(part, PerChannel())
+        assert_same(
+            delta_stats(part, base_part, scale_GK, PerChannel(), implementation),
+            delta_stats(part.contiguous(), base_part.contiguous(), scale_GK, PerChannel(), "eager"),
+        )
+
+
+def test_offsets_beyond_32_bits():
+    """Two rows of a tensor of 2^31 elements; the pages between them are never touched."""
+    far = 1 << 31
+    try:
+        storage = torch.empty(far + 256, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("no address space for 4 GiB")
+    weight, base = pair((2, 256))
+    view = storage.as_strided((2, 256), (far, 1))
+    view.copy_(weight)
+    scale_GK = candidates(weight, PerChannel())
+    assert_same(
+        delta_stats(view, base, scale_GK, PerChannel(), "fused"),
+        delta_stats(weight, base, scale_GK, PerChannel(), "eager"),
+    )
+
+
+def test_one_compile_serves_all_shapes_dtypes_and_modes():
+    weight, base = pair((20, 30))
+    delta_stats(weight, base, candidates(weight, PerChannel()), PerChannel(), "compiled")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for shape, granularity in SHAPES_AND_GRIDS:
+        for count in (1, 2, 17):
+            weight, base = pair(shape, torch.float32 if count == 2 else torch.bfloat16)
+            delta_stats(weight, base, candidates(weight, granularity, count), granularity, "compiled")
+    weight.requires_grad_(weight.dtype == torch.float32)
+    with torch.inference_mode():
+        inside = weight.clone()
+        delta_stats(inside, base, candidates(inside, granularity), granularity, "compiled")
+    with torch.enable_grad(), torch.autocast("cpu"):
+        delta_stats(weight, base, candidates(weight, granularity), granularity, "compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_leaves_the_process_as_it_was(implementation):
+    """Random state, thread count, and the arithmetic of subnormal numbers; also when called from another thread."""
+    weight, base = pair((50, 60))
+    scale_GK = candidates(weight, PerChannel())
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    results = []
+    worker = threading.Thread(
+        target=lambda: results.append(delta_stats(weight, base, scale_GK, PerChannel(), implementation))
+    )
+    worker.start()
+    worker.join()
+    assert_same(results[0], delta_stats(weight, base, scale_GK, PerChannel(), "eager"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert float(torch.tensor([2.0**-126]) / 2) == 2.0**-127
+
+
+def test_unknown_implementation_is_named():
+    weight, base = pair((2, 2))
+    with pytest.raises(ValueError, match=r"'fast'.*auto, eager, compiled, fused"):
+        delta_stats(weight, base, torch.ones(2, 1), PerChannel(), "fast")  # pyright: ignore[reportArgumentType]
+
+
+def test_without_a_compiler_auto_warns_once_and_uses_the_reference(monkeypatch):
+    weight, base = pair((2, 2))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+    monkeypatch.setattr(native, "_build", native._build.__wrapped__)
+    kernels._auto.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="reference implementation: No C\\+\\+ compiler.*no-such-compiler"):
+            stats = delta_stats(weight, base, torch.ones(2, 1), PerChannel())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            delta_stats(weight, base, torch.ones(2, 1), PerChannel())
+        assert_same(stats, delta_stats(weight, base, torch.ones(2, 1), PerChannel(), "eager"))
+        with pytest.raises(native.CompilerMissingError, match="set CXX"):
+            delta_stats(weight, base, torch.ones(2, 1), PerChannel(), "fused")
+    finally:
+        kernels._auto.cache_clear()
+
+
+def test_triton_is_imported_only_when_used():
+    code = "import sys, daq_lightning.numerics.search; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+TRITON_IN_ITS_INTERPRETER = """
+import torch
+from tests.test_kernels import PerBlock, PerChannel, PerTensor, assert_same, candidates, pair
+from daq_lightning.numerics.kernels import delta_stats
+from daq_lightning.numerics.kernels.fused import delta_stats_fused
+
+cases = [
+    ((1, 1), torch.bfloat16, PerBlock(128, 128), 1.0),
+    ((20, 140), torch.bfloat16, PerBlock(128, 128), 1.0),
+    ((5, 40), torch.float16, PerBlock(2, 30), 1.0),
+    ((2, 1300), torch.float32, PerChannel(), 1.0),
+    ((9, 130), torch.float32, PerTensor(), 1.0),
+    ((3, 20), torch.float32, PerChannel(), 1e-30),
+]
+for shape, dtype, granularity, magnitude in cases:
+    weight, base = pair(shape, dtype, magnitude)
+    scale_GK = candidates(weight, granularity, 3)
+    expected = delta_stats(weight, base, scale_GK, granularity, "eager")
+    assert_same(delta_stats_fused(weight, base, scale_GK, granularity), expected)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_kernel_in_its_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = subprocess.run([sys.executable, "-c", TRITON_IN_ITS_INTERPRETER], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
