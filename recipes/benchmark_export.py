@@ -1,9 +1,11 @@
 """How fast an export is, and how much memory it needs: a synthetic Llama of 0.6 B parameters, beside a plain copy.
 
-    export   read both checkpoints, search all scales, fingerprint, write, fsync
-    copy     read both checkpoints in pieces and write as many bytes as the export, fsync: what the disk alone needs
+    export     read both checkpoints, search all scales, fingerprint, write, fsync
+    copy       read both checkpoints in pieces and write as many bytes as the export, fsync: what the disk alone needs
+    snapshot   the copy of a base that a full fine-tuning makes at the start: fingerprint, write, fsync
+    write      write the same tensors from memory, fsync
 
-Both run in processes of their own, so that each has a peak of resident memory; imports and building the kernel are
+Each runs in a process of its own, so that each has a peak of resident memory; imports and building the kernel are
 left out of the time. Run it on a quiet machine; compare runs by their ratio.
 
     python recipes/benchmark_export.py [--layers 8] [--folder outputs/benchmark] [--scheme FP8_BLOCK] [--json FILE]
@@ -12,6 +14,7 @@ left out of the time. Run it on a quiet machine; compare runs by their ratio.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -83,12 +86,39 @@ def copy(post: Path, base: Path, out: Path, scheme: str) -> float:
     return time.perf_counter() - start
 
 
+def snapshot(post: Path, base: Path, out: Path, scheme: str) -> float:
+    from daq_lightning.checkpoint.reader import RawCheckpoint
+    from daq_lightning.training.base import take_snapshot
+
+    weights = dict(RawCheckpoint(base))
+    print(peak_memory())
+    start = time.perf_counter()
+    take_snapshot(weights, weights, out)
+    return time.perf_counter() - start
+
+
+def write(post: Path, base: Path, out: Path, scheme: str) -> float:
+    from daq_lightning.checkpoint.reader import RawCheckpoint
+    from daq_lightning.checkpoint.tensor_file import tensor_bytes
+
+    weights = dict(RawCheckpoint(base))
+    start = time.perf_counter()
+    with open(out, "wb", buffering=0) as file:
+        for tensor in weights.values():
+            file.write(tensor_bytes(tensor))
+        os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
 def peak_memory() -> float:
     """Peak resident memory of this process in GB. (`getrusage` would count its parent's as well.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e9
     return float("nan")
+
+
+JOBS = {"copy": copy, "export": export, "write": write, "snapshot": snapshot}
 
 
 def measure(job: str, *arguments: str) -> tuple[float, float]:
@@ -111,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.job:
         job, post, base, out, scheme = args.job
-        seconds = {"export": export, "copy": copy}[job](Path(post), Path(base), Path(out), scheme)
+        seconds = JOBS[job](Path(post), Path(base), Path(out), scheme)
         print(seconds, peak_memory())
         return
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -120,15 +150,18 @@ def main() -> None:
     rows = []
     for _ in range(args.repeat):
         row = {}
-        for job in ("copy", "export"):
-            row[job] = measure(job, str(post), str(base), str(args.folder / f"out-{job}"), args.scheme)
+        for job in JOBS:
+            out = args.folder / f"out-{job}"
+            shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+            row[job] = measure(job, str(post), str(base), str(out), args.scheme)
         rows.append(row)
-        print("  ".join(f"{job} {seconds:6.2f} s, peak {peak:.2f} GB" for job, (seconds, peak) in row.items()), flush=True)
-    best = {job: min(row[job][0] for row in rows) for job in ("copy", "export")}
+        print("   ".join(f"{job} {seconds:5.2f} s, {peak:.2f} GB" for job, (seconds, peak) in row.items()), flush=True)
+    best = {job: min(row[job][0] for row in rows) for job in JOBS}
     peak = max(row["export"][1] for row in rows)
     print(
         f"\n{args.scheme}, {args.layers} layers, 16 candidates: export {best['export']:.2f} s "
-        f"({best['export'] / best['copy']:.1f} x the copy), peak {peak:.2f} GB"
+        f"({best['export'] / best['copy']:.1f} x the copy), peak {peak:.2f} GB; "
+        f"snapshot {best['snapshot']:.2f} s ({best['snapshot'] / best['write']:.2f} x the write)"
     )
     if args.json:
         args.json.write_text(json.dumps({"layers": args.layers, "scheme": args.scheme, "rows": rows}, indent=2))

@@ -21,9 +21,9 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning.pytorch as L  # noqa: N812
+import lightning.pytorch as L
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM

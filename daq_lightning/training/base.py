@@ -16,6 +16,7 @@ its first step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -152,11 +153,16 @@ def take_snapshot(weights: Mapping[str, Tensor], names: Iterable[str], folder: P
             return Base(kind="snapshot", path=str(target), weights=Checkpoint(target), fingerprints=fingerprints)
         version += 1
         target = folder.with_name(f"{folder.name}-v{version}")
-    with CheckpointWriter(target, specs) as writer:
+    with CheckpointWriter(target, specs) as writer, ThreadPoolExecutor(1) as behind:
+        written: Future[None] | None = None
         for name in names:
             weight = weights[name].detach()
+            if written is not None:
+                written.result()
+            written = behind.submit(writer.write, name, weight)  # while it is fingerprinted
             fingerprints[name] = fingerprint(weight)
-            writer.write(name, weight)
+        if written is not None:
+            written.result()
         writer.write_json(MANIFEST, {"snapshot_version": _SNAPSHOT_VERSION, "fingerprints": fingerprints})
         writer.publish()
     return Base(kind="snapshot", path=str(target), weights=Checkpoint(target), fingerprints=fingerprints)
