@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -89,20 +90,21 @@ class LanguageModel(L.LightningModule):
         loss = F.cross_entropy(log_probs(self.model, batch[0]).flatten(0, 1), batch[0][:, 1:].flatten())
         self.log("loss", loss, prog_bar=True)
         if batch_idx % 25 == 0 and not sys.stdout.isatty():  # where Lightning's bar would be garbled
-            say(f"  step {batch_idx}/{self.trainer.max_steps}, loss {loss.item():.3f} nats per byte")
+            say(f"  step {batch_idx}/{self.trainer.num_training_batches}, loss {loss.item():.3f} nats per byte")
         return loss
 
     def configure_optimizers(self) -> Any:
-        steps = self.trainer.max_steps
+        steps = int(self.trainer.estimated_stepping_batches)
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / (0.1 * steps), 1 - k / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def train(model: LlamaForCausalLM, data: Tensor, lr: float, callbacks: list[L.Callback]) -> None:
+    bar = [TQDMProgressBar()] if sys.stdout.isatty() else []
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=len(data) // BATCH, gradient_clip_val=1.0, callbacks=callbacks, logger=False,
-        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=sys.stdout.isatty(),
+        accelerator="cpu", max_epochs=1, gradient_clip_val=1.0, callbacks=[*callbacks, *bar], logger=False,
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=bool(bar),
     )  # fmt: skip
     trainer.fit(LanguageModel(model, lr), DataLoader(TensorDataset(data), batch_size=BATCH))
 
@@ -136,7 +138,7 @@ def print_table(results: dict[str, Result], reports: dict[str, ExportReport]) ->
         delta = "        - |      - |    - |"
         if name in reports:
             delta = "{sign_rate:9.3f} | {cosine:6.3f} | {gain:4.2f} |".format(**reports[name].metrics())
-        print(f"| {name:15} | {result.loss:10.4f} | {kept:8.1%} | {kl:10.2e} | {delta:>28}")
+        print(f"| {name:15} | {result.loss:10.4f} | {kept:8.1%} | {kl:10.2e} | {delta}")
     for name, result in results.items():
         print(f"\n{name}:", *result.lines, sep="\n  ")
 
@@ -148,7 +150,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fast", action="store_true", help="a few steps only: checks that everything runs")
     args = parser.parse_args()
-    base_steps, tune_steps, tests, new_bytes = (3, 3, 4, 8) if args.fast else (450, 150, 96, 90)
+    base_steps, tune_steps, tune_lr, tests, new_bytes = (3, 3, 1e-4, 4, 8) if args.fast else (450, 150, 1.5e-5, 96, 90)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -177,7 +179,7 @@ def main() -> None:
         )
         for name, search in searches.items()
     }
-    train(model, windows(in_title_case(seen), tune_steps * BATCH, args.seed + 1), 1.5e-5, [*exports.values()])
+    train(model, windows(in_title_case(seen), tune_steps * BATCH, args.seed + 1), tune_lr, [*exports.values()])
     model.bfloat16().save_pretrained(args.out / "finetuned-bf16")
 
     say("Every checkpoint, reloaded with transformers, on text that none was trained on")
