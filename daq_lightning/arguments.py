@@ -20,6 +20,8 @@ ABOUT_QUANTIZE = """Writes an FP8 checkpoint of a fine-tuned model. POST and BAS
 (safetensors; FP8 folders too). Example: daq-lightning quantize my-model --base its-base --out my-model-fp8"""
 ABOUT_INSPECT = """Shows how much of the update each weight of an export kept, worst first. With --base and --post
 every figure is computed again from the files and compared with the report (exit code 1 if they differ)."""
+ABOUT_CHAIN = """Shows the exports that led to this one, each fine-tuned from the one before, and what is left of the
+change since its base and since the root. Exit code 1 if any file of any of them was altered, is missing or is foreign."""
 ABOUT_VERIFY = """Checks an FP8 folder against what vLLM, SGLang and transformers need but do not check themselves.
 Exit code 1 if there are problems; each comes with what to do."""
 
@@ -112,6 +114,14 @@ def make_parser() -> ArgumentParser:
         default="error",
         help="a weight that the base lacks is an error, or gets a plain scale (absmax)",
     )
+    chain = quantize.add_argument_group("as a stage of a chain, where each model is trained from the export before")
+    chain.add_argument("--parent", metavar="FOLDER", help="the export before; left out, BASE if it is one")
+    chain.add_argument(
+        "--chain-from",
+        choices=["weights", "deployed"],
+        help="what POST was trained from: the high-precision weights that the parent was made of, or its deployed "
+        "(dequantized FP8) ones. It is checked against the parent; left out, this export begins a chain",
+    )
     search.add_argument("--device", metavar="DEVICE", help="where to search, such as cuda; left out, the CPU")
     quantize.add_argument("--config", action="config", metavar="FILE", help="YAML of options, as --print_config prints")
     _add_output(quantize)
@@ -126,6 +136,11 @@ def make_parser() -> ArgumentParser:
     inspect.add_argument("--limit", type=int, metavar="N", help="show only the N worst weights")
     _add_output(inspect)
     commands.add_subcommand("inspect", inspect, help="show what an export kept of the update, weight by weight")
+
+    chain = new(ABOUT_CHAIN, usage="daq-lightning chain FOLDER [options]")
+    chain.add_argument("folder", metavar="FOLDER", help="the last export of the chain")
+    _add_output(chain)
+    commands.add_subcommand("chain", chain, help="show the stages that led to an export, and whether all are intact")
 
     verify = new(ABOUT_VERIFY, usage="daq-lightning verify OUT [options]")
     verify.add_argument("out", metavar="OUT", help="FP8 checkpoint folder")
@@ -156,7 +171,7 @@ def _dashed(option: str) -> str:
 
 def in_options(message: str) -> str:
     """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
-    named = r"\b(scheme|container|scale_format|missing_base)='([^']*)'"
+    named = r"\b(scheme|container|scale_format|missing_base|parent|chain_from)='([^']*)'"
     return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)
 
 

@@ -78,7 +78,7 @@ class Chain:
             lines.append(f"stage {lineage.stage}  {stage.folder}  {stage.manifest.scheme}, {begun}")
             for side, label in (("searched", "since its base"), ("root", "since the root")):
                 if side in totals:
-                    figures = {name: totals[side][name] for name in ("gain", "cosine", "sign_rate")}
+                    figures = {name: totals[side].get(name) for name in ("gain", "cosine", "sign_rate")}
                     shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
                     lines.append(f"         kept of the change {label}: {shown}")
         return "\n".join(lines)

@@ -1,13 +1,14 @@
-"""The command `daq-lightning`: quantize, inspect and verify checkpoints that exist already, without a Trainer.
+"""The command `daq-lightning`: quantize, inspect, follow and verify checkpoints that exist already, without a Trainer.
 
     daq-lightning quantize POST --base BASE --out OUT
     daq-lightning inspect OUT
+    daq-lightning chain OUT
     daq-lightning verify OUT
 
 Only arguments and words are dealt with here. torch is imported once they are known to be right, so that `--help` and
 a mistyped option answer at once.
 
-Exit codes: 0 fine, 1 problems were found (inspect, verify), 2 wrong arguments or input, 130 interrupted.
+Exit codes: 0 fine, 1 problems were found (inspect, chain, verify), 2 wrong arguments or input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = make_parser().parse_args(argv)
         with _without_interrupts():
             import torch  # noqa: F401
-        command = {"quantize": _quantize, "inspect": _inspect, "verify": _verify}[options.subcommand]
+        commands = {"quantize": _quantize, "inspect": _inspect, "chain": _chain, "verify": _verify}
+        command = commands[options.subcommand]
         code = command(options[options.subcommand])
         sys.stdout.flush()
         return code
@@ -81,7 +83,7 @@ def _without_interrupts() -> Iterator[None]:
 
 def _quantize(options: Namespace) -> int:
     from daq_lightning.checkpoint.writer import check_destination
-    from daq_lightning.export import ExportSettings, export, make_plan, match_base
+    from daq_lightning.export import ExportSettings, export, make_context, make_plan, match_base
     from daq_lightning.numerics.search import ScaleSearch
 
     if options.base is None and options.adapter is None:
@@ -106,10 +108,12 @@ def _quantize(options: Namespace) -> int:
     )
     _check_device(options.device)
     source, base = _source(options.post, options.adapter), _checkpoint(options.base or options.post, "--base")
+    plan = make_plan(source, choices)
+    names = [tensor.spec.name for tensor in plan.quantized]
+    context = make_context(base, names, parent=options.parent, chain_from=options.chain_from)
     if options.dry_run:
         if options.out is not None and Path(options.out).exists():
             check_destination(Path(options.out))
-        plan = make_plan(source, choices)
         _, without_base = match_base(plan, base, source, choices)
         if options.json:
             _print_json(plan.to_dict() | {"without_base": without_base})
@@ -121,7 +125,8 @@ def _quantize(options: Namespace) -> int:
         print("".join(f"  {name}: plain scale, {problem}\n" for name, problem in without_base.items()), end="")
         print("dry run: nothing was written")
         return 0
-    report = export(source, base, Path(str(options.out)), choices, device=options.device, progress=not options.quiet)
+    out, progress = Path(str(options.out)), not options.quiet
+    report = export(source, base, out, choices, context=context, device=options.device, progress=progress)
     if options.json:
         _print_json({"path": report.path, **report.to_dict()})
     elif not options.quiet:
@@ -163,6 +168,32 @@ def _inspect(options: Namespace) -> int:
         more = f"and {len(differing) - _SHOWN} more weights. " if len(differing) > _SHOWN else ""
         print(f"{more}The files were changed after the export, or base and post are not the models it was made from.")
     return 1 if differing else 0
+
+
+def _chain(options: Namespace) -> int:
+    from daq_lightning.chain import Chain
+    from daq_lightning.checkpoint.reader import MANIFEST, REPORT, read_json
+    from daq_lightning.checkpoint.tensor_file import CheckpointError
+
+    if not (Path(_folder(options.folder, "FOLDER")) / MANIFEST).is_file():
+        raise ValueError(f"{options.folder} has no {MANIFEST}, so it is not an export by this package.")
+    stages, problems, text = [], [], ""
+    try:
+        chain = Chain.open(options.folder)
+        problems += chain.verify()
+        text = chain.table()
+        for stage in chain.stages:
+            totals = read_json(stage.folder / REPORT).get("totals", {})
+            described = {"folder": str(stage.folder.resolve()), "fingerprint": stage.manifest.fingerprint}
+            stages.append(described | dataclasses.asdict(stage.manifest.lineage) | {"totals": totals})
+    except CheckpointError as error:  # a manifest or report that was altered, or a stage that is gone
+        problems.append(str(error))
+    if options.json:
+        _print_json({"path": options.folder, "stages": stages, "problems": problems})
+    else:
+        verdict = [f"FAILED  {problem}" for problem in problems] or ["all is as it was exported"]
+        print("\n".join([*filter(None, [text]), *verdict]))
+    return 1 if problems else 0
 
 
 def _verify(options: Namespace) -> int:

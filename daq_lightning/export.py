@@ -130,8 +130,7 @@ def export_checkpoint(
     )
     reference = base if isinstance(base, Mapping) else Checkpoint(base)
     names = [tensor.spec.name for tensor in make_plan(source, choices).quantized]
-    lineage, root = make_lineage(_lineage_of(reference), reference, names, parent=parent, chain_from=chain_from)
-    context = Context(lineage=lineage, root=root)
+    context = make_context(reference, names, parent=parent, chain_from=chain_from)
     return export(source, reference, Path(out), choices, context=context, device=device, progress=progress)
 
 
@@ -161,6 +160,14 @@ class Context:
     lineage: Lineage = field(default_factory=Lineage)
     root: Mapping[str, Tensor] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_context(
+    base: Mapping[str, Tensor], names: Iterable[str], *, parent: str | None = None, chain_from: ChainFrom | None = None
+) -> Context:
+    """The context of an export outside a training run; its arguments and errors are those of `make_lineage`."""
+    lineage, root = make_lineage(_lineage_of(base), base, names, parent=parent, chain_from=chain_from)
+    return Context(lineage=lineage, root=root)
 
 
 def export(

@@ -36,7 +36,7 @@ def read_ahead(mapping: Mapping[str, Tensor], names: list[str]) -> Iterator[Tens
 
 
 class WriteBehind:
-    """Runs calls one after the other in a thread; at most two wait. An error surfaces in the next call."""
+    """Runs calls one after the other in a thread; at most one waits. An error surfaces in the next call."""
 
     def __enter__(self) -> WriteBehind:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
@@ -47,9 +47,9 @@ class WriteBehind:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, function: Callable[..., None], *arguments: object) -> None:
-        """Queues a call; waits while two are queued already."""
+        """Queues a call; waits while another is queued already."""
         self._pending.append(self._pool.submit(function, *arguments))
-        while len(self._pending) > 2:
+        while len(self._pending) > 1:
             self._pending.popleft().result()
 
     def wait(self) -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from daq_lightning import ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
+from daq_lightning import Chain, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.arguments import make_parser, normalized
 from daq_lightning.checkpoint.layouts import SCHEMES
 from daq_lightning.cli import _without_interrupts, main
@@ -191,6 +191,16 @@ BAD_COMMANDS = {
     ),
     "inspect something else": (["inspect", "POST"], "not written by `daq-lightning quantize`"),
     "inspect with one of two": (["inspect", "OUT", "--base", "BASE"], "belong together"),
+    "a parent, but not what it was begun with": (
+        ["quantize", "POST", "--base", "BASE", "--out", "OUT", "--parent", "BASE"],
+        "--parent BASE: say what this stage was trained from with --chain-from deployed",
+    ),
+    "a chain without a parent": (
+        ["quantize", "POST", "--base", "BASE", "--out", "OUT", "--chain-from", "deployed"],
+        "--chain-from deployed needs --parent",
+    ),
+    "chain of something else": (["chain", "POST"], "is not an export"),
+    "chain of nothing": (["chain", "nowhere"], "FOLDER: nowhere is not there"),
     "verify something else": (["verify", "POST"], "holds no FP8 weights"),
     "verify nothing": (["verify", "nowhere"], "nowhere is not a folder"),
 }
@@ -201,6 +211,7 @@ def test_bad_input_is_one_line_and_exit_code_2(models, tmp_path, capsys, case):
     command, expected = BAD_COMMANDS[case]
     places = {"POST": models.post, "BASE": models.base, "OUT": str(tmp_path / "out")}
     command = [places.get(part, part) for part in command]
+    expected = expected.replace("BASE", models.base)
     assert main(command) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -278,6 +289,66 @@ def test_verify_says_ok_or_what_to_do(exported, tmp_path, capsys):
         assert not any(checks.values())
     finally:
         (exported / "pytorch_model.bin").unlink()
+
+
+@pytest.fixture(scope="module")
+def second(models, exported, tmp_path_factory):
+    """A second stage, made by the command from the deployed weights of `exported`."""
+    folder = tmp_path_factory.mktemp("second")
+    model = transformers.AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16)
+    model.load_state_dict({name: tensor.bfloat16() for name, tensor in load_checkpoint(exported).items()})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.003 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    model.save_pretrained(folder / "post")
+    command = ["quantize", str(folder / "post"), "--base", str(exported), "--chain-from", "deployed", "--quiet"]
+    assert main([*command, "--out", str(folder / "fp8")]) == 0
+    return folder
+
+
+def test_quantize_makes_the_stages_that_export_checkpoint_makes(exported, second, capsys):
+    (second / "function").mkdir()
+    options = {"parent": str(exported), "chain_from": "deployed"}
+    export_checkpoint(second / "post", exported, second / "function" / "fp8", **options)
+    assert contents(second / "fp8")["daq_report.json"] == contents(second / "function" / "fp8")["daq_report.json"]
+    lineages = [Chain.open(folder / "fp8").stages[1].manifest.lineage for folder in (second, second / "function")]
+    assert lineages[0].chain_from == lineages[1].chain_from == "deployed"
+    assert lineages[0].parent_fingerprint == lineages[1].parent_fingerprint
+    wrong = ["quantize", str(second / "post"), "--base", str(exported), "--chain-from", "weights", "--dry-run"]
+    assert main([*wrong, "--parent", str(exported)]) == 2
+    assert "or --chain-from deployed" in capsys.readouterr().err
+
+
+def test_chain_shows_every_stage_and_finds_what_was_altered(models, exported, second, capsys):
+    def run():
+        codes = main(["chain", str(second / "fp8"), "--json"]), main(["chain", str(second / "fp8")])
+        printed = capsys.readouterr().out
+        content, end = json.JSONDecoder().raw_decode(printed)
+        assert codes == (1, 1) if content["problems"] else (0, 0)
+        return content, printed[end:]
+
+    content, text = run()
+    assert [stage["stage"] for stage in content["stages"]] == [1, 2]
+    assert [stage["chain_from"] for stage in content["stages"]] == [None, "deployed"]
+    assert content["stages"][1]["totals"]["root"]["cosine"] > 0.5
+    assert content["stages"][1]["folder"] == str((second / "fp8").resolve())
+    assert text.strip() == Chain.open(second / "fp8").table() + "\nall is as it was exported"
+    for name, change in {
+        "model.safetensors": lambda file: file[:-9] + bytes([file[-9] ^ 1]) + file[-8:],
+        "daq_report.json": lambda file: b"{",
+        "daq_manifest.json": lambda file: file.replace(b'"stage": 1', b'"stage": 3'),
+    }.items():
+        file = exported / name
+        before = file.read_bytes()
+        file.write_bytes(change(before))
+        try:
+            content, text = run()
+            assert "was altered" in content["problems"][0]
+            assert name in content["problems"][0]
+            assert f"FAILED  {content['problems'][0]}" in text
+        finally:
+            file.write_bytes(before)
+    assert run()[0]["problems"] == []
 
 
 class OneMergedWeight:
