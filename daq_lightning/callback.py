@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -349,7 +349,7 @@ class DeltaAwareQuantization(Callback):
     def _write(self, trainer: Trainer, pl_module: LightningModule, model: LiveModel, checkpoint: Path | None) -> None:
         assert self._base is not None
         out = _free_name(Path(self.dirpath) / self._name(trainer))
-        bar = getattr(trainer.progress_bar_callback, "is_enabled", False)
+        bar = isinstance(trainer.progress_bar_callback, TQDMProgressBar) and trainer.progress_bar_callback.is_enabled
         source = self._source(trainer, model)
         device = trainer.strategy.root_device
         training = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}

@@ -5,6 +5,7 @@ Threads only read, write and fingerprint, which leaves the cores to the search; 
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections import deque
@@ -48,14 +49,26 @@ class WriteBehind:
 
     def run(self, function: Callable[..., None], *arguments: object) -> None:
         """Queues a call; waits while another is queued already."""
-        self._pending.append(self._pool.submit(function, *arguments))
+        self._pending.append(self._pool.submit(self._call, function, arguments))
         while len(self._pending) > 1:
             self._pending.popleft().result()
+
+    @staticmethod
+    def _call(function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+        function(*arguments)
+        _return_freed_memory()
 
     def wait(self) -> None:
         """Waits for all calls."""
         while self._pending:
             self._pending.popleft().result()
+
+
+def _return_freed_memory() -> None:
+    """Lets the C library give freed memory back to the system: it would hold on to several times what is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 def with_progress(batches: Sequence[Batch], progress: bool) -> Iterator[Batch]:
