@@ -34,6 +34,8 @@ def fingerprint(tensor: Tensor) -> str:
         True
     """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0).byte()
+    if data.storage_offset() % 8:  # a slice that does not begin at a whole word
+        data = data.clone()
     aligned = data.numel() // 8 * 8
     rows = [_rows(data[:aligned].view(torch.int64))]
     if aligned < data.numel():
@@ -60,8 +62,10 @@ def combine(fingerprints: dict[str, str]) -> str:
 
 def _rows(words: Tensor) -> Tensor:
     """One sum for each row of words; the last row may be shorter."""
-    if not words.is_cuda:
-        return _rows_on_cpu(words)
+    return _rows_on_device(words) if words.is_cuda else _rows_on_cpu(words)
+
+
+def _rows_on_device(words: Tensor) -> Tensor:
     odd = _odd_numbers(words.device)
     whole = words.numel() // _ROW * _ROW
     table = words[:whole].view(-1, _ROW)
