@@ -111,7 +111,7 @@ def _run(weight_TE: Tensor, base_TE: Tensor, scale_TK: Tensor) -> _Outputs:
 @functools.cache
 def _compiled(device: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], _Outputs]:
     rounding = round_by_arithmetic if device == "cpu" else _round_by_cast
-    # never write [T, K, E] to memory, however many times it is read; and on a GPU do not fuse products into differences:
+    # never write [T, K, E] to memory, however often it is read; and on a GPU do not fuse products into differences:
     # q - b must be 0 where q == b
     options: dict[str, str | int | bool | Callable[..., object]] = {
         "realize_opcount_threshold": 1000,
