@@ -5,7 +5,7 @@
 | eager | the reference, written to be read: one candidate after the other | everything |
 | compiled | one function of tensors through `torch.compile` | CPU with a C++ compiler, CUDA |
 | fused | by hand: reads weight and base once for all candidates; C++ on a CPU, Triton on CUDA | the same |
-| auto | fused, else compiled, else eager with one warning | everything |
+| auto | fused, else eager with one warning (`compiled` needs the same compilers) | everything |
 
 Counts are equal bit for bit among them, float sums to 2e-6 of their size (`dot`: of ``sqrt(delta_sq * delta_q_sq)``).
 Measured speeds are in README.md beside this file.

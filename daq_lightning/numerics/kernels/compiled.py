@@ -33,7 +33,8 @@ from daq_lightning.numerics.tiling import bands, group_sizes, to_groups
 
 _TILE = 2048
 _PACK = 4096.0  # above any count of a tile
-_BAND = 1 << 18  # weights that are copied to float32 at a time; on a GPU 1/32 of the weight if that is more
+_BAND = 1 << 17  # weights that are copied to float32 at a time; on a GPU 1/32 of the weight if that is more
+_MAX, _MIN_NORMAL = FP8_E4M3.max, FP8_E4M3.min_normal  # plain numbers, which compile to constants
 _SMALL, _LARGE = 2.0**-50, 2.0**50  # magnitudes whose products float32 holds; a band with others goes to `eager`
 
 
@@ -80,9 +81,9 @@ def _band_stats(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularit
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     n = group_sizes(shape_MN, granularity, weight_MN.device)[:, None].expand(-1, candidates)
     filled = tiles * weight_TE.shape[1] - n  # zeros over zeros
-    counts = (changed, preserved + both_zero - filled, preserved, changed - preserved - lost, lost)
+    counts = (n, changed, preserved + both_zero - filled, preserved, changed - preserved - lost, lost)
     totals = (per_group(dot_TK), delta_sq, per_group(delta_q_sq_TK), per_group(error_sq_TK))
-    return DeltaStats(n, *(count.long() for count in counts), *totals)
+    return DeltaStats(*[count.long() for count in counts], *totals)  # pyright: ignore[reportCallIssue]
 
 
 def _tiles(groups_GE: Tensor) -> Tensor:
@@ -103,18 +104,27 @@ def _run(weight_TE: Tensor, base_TE: Tensor, scale_TK: Tensor) -> _Outputs:
     device = weight_TE.device.type
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         tensors = [tensor.clone() if tensor.is_inference() else tensor for tensor in (weight_TE, base_TE, scale_TK)]
-        return _compiled(device)(*tensors, tensors[2].reciprocal())
+        weight_TE, base_TE, scale_TK = tensors
+        return _compiled(device)(weight_TE, base_TE, scale_TK, scale_TK.reciprocal())
 
 
 @functools.cache
 def _compiled(device: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], _Outputs]:
     rounding = round_by_arithmetic if device == "cpu" else _round_by_cast
-    # on a GPU products would be fused into differences, and q - b would not be 0 where q == b
-    options = None if device == "cpu" else {"emulate_precision_casts": True}
-    function = torch.compile(functools.partial(_tile_sums, rounding), dynamic=True, fullgraph=True, options=options)
-    # sizes that differ from each other at the first call stay independent of each other, and so do separate tensors
-    weight, base = torch.zeros(3, 64, device=device), torch.zeros(3, 64, device=device)
-    function(weight, base, torch.ones(3, 5, device=device), torch.ones(3, 5, device=device))
+    # never write [T, K, E] to memory, however often it is read; and on a GPU do not fuse products into differences:
+    # q - b must be 0 where q == b
+    options: dict[str, str | int | bool | Callable[..., object]] = {
+        "realize_opcount_threshold": 1000,
+        "realize_reads_threshold": 1000,
+        "realize_acc_reads_threshold": 1000,
+        "emulate_precision_casts": device != "cpu",
+    }
+    tile_sums = functools.partial(_tile_sums, rounding)
+    function: Callable[..., _Outputs] = torch.compile(tile_sums, dynamic=True, fullgraph=True, options=options)
+    # The first call decides: sizes that differ stay independent of each other, so do separate tensors, and a loop is
+    # shared among threads only if it looks long.
+    weight, base = torch.zeros(256, 1000, device=device), torch.zeros(256, 1000, device=device)
+    function(weight, base, torch.ones(256, 12, device=device), torch.ones(256, 12, device=device))
     return function
 
 
@@ -131,7 +141,7 @@ def _tile_sums(
         torch.maximum(size, w.abs()).amax(-1),
     )
     w, b = w[:, None, :], b[:, None, :]
-    scaled = (w * reciprocal_TK[:, :, None]).clamp(-FP8_E4M3.max, FP8_E4M3.max)
+    scaled = (w * reciprocal_TK[:, :, None]).clamp(-_MAX, _MAX)
     q = rounding(scaled) * scale_TK[:, :, None]
     delta, delta_q, error = w - b, q - b, q - w
     up, down = torch.where(w > b, 1.0, 0.0), torch.where(w < b, 1.0, 0.0)
@@ -146,7 +156,7 @@ def round_by_arithmetic(scaled: Tensor) -> Tensor:
     shifted = scaled * (2.0**20 + 1)
     normal = shifted - (shifted - scaled)
     subnormal = (scaled + 1.5 * 2.0**14) - 1.5 * 2.0**14
-    return torch.where(scaled.abs() < FP8_E4M3.min_normal, subnormal, normal)
+    return torch.where(scaled.abs() < _MIN_NORMAL, subnormal, normal)
 
 
 def _round_by_cast(scaled: Tensor) -> Tensor:

@@ -1,0 +1,158 @@
+"""How fast is the scale search here? One table, everything measured side by side in one process.
+
+    python recipes/benchmark.py                      # sizes 1 M to 16 M weights
+    python recipes/benchmark.py --sizes 1 4 16 64 --json out.json
+
+Rows: the search that users call (`search_scale`, absmax and codes included) in each implementation; the kernel alone;
+a materializing baseline, which holds ``[groups, candidates, elements]`` in float32 at once; plain absmax quantization;
+and a copy of the bytes that must be read and written once, below which nothing can be. Ratios are to the baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from daq_lightning.numerics.formats import Granularity, PerBlock, PerChannel
+from daq_lightning.numerics.kernels import Implementation, delta_stats
+from daq_lightning.numerics.quantize import absmax_scale, encode, quantize
+from daq_lightning.numerics.search import ScaleSearch, search_scale
+from daq_lightning.numerics.tiling import to_groups
+
+IMPLEMENTATIONS: list[Implementation] = ["compiled", "fused"]
+GRANULARITIES: dict[str, Granularity] = {"block": PerBlock(128, 128), "channel": PerChannel()}
+
+
+def materializing(weight: Tensor, base: Tensor, scale_GK: Tensor, granularity: Granularity) -> tuple[Tensor, ...]:
+    """Every candidate of every element in memory at once, in float32."""
+    weight_G1E = to_groups(weight, granularity).float()[:, None]
+    base_G1E = to_groups(base, granularity).float()[:, None]
+    scale_GK1 = scale_GK[:, :, None]
+    dequantized = encode(weight_G1E / scale_GK1).float() * scale_GK1
+    delta, delta_q, error = weight_G1E - base_G1E, dequantized - base_G1E, dequantized - weight_G1E
+    same, changed = delta.sign() == delta_q.sign(), delta != 0
+    counts = (same.sum(-1), (same & changed).sum(-1), ((delta_q == 0) & changed).sum(-1))
+    return *counts, (delta * delta_q).sum(-1), delta_q.square().sum(-1), error.square().sum(-1)
+
+
+def seconds(function: Callable[[], object], device: torch.device, budget: float) -> float:
+    """The best of as many runs as fit the budget, at least one."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
+    best, start = float("inf"), time.perf_counter()
+    while True:
+        wait()
+        began = time.perf_counter()
+        function()
+        wait()
+        best = min(best, time.perf_counter() - began)
+        if time.perf_counter() - start > budget:
+            return best
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
+    """Peak memory beyond what is held before the call; None where it cannot be measured."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")
+        before = _resident_peak()
+        function()
+        return _resident_peak() - before
+    except OSError:
+        return None
+
+
+def _resident_peak() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def measure(size: int, dtype: torch.dtype, name: str, device: torch.device, budget: float) -> list[dict[str, object]]:
+    """All rows of one weight of 2048 x (512 * size)."""
+    granularity = GRANULARITIES[name]
+    base = (torch.randn(2048, 512 * size, device=device) * 0.02).to(dtype)
+    weight = (base.float() + torch.randn(base.shape, device=device) * 2e-4).to(dtype)
+    scale = absmax_scale(weight, granularity)
+    scale_GK = scale.reshape(-1, 1) * torch.linspace(0.8, 1.25, 16, device=device)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=device)
+    runs: dict[str, Callable[[], object]] = {}
+    if size <= 4:  # the slow ones
+        runs["materializing baseline, 16"] = lambda: materializing(weight, base, scale_GK, granularity)
+        runs["eager: search, 6 + 10"] = lambda: search_scale(weight, base, granularity, implementation="eager")
+    for implementation in IMPLEMENTATIONS:
+
+        def run(search: ScaleSearch, implementation: Implementation = implementation) -> object:
+            return search_scale(weight, base, granularity, search, implementation=implementation)
+
+        def kernel(implementation: Implementation = implementation) -> object:
+            return delta_stats(weight, base, scale_GK, granularity, implementation)
+
+        runs[f"{implementation}: kernel alone, 16"] = kernel
+        runs[f"{implementation}: search, 6 + 10"] = lambda run=run: run(ScaleSearch(metric="cosine"))
+        runs[f"{implementation}: search, dense 64"] = lambda run=run: run(ScaleSearch.dense(64, metric="cosine"))
+    if dtype == torch.bfloat16:
+        runs["exact search"] = lambda: search_scale(weight, base, granularity, ScaleSearch.exact(metric="cosine"))
+    runs["plain absmax and codes"] = lambda: quantize(weight, absmax_scale(weight, granularity), granularity)
+    runs["copy of the bytes"] = lambda: (weight.clone(), base.clone(), codes.clone())
+    rows: list[dict[str, object]] = []
+    baseline = None
+    for label, function in runs.items():
+        extra = peak_bytes(function, device)
+        rate = weight.numel() / seconds(function, device, budget)
+        baseline = rate if "baseline" in label else baseline
+        ratio = rate / baseline if baseline else None
+        memory = None if extra is None else extra / (4 * weight.numel())
+        kind = str(dtype).removeprefix("torch.")
+        keys = ("size", "dtype", "group", "what", "rate", "ratio", "memory")
+        rows.append(dict(zip(keys, (size, kind, name, label, rate, ratio, memory), strict=True)))
+        shown = ["" if ratio is None else f"{ratio:.1f} x", "" if memory is None else f"{memory:.2f}"]
+        print(f"{size:4} M  {kind:9} {name:8} {label:28} {rate / 1e6:10.1f} {shown[0]:>9} {shown[1]:>7}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--sizes", type=int, nargs="+", default=[1, 4, 16], help="million weights")
+    add("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    add("--budget", type=float, default=1.0, help="seconds per row")
+    add("--json", help="write the rows to this file")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+
+    small = torch.randn(64, 64, device=device)
+    ones = torch.ones(64, 2, device=device)
+    first = {}
+    for implementation in IMPLEMENTATIONS:
+        began = time.perf_counter()
+        delta_stats(small, small, ones, PerChannel(), implementation)
+        first[implementation] = time.perf_counter() - began
+    print(
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}. First calls (compile, or its cache):"
+    )
+    print(", ".join(f"{name} {spent:.1f} s" for name, spent in first.items()))
+    print("weights    dtype     group    what                         M weights/s  to base  memory / float32 size")
+    rows = [
+        row
+        for dtype in arguments.dtypes
+        for size in arguments.sizes
+        for name in GRANULARITIES
+        for row in measure(size, getattr(torch, dtype), name, device, arguments.budget)
+    ]
+    if arguments.json:
+        with open(arguments.json, "w") as out:
+            json.dump({"device": str(device), "first_call": first, "rows": rows}, out)
+
+
+if __name__ == "__main__":
+    main()
