@@ -21,7 +21,7 @@ ABOUT_QUANTIZE = """Writes an FP8 checkpoint of a fine-tuned model. POST and BAS
 ABOUT_INSPECT = """Shows how much of the update each weight of an export kept, worst first. With --base and --post
 every figure is computed again from the files and compared with the report (exit code 1 if they differ)."""
 ABOUT_CHAIN = """Shows the exports that led to this one, each fine-tuned from the one before, and what is left of the
-change since its base and since the root. Exit code 1 if any file of any of them was altered, is missing or is foreign."""
+change since its base and since the root. Exit code 1 if any of their files was altered, is missing or is foreign."""
 ABOUT_VERIFY = """Checks an FP8 folder against what vLLM, SGLang and transformers need but do not check themselves.
 Exit code 1 if there are problems; each comes with what to do."""
 

@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _noting_interrupts(interrupts):
             options = make_parser().parse_args(argv)
-            command = {"quantize": _quantize, "inspect": _inspect, "chain": _chain, "verify": _verify}[options.subcommand]
-            code = command(options[options.subcommand])
+            commands = {"quantize": _quantize, "inspect": _inspect, "chain": _chain, "verify": _verify}
+            code = commands[options.subcommand](options[options.subcommand])
             sys.stdout.flush()
         return code
     except KeyboardInterrupt:
