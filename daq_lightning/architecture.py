@@ -225,7 +225,21 @@ class _Conversion:
     def revert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         from transformers.core_model_loading import revert_weight_conversion
 
-        return revert_weight_conversion(self._model, tensors)  # type: ignore[arg-type]
+        used = getattr(self._model, "_weight_conversions", None)
+        if not any(_dequantizes(conversion) for conversion in used or ()):
+            return revert_weight_conversion(self._model, tensors)  # type: ignore[arg-type]
+        # loaded from an FP8 folder and dequantized, which transformers 5.23 would revert by quantizing: without this
+        # attribute it takes the conversions of the plain architecture
+        del self._model._weight_conversions
+        try:
+            return revert_weight_conversion(self._model, tensors)  # type: ignore[arg-type]
+        finally:
+            self._model._weight_conversions = used  # type: ignore[assignment]
+
+
+def _dequantizes(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", None) or ()
+    return any(type(operation).__name__.endswith("Dequantize") for operation in operations)
 
 
 def name_without_peft(name: str) -> str | None:

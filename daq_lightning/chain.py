@@ -75,7 +75,7 @@ class Chain:
         for stage in self.stages:
             lineage, totals = stage.manifest.lineage, read_json(stage.folder / REPORT).get("totals", {})
             begun = f"from the parent's {lineage.chain_from} weights" if lineage.chain_from else lineage.base_kind
-            lines.append(f"stage {lineage.stage}  {stage.folder}  {stage.manifest.scheme}, {begun}")
+            lines.append(f"stage {lineage.stage}  {stage.folder.resolve()}  {stage.manifest.scheme}, {begun}")
             for side, label in (("searched", "since its base"), ("root", "since the root")):
                 if side in totals:
                     figures = {name: totals[side].get(name) for name in ("gain", "cosine", "sign_rate")}

@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from live import tiny_llama
+from live import Tuning, fit, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from daq_lightning import Chain, CheckpointError, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
+from daq_lightning import (
+    Chain,
+    CheckpointError,
+    DeltaAwareQuantization,
+    ExportReport,
+    ScaleSearch,
+    export_checkpoint,
+    load_checkpoint,
+)
 from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.numerics.objectives import measure
 from daq_lightning.report import figures
@@ -148,6 +156,18 @@ def test_where_a_stage_began_is_checked_and_never_guessed(lineage, tmp_path, pos
     with pytest.raises(CheckpointError, match=message):
         export_checkpoint(lineage / post, lineage / base, tmp_path / "out", search=QUICK, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_can_go_on_from_what_transformers_loads_of_an_export(lineage, tmp_path):
+    # transformers remembers that it dequantized the weights, and would save them quantized again
+    model = AutoModelForCausalLM.from_pretrained(lineage / "stage1").float()
+    parent = str(lineage / "stage1")
+    callback = DeltaAwareQuantization(str(tmp_path / "out"), search=QUICK, parent=parent, chain_from="deployed")
+    fit(tmp_path, callback, module=Tuning(model))
+    chain = Chain.open(callback.exports[0])
+    assert [stage.manifest.lineage.chain_from for stage in chain.stages] == [None, "deployed"]
+    assert {*chain.stages[1].manifest.tensors} == {*chain.stages[0].manifest.tensors}
+    assert {*chain.stages[1].manifest.kept} == {*chain.stages[0].manifest.kept}
 
 
 def test_an_export_as_base_without_a_chain_begins_a_new_one(lineage, tmp_path):

@@ -11,19 +11,26 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from daq_lightning import Chain, ExportReport
+
 ROOT = Path(__file__).parent.parent
 ROWS = ("base", "BF16 fine-tuned", "absmax FP8", "DAQ sign", "DAQ cosine", "DAQ hybrid")
+
+
+def run(recipe: str, out: Path) -> str:
+    """What a recipe prints with --fast."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, str(ROOT / "recipes" / recipe), "--fast", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, cwd=out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What the demo printed, and the folder that it wrote."""
     out = tmp_path_factory.mktemp("demo")
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, str(ROOT / "recipes/finetune_and_export.py"), "--fast", "--out", str(out)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, cwd=out)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout, out
+    return run("finetune_and_export.py", out), out
 
 
 def table(printed: str) -> dict[str, list[str]]:
@@ -60,3 +67,30 @@ def test_demo_exports_load_in_transformers(demo: tuple[str, Path]) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder)
         logits = model(input_ids=torch.arange(40, 60)[None]).logits
         assert bool(logits.isfinite().all())
+
+
+def test_lora_recipe_compares_the_merged_weights_with_both_exports(tmp_path: Path) -> None:
+    printed = run("lora_sft.py", tmp_path)
+    rows = table(printed)
+    assert tuple(rows) == ("base", "merged", "merged BF16", "plain FP8", "DAQ")
+    assert rows["base"][1] == "0.0%"
+    assert rows["merged"][1:3] == ["100.0%", "0.00e+00"]
+    assert all(abs(float(cell.rstrip("%"))) < 1e4 for row in rows.values() for cell in row if cell != "-")
+    # base="auto" took the frozen weights: the update is small beside them, and no copy of them was written
+    report = ExportReport.load(next((tmp_path / "DAQ").glob("step=*")))
+    assert 0 < report.metrics()["delta_norm"] < 1
+    assert [folder.name for folder in (tmp_path / "DAQ").iterdir()] == ["step=3"]
+
+
+def test_chain_recipe_runs_three_stages_that_verify(tmp_path: Path) -> None:
+    printed = run("continual_chain.py", tmp_path)
+    rows = table(printed)
+    assert len(rows) == 10
+    assert rows["no FP8, stage 1"][3] == "100.0%"
+    assert all(abs(float(cell.rstrip("%"))) < 1e4 for row in rows.values() for cell in row)
+    assert "altered or foreign files: none" in printed
+    for chain in ("plain-FP8", "DAQ"):
+        (last,) = (tmp_path / chain / "stage-3").glob("step=*")
+        lineage = Chain.open(last)
+        assert [stage.manifest.lineage.chain_from for stage in lineage.stages] == [None, "deployed", "deployed"]
+        assert lineage.verify() == []
