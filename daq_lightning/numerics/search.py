@@ -239,7 +239,7 @@ def search_scale(
         alpha_G, stats, absmax_stats = _search_groups(shape_MN, granularity, search, absmax, evaluate)
     else:
         alpha_G, stats, absmax_stats = _search_layer(shape_MN, granularity, search, absmax, evaluate)
-    if not bool(stats.delta_sq.isfinite().all()):
+    if not bool((stats.dot + stats.delta_sq + stats.delta_q_sq + stats.error_sq).isfinite().all()):
         raise ValueError(_not_finite(base, f"the base of {name}"))
     alpha = alpha_G.reshape(absmax.shape)
     scale = round_scale((absmax.double() * alpha).float(), scale_format)
