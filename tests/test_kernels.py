@@ -84,6 +84,13 @@ def test_magnitudes_whose_squares_do_not_fit_float32(magnitude, implementation):
     assert bool((expected.delta_q_sq > 0).all())
 
 
+@pytest.mark.parametrize("implementation", ["eager", *IMPLEMENTATIONS])
+def test_updates_beyond_float32_show_as_infinite_sums(implementation):
+    weight, base = torch.full((2, 40), 3e38), torch.full((2, 40), -3e38)
+    stats = delta_stats(weight, base, absmax_scale(weight, PerChannel()), PerChannel(), implementation)
+    assert bool(stats.delta_sq.isinf().all())
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("scale", [1.0, 0.37, 3.0 * 2**-9])
 def test_scores_the_codes_of_quantize_for_every_bfloat16(scale, implementation):

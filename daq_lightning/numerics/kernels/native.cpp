@@ -56,7 +56,10 @@ struct CountedPiece : Piece {
         delta_sq = sum;
         if (!fits_float32(1.0f)) {
             delta_sq = 0;
-            for (int64_t i = 0; i < count; ++i) delta_sq += ((double)w[i] - b[i]) * ((double)w[i] - b[i]);
+            for (int64_t i = 0; i < count; ++i) {
+                const double d = w[i] - b[i];  // the difference itself is float32
+                delta_sq += d * d;
+            }
         }
     }
 
