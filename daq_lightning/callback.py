@@ -289,9 +289,7 @@ class DeltaAwareQuantization(Callback):
             return
         self._export(trainer, pl_module, read_lightning_checkpoint(path, ""), checkpoint=Path(path))
 
-    def _before_save(
-        self, trainer: Trainer, pl_module: LightningModule, path: Path, content: dict[str, Any]
-    ) -> None:
+    def _before_save(self, trainer: Trainer, pl_module: LightningModule, path: Path, content: dict[str, Any]) -> None:
         """Re-takes the base from what is about to be saved, so that a run resumed from the file goes on from there."""
         self._retaken = None
         if self.reference == "initial" or self._base is None or not saved_by_model_checkpoint(trainer, path):

@@ -377,9 +377,7 @@ def _manifest(
         versions={name: _version(name) for name in ("daq-lightning", "torch", "transformers")},
         lineage=dataclasses.replace(context.lineage, base_fingerprint=base_fingerprint, **paths),
         tensors=tensors,
-        kept={
-            tensor.spec.name: prints[tensor.spec.name]["stored"] for tensor in plan.tensors if not tensor.quantize
-        },
+        kept={tensor.spec.name: prints[tensor.spec.name]["stored"] for tensor in plan.tensors if not tensor.quantize},
         files=describe_files(folder, skip=weight_files | {MANIFEST, INDEX}),
         training=training,
     )

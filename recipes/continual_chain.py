@@ -94,8 +94,16 @@ class LanguageModel(L.LightningModule):
 
 
 def train(module: LanguageModel, data: Tensor, callback: L.Callback | None = None) -> None:
-    trainer = L.Trainer(max_steps=len(data) // BATCH, gradient_clip_val=1.0, callbacks=callback, accelerator="cpu",
-                        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False)
+    trainer = L.Trainer(
+        max_steps=len(data) // BATCH,
+        gradient_clip_val=1.0,
+        callbacks=callback,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+    )
     trainer.fit(module, DataLoader(TensorDataset(data), batch_size=BATCH, shuffle=True))
 
 

@@ -96,8 +96,16 @@ class LanguageModel(L.LightningModule):
 
 
 def train(module: LanguageModel, data: Text, callbacks: list[L.Callback]) -> None:
-    L.Trainer(max_steps=data.steps, gradient_clip_val=1.0, callbacks=callbacks, accelerator="cpu", logger=False,
-              enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False).fit(module, data)
+    L.Trainer(
+        max_steps=data.steps,
+        gradient_clip_val=1.0,
+        callbacks=callbacks,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    ).fit(module, data)
 
 
 @torch.no_grad()

@@ -48,9 +48,7 @@ def lineage(tmp_path_factory):
     perturbed(folder / "root", folder / "post1", 1)
     export_checkpoint(folder / "post1", folder / "root", folder / "stage1", search=QUICK)
     perturbed(folder / "stage1", folder / "post2", 2)
-    export_checkpoint(
-        folder / "post2", folder / "stage1", folder / "stage2", search=QUICK, chain_from="deployed"
-    )
+    export_checkpoint(folder / "post2", folder / "stage1", folder / "stage2", search=QUICK, chain_from="deployed")
     perturbed(folder / "post2", folder / "post3", 3)
     export_checkpoint(
         folder / "post3", folder / "post2", folder / "stage3", search=QUICK,

@@ -95,7 +95,7 @@ def test_the_kernel_sums_what_a_reader_of_the_codes_would_see(shape, dtype, gran
     weight, base, _ = case(shape, dtype)
     absmax = absmax_scale(weight, granularity).flatten()
     scale_GK = absmax[:, None] * torch.tensor([1.0, 0.7, 1.9])
-    stats = delta_stats(weight, base, scale_GK, granularity)
+    stats = delta_stats(weight, base, scale_GK, granularity, "eager")
     assert stats.n.shape == scale_GK.shape
     for k in range(3):
         scale = scale_GK[:, k].reshape(granularity.grid(shape))
@@ -107,7 +107,7 @@ def test_the_kernel_keeps_groups_apart():
     weight, base, _ = case((9, 7))
     granularity = PerBlock(4, 3)
     scale = absmax_scale(weight, granularity)
-    stats = delta_stats(weight, base, scale.reshape(-1, 1), granularity)
+    stats = delta_stats(weight, base, scale.reshape(-1, 1), granularity, "eager")
     read = dequantize(quantize(weight, scale, granularity), scale, granularity)
     group = 0
     for top in range(0, 9, 4):

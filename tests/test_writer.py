@@ -1,6 +1,5 @@
 """A written folder is complete or not there, and the same input makes the same bytes."""
 
-
 import contextlib
 import fcntl
 import hashlib

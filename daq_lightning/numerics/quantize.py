@@ -107,15 +107,11 @@ def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Fl
     reciprocal = scale.reciprocal()
     codes_MN = torch.empty(shape_MN, dtype=fmt.dtype, device=weight_MN.device)
     for rows in _row_bands(shape_MN):
-        codes_MN[rows] = encode(
-            weight_MN[rows].float() * scale_of_rows(reciprocal, rows, shape_MN, granularity), fmt
-        )
+        codes_MN[rows] = encode(weight_MN[rows].float() * scale_of_rows(reciprocal, rows, shape_MN, granularity), fmt)
     return codes_MN
 
 
-def dequantize(
-    codes_MN: Tensor, scale: Tensor, granularity: Granularity, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def dequantize(codes_MN: Tensor, scale: Tensor, granularity: Granularity, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight that a reader computes: ``dtype(float32(code) * float32(scale))``.
 
     Args:

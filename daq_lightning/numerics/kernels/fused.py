@@ -58,8 +58,8 @@ def delta_stats_fused(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, gran
             TILE_ROWS=tile_rows,
             TILE_COLS=tile_cols,
             HARDWARE_CAST=_hardware_cast(weight_MN.device),
-            num_warps=1,
-            enable_fp_fusion=False,  # q - b is 0 exactly where q == b
+            num_warps=1,  # pyright: ignore[reportCallIssue]
+            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]  (q - b is 0 exactly where q == b)
         )
         changed_GT, delta_sq_GT, smallest_GT, largest_GT = of_tiles
         low, high = scale_GK[first : first + count].aminmax()
@@ -138,8 +138,8 @@ def _kernel(
         packed = tl.sum(lost, 0)
         out = program * candidates + k
         tl.store(counts + out, tl.sum(preserved, 0))
-        tl.store(counts + field + out, packed & 65535)
-        tl.store(counts + 2 * field + out, packed >> 16)
+        tl.store(counts + field + out, packed & 65535)  # pyright: ignore[reportOperatorIssue]
+        tl.store(counts + 2 * field + out, packed >> 16)  # pyright: ignore[reportOperatorIssue]
         tl.store(totals + out, tl.sum(delta * delta_q, 0))
         tl.store(totals + field + out, tl.sum(delta_q * delta_q, 0))
         tl.store(totals + 2 * field + out, tl.sum(error * error, 0))
