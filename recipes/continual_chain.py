@@ -3,7 +3,7 @@
     root -> stage 1: Title Case -> stage 2: UPPER CASE -> stage 3: under_scores      (a first byte asks for the style)
 
 Each stage starts from the weights that are served, so what an export rounds away is gone, and replays earlier skills.
-Three chains: no FP8, plain (absmax) scales, scales searched for the update (DAQ). Ten minutes on a busy core; seed 0:
+Three chains: no FP8, plain (absmax) scales, scales searched for the update (DAQ). Six minutes on one core; seed 0:
 of Title Case as stage 1 taught it without FP8, plain FP8 deploys 68 % and DAQ 98 %. By stage 3 replay has brought plain
 FP8 back to 99 %, DAQ to 117 % as no FP8; of under_scores, the last skill, plain FP8 then has 63 % and DAQ 99 %.
 
