@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from daq_lightning import CheckpointError, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
+from daq_lightning.checkpoint.tensor_file import TensorEntry
 from daq_lightning.export import ExportSettings
 from daq_lightning.source import Source, _guess_modules
 
@@ -434,3 +435,16 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     peak = [int(line) for line in result.stdout.splitlines()[-2:]]
     assert size[8] - size[2] > 20e6  # bytes that the second export reads beyond the first, from base and from post
     assert peak[1] - peak[0] < (size[8] - size[2]) / 4
+
+
+def test_every_tensor_is_read_once(pair, tmp_path, monkeypatch):
+    base, post = pair
+    read, original = [], TensorEntry.read
+
+    def counted(entry):
+        read.append((entry.path, entry.name))
+        return original(entry)
+
+    monkeypatch.setattr(TensorEntry, "read", counted)
+    export_checkpoint(post, base, tmp_path / "out", search=QUICK)
+    assert len(read) == len(set(read))

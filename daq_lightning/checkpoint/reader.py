@@ -72,6 +72,9 @@ class RawCheckpoint(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.entries[name].read()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # Mapping would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
@@ -126,6 +129,9 @@ class Checkpoint(Mapping[str, Tensor]):
         granularity = self._granularities[name]
         scale = scale.reshape(granularity.grid((codes.shape[0], codes.shape[1])))
         return dequantize(codes, scale, granularity, self.dtype)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)

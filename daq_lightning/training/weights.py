@@ -34,6 +34,9 @@ class LiveWeights(Mapping[str, Tensor]):
             self._last = (key, self._architecture.split(key, self._tensors[key].detach()))
         return self._last[1][name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names and self._names[name] in self._tensors  # type: ignore[index]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
