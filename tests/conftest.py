@@ -1,4 +1,8 @@
-"""Tests marked `gpu` run where there is a CUDA device."""
+"""One thread for each test process, and tests marked `gpu` only where there is a CUDA device."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start; before torch is imported
 
 import pytest
 import torch

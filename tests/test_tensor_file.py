@@ -9,7 +9,14 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, example, given, settings
 
-from daq_lightning.checkpoint.tensor_file import DTYPE_NAMES, CheckpointError, TensorSpec, make_header, read_header
+from daq_lightning.checkpoint.tensor_file import (
+    DTYPE_NAMES,
+    CheckpointError,
+    TensorSpec,
+    _Buffers,
+    make_header,
+    read_header,
+)
 from daq_lightning.checkpoint.writer import CheckpointWriter
 
 
@@ -234,3 +241,18 @@ def test_any_header_is_read_or_refused(tmp_path, header, size):
     read = outcome(tmp_path / "a.safetensors", len(text).to_bytes(8, "little") + text + bytes(size))
     if read is not None:  # then the tensors fill the data exactly
         assert sum(tensor.nbytes for tensor in read.values()) == size
+
+
+def test_memory_is_used_again_only_when_no_view_of_it_is_left():
+    buffers = _Buffers()
+    first = buffers.take(2 << 20)
+    place = first.data_ptr()
+    view = first.view(torch.bfloat16).reshape(1024, -1)[3:7]
+    del first
+    second = buffers.take(2 << 20)
+    assert second.data_ptr() != place
+    storage = view.untyped_storage()
+    del view
+    assert buffers.take(2 << 20).data_ptr() != place
+    del storage
+    assert buffers.take(2 << 20).data_ptr() == place

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -76,7 +78,7 @@ class TensorEntry(TensorSpec):
         Raises:
             CheckpointError: The file is shorter than its header says.
         """
-        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        data = _buffers.take(self.nbytes)
         view, done = data.numpy().data, 0
         with open(self.path, "rb", buffering=0) as file:
             while done < self.nbytes:
@@ -85,6 +87,43 @@ class TensorEntry(TensorSpec):
                     raise CheckpointError(f"{self.path} ended while reading {self.name}: the file was cut off.")
                 done += count
         return data.view(self.dtype).reshape(self.shape) if self.nbytes else torch.empty(self.shape, dtype=self.dtype)
+
+
+class _Buffers:
+    """Memory for tensors that are read one after another.
+
+    New memory costs more time (the system hands out and zeroes every page) than copying a file from its cache into
+    it, so a buffer is used again as soon as no tensor refers to it any more. torch keeps the memoryview that a tensor
+    was made from alive as long as the tensor's storage, views of it included; its end gives the buffer back.
+    """
+
+    _SMALL, _LARGE, _KEPT = 1 << 20, 64 << 20, 8
+
+    def __init__(self) -> None:
+        self._free: list[bytearray] = []
+        self._lock = threading.RLock()  # a buffer may come back while one is taken, in the same thread
+
+    def take(self, nbytes: int) -> Tensor:
+        """Uninitialized bytes that belong to the caller."""
+        if not self._SMALL <= nbytes <= self._LARGE:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        with self._lock:
+            fitting = [buffer for buffer in self._free if nbytes <= len(buffer) <= 2 * nbytes]
+            buffer = min(fitting, key=len, default=None)
+            if buffer is not None:
+                self._free = [other for other in self._free if other is not buffer]
+        if buffer is None:
+            buffer = bytearray(nbytes)
+        view = memoryview(buffer)[:nbytes]
+        weakref.finalize(view, self._give_back, buffer).atexit = False
+        return torch.frombuffer(view, dtype=torch.uint8)
+
+    def _give_back(self, buffer: bytearray) -> None:
+        with self._lock:
+            self._free = [buffer, *self._free][: self._KEPT]
+
+
+_buffers = _Buffers()
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
