@@ -31,15 +31,6 @@ CLASSES = [SignPreservationRate, DeltaCosineSimilarity, DeltaGain, DeltaMeanSqua
 KEYS = dict(zip(("sign_rate", "cosine", "gain", "mse"), CLASSES, strict=True))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices this small are faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def case(rows=12, seed=0):
     """(quantized, weight, base), with unchanged, lost and flipped elements."""
     generator = torch.Generator().manual_seed(seed)

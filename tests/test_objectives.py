@@ -27,15 +27,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 COUNTS = DeltaStats._fields[:6]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices this small are faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def case(shape=(7, 11), dtype=torch.float32, seed=0):
     """A weight, its base and what a coarse quantizer makes of it; some elements unchanged, some lost, some flipped."""
     generator = torch.Generator().manual_seed(seed)

@@ -20,15 +20,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALE_FORMATS = ["float32", "bfloat16", "ue8m0"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices this small are faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def case(shape=(9, 10), dtype=torch.float32, seed=0, size=0.02):
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=generator)
