@@ -13,11 +13,10 @@ Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar, Weight
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from daq_lightning.checkpoint.layouts import Scheme
 from daq_lightning.checkpoint.lineage import make_lineage
@@ -39,9 +37,8 @@ from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search import ScaleSearch
 from daq_lightning.report import ExportReport
 from daq_lightning.source import Source
-from daq_lightning.training.adapters import save_adapter
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
-from daq_lightning.training.model import LiveModel, find_model, holding, owners_of_files
+from daq_lightning.training.model import LiveModel, owners_of_files
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
 
 
@@ -231,15 +228,13 @@ class DeltaAwareQuantization(Callback):
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plan and base of the run; raises before the first step."""
-        name, module = find_model(pl_module, self.module)
-        model = LiveModel(module, merge=self.merge_adapters)
+        model = self._model(pl_module, None)
         source = self._source(trainer, model)
         plan = make_plan(source, self._choices)
         request = BaseRequest(
             base=self.base,
             names=tuple(tensor.spec.name for tensor in plan.quantized),
             dirpath=Path(self.dirpath).absolute(),
-            prefix=f"{name}." if name else "",
             resumed_from=str(trainer.ckpt_path) if trainer.ckpt_path is not None else None,
             saved=self._saved_base,
         )
@@ -255,8 +250,6 @@ class DeltaAwareQuantization(Callback):
     def _source(self, trainer: Trainer, model: LiveModel) -> Source:
         def copy_files(folder: Path) -> None:
             model.copy_files(folder, *owners_of_files(trainer))
-            if model.adapters is not None and not self.merge_adapters:
-                save_adapter(trainer.lightning_module, folder / "adapter")
 
         return Source(
             weights=model.weights,
@@ -287,7 +280,7 @@ class DeltaAwareQuantization(Callback):
                 )
             )
             return
-        self._export(trainer, pl_module, read_lightning_checkpoint(path, ""), checkpoint=Path(path))
+        self._export(trainer, pl_module, read_lightning_checkpoint(path), checkpoint=Path(path))
 
     def _before_save(self, trainer: Trainer, pl_module: LightningModule, path: Path, content: dict[str, Any]) -> None:
         """Re-takes the base from what is about to be saved, so that a run resumed from the file goes on from there."""
@@ -295,8 +288,7 @@ class DeltaAwareQuantization(Callback):
         if self.reference == "initial" or self._base is None or not saved_by_model_checkpoint(trainer, path):
             return
         try:
-            with self._model(pl_module, content["state_dict"]) as model:
-                self._retaken = self._snapshot(trainer, model)
+            self._retaken = self._snapshot(trainer, self._model(pl_module, content["state_dict"]))
             state = content.get("callbacks", {}).get(self.state_key)
             if state is not None:
                 state["base"] = self._retaken.state()
@@ -311,26 +303,9 @@ class DeltaAwareQuantization(Callback):
             return
         self._export(trainer, pl_module, content["state_dict"], checkpoint=path)
 
-    @contextlib.contextmanager
-    def _model(self, pl_module: LightningModule, state: Mapping[str, Any] | None) -> Iterator[LiveModel]:
+    def _model(self, pl_module: LightningModule, state: Mapping[str, Any] | None) -> LiveModel:
         """The model as it is, or with the weights of a saved state."""
-        name, module = find_model(pl_module, self.module)
-        model = LiveModel(module, merge=self.merge_adapters)
-        if state is None:
-            yield model
-        elif model.adapters is not None:
-            with holding(pl_module, state):
-                yield model
-        else:
-            prefix = f"{name}." if name else ""
-            yield LiveModel(
-                module,
-                {
-                    key.removeprefix(prefix): value
-                    for key, value in state.items()
-                    if key.startswith(prefix) and isinstance(value, Tensor)
-                },
-            )
+        return LiveModel(pl_module, self.module, state, merge=self.merge_adapters)
 
     @torch.no_grad()
     def _export(
@@ -339,12 +314,11 @@ class DeltaAwareQuantization(Callback):
         """One export and all that follows it; an error is kept for the end of training."""
         assert self._base is not None
         try:
-            with self._model(pl_module, state) as model:
-                self._write(trainer, pl_module, model, checkpoint)
+            self._write(trainer, self._model(pl_module, state), checkpoint)
         except Exception as error:
             self._keep_error(error)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, model: LiveModel, checkpoint: Path | None) -> None:
+    def _write(self, trainer: Trainer, model: LiveModel, checkpoint: Path | None) -> None:
         assert self._base is not None
         out = _free_name(Path(self.dirpath) / self._name(trainer))
         bar = isinstance(trainer.progress_bar_callback, TQDMProgressBar) and trainer.progress_bar_callback.is_enabled

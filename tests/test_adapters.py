@@ -19,7 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from daq_lightning.checkpoint.adapter_folder import read_adapter
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.lora import LoraFactors, merge_lora, merge_lora_bias, merge_lora_experts
-from daq_lightning.training.adapters import find_adapters, save_adapter
+from daq_lightning.training.adapter_save import save_adapter
+from daq_lightning.training.adapters import find_adapters
 
 SIZES = {
     "hidden_size": 64,

@@ -92,7 +92,7 @@ def test_a_resumed_lora_run_finds_its_base_in_memory(tmp_path):
         fit(tmp_path, quantization(tmp_path), module=other, ckpt=tmp_path / "other.ckpt", max_steps=4)
 
 
-def test_saved_and_averaged_adapters_are_lent_and_given_back(tmp_path):
+def test_the_adapters_of_a_saved_checkpoint_are_exported_and_live_ones_stay(tmp_path):
     saver = ModelCheckpoint(dirpath=tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1, filename="{step}")
     callback = quantization(tmp_path, export_on="checkpoint")
     with_it = fit(tmp_path, EMAWeightAveraging(decay=0.5), saver, callback, module=adapted())

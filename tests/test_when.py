@@ -25,9 +25,14 @@ def saver(folder: Path, **changes) -> ModelCheckpoint:
     return ModelCheckpoint(dirpath=folder / "checkpoints", **(settings | changes))
 
 
+def saved_model(checkpoint: Path) -> dict[str, torch.Tensor]:
+    tensors = read_lightning_checkpoint(str(checkpoint))
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
 def kept_tensors_equal(export: Path, checkpoint: Path) -> bool:
     """Whether an export was made from the weights of a .ckpt file: kept tensors are those in bfloat16."""
-    exported, tensors = load_checkpoint(export), read_lightning_checkpoint(str(checkpoint), "model.")
+    exported, tensors = load_checkpoint(export), saved_model(checkpoint)
     names = ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"]
     return all(torch.equal(exported[name], tensors[name].bfloat16()) for name in names)
 
@@ -54,8 +59,8 @@ def test_a_resumed_run_exports_the_same_bytes_as_an_uninterrupted_one(tmp_path, 
     run(whole, 2)
     run(parts, 1)
     resumed = run(parts, 2, ckpt=parts / "checkpoints" / "step=4.ckpt")
-    expected = read_lightning_checkpoint(str(whole / "checkpoints" / "step=8.ckpt"), "model.")
-    actual = read_lightning_checkpoint(str(parts / "checkpoints" / "step=8.ckpt"), "model.")
+    expected = saved_model(whole / "checkpoints" / "step=8.ckpt")
+    actual = saved_model(parts / "checkpoints" / "step=8.ckpt")
     assert all(torch.equal(expected[name], actual[name]) for name in expected), "the training itself differs"
     assert resumed.exports == [parts / "exports" / "step=8"]
     assert folder_bytes(parts / "exports" / "step=8") == folder_bytes(whole / "exports" / "step=8")
@@ -112,7 +117,7 @@ def test_a_lightning_checkpoint_serves_as_base(tmp_path):
     later = quantization(tmp_path, base=str(first), dirpath=str(tmp_path / "later"))
     module = fit(tmp_path, later)
     weights = {name: tensor.detach() for name, tensor in module.model.state_dict().items()}
-    base = read_lightning_checkpoint(str(first), "model.")
+    base = saved_model(first)
     report = export_checkpoint(weights, base, tmp_path / "offline", scheme="FP8_BLOCK", search=QUICK)
     assert report.metrics() == later.report.metrics()
 
@@ -184,7 +189,7 @@ def test_averaged_weights_are_exported_whatever_the_order_of_callbacks(tmp_path,
     averaging, callback = EMAWeightAveraging(decay=0.5), quantization(tmp_path)
     callbacks = (callback, averaging) if first else (averaging, callback)
     module = fit(tmp_path, *callbacks, saver(tmp_path, every_n_train_steps=4))
-    averaged = read_lightning_checkpoint(str(tmp_path / "checkpoints" / "step=4.ckpt"), "model.")
+    averaged = saved_model(tmp_path / "checkpoints" / "step=4.ckpt")
     assert torch.equal(module.model.lm_head.weight, averaged["lm_head.weight"])
     assert kept_tensors_equal(callback.exports[0], tmp_path / "checkpoints" / "step=4.ckpt")
 

@@ -5,27 +5,24 @@
 
 With LoRA the base of the delta is already in memory: nothing is stored. PEFT's own `merge_adapter` adds in place and in
 the model's dtype, which rounds much of a small update away and leaves other weights behind after `unmerge`; here one
-weight at a time is merged out of place, and the model is only read.
+weight at a time is merged out of place, and the model is only read. The values may also be those of a saved state, such
+as an earlier checkpoint of the run (values.py).
 
 The names are those of the model as it was before PEFT (adapter_tree.py). Tied weights that training pulled apart are
-refused: PEFT's merge would add both updates to the one tensor. `save_adapter` writes the adapter by itself.
+refused: PEFT's merge would add both updates to the one tensor.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from daq_lightning.checkpoint.adapter_folder import PREFIX, moves_base, write_adapter_tensors
+from daq_lightning.checkpoint.adapter_folder import moves_base
 from daq_lightning.numerics.lora import LoraFactors, merge_lora, merge_lora_bias, merge_lora_experts
 from daq_lightning.training.adapter_tree import (
     DORA,
@@ -36,11 +33,11 @@ from daq_lightning.training.adapter_tree import (
     check_state,
     find_root,
     from_peft,
-    is_a,
     is_embedding,
     unwrap,
     walk,
 )
+from daq_lightning.training.values import Values, whole
 
 _UNTIE = (
     "Train them as one with LoraConfig(ensure_weight_tying=True); or untie the model before adding adapters "
@@ -54,8 +51,8 @@ class AdaptedWeights:
     """A model with PEFT adapters as two mappings over the names of its checkpoint.
 
     Both are ordered like the `state_dict` of the model without adapters, and hold its parameters and persistent
-    buffers, tied names included. Tensors are read from the live model on access: they are detached, and neither the
-    model nor the mapping keeps anything.
+    buffers, tied names included. Tensors are read on access: they are detached, and neither the model nor the mapping
+    keeps anything.
 
     Attributes:
         weights: What the model computes with: merged in float32 where LoRA adapts it (on the device of the weight),
@@ -63,6 +60,7 @@ class AdaptedWeights:
             DTensors is gathered: all ranks ask for the same names in the same order.
         base: The frozen tensors, without a copy. Raises ValueError for `displaced` names.
         model: The model that the names refer to, such as the `PreTrainedModel`.
+        path: Name of the model with its adapters in the module that was searched; empty for that module itself.
         outlines: The dtypes and shapes of `weights`, as tensors on the meta device: nothing is computed.
         identities: Equal for names of one tensor in memory (tied weights).
         adapted: Names whose tensor in `weights` differs from that in `base`.
@@ -73,23 +71,26 @@ class AdaptedWeights:
     weights: Mapping[str, Tensor]
     base: Mapping[str, Tensor]
     model: nn.Module
+    path: str
     outlines: Mapping[str, Tensor]
     identities: Mapping[str, int]
     adapted: tuple[str, ...]
     displaced: tuple[str, ...]
 
 
-def find_adapters(module: nn.Module) -> AdaptedWeights | None:
+def find_adapters(module: nn.Module, state: Mapping[str, Tensor] | None = None) -> AdaptedWeights | None:
     """Finds the PEFT adapters inside a module: a PeftModel, or layers injected into a model.
 
     Args:
         module: A LightningModule, a PeftModel, a transformers model with `add_adapter`, or any module.
+        state: A saved `state_dict` of the module, to read the values from; None reads the module. See `Values`.
 
     Returns:
         None if there is no PEFT layer.
 
     Raises:
         ValueError: Adapters that cannot be merged exactly, by name and with what to do; or two adapted models.
+        CheckpointError: A state that does not fit the module, now or when a tensor is read.
     """
     if not any(from_peft(part) for part in module.modules()):
         return None
@@ -106,7 +107,8 @@ def find_adapters(module: nn.Module) -> AdaptedWeights | None:
             f"The model has PEFT layers, but none of its adapters ({', '.join(configs) or 'none configured'}) is "
             "active: activate one with set_adapter(name)."
         )
-    _check_ties(slots)
+    live, values = Values(module), Values(module, state)
+    _check_ties(slots, live)
     displaced = {
         name: reason for name, slot in slots.items() if (reason := _displacement(name, slot, configs)) is not None
     }
@@ -114,61 +116,18 @@ def find_adapters(module: nn.Module) -> AdaptedWeights | None:
     def base(name: str, slot: Slot) -> Tensor:
         if name in displaced:
             raise ValueError(displaced[name])
-        return slot.tensor.detach()
+        return values(slot.owner, slot.key)
 
     return AdaptedWeights(
-        weights=_Lazy(slots, _merged),
+        weights=_Lazy(slots, partial(_merged, values)),
         base=_Lazy(slots, base),
         model=unwrap(root),
+        path=next(path for path, part in module.named_modules() if part is root),
         outlines={name: _outline(slot) for name, slot in slots.items()},
         identities={name: id(slot.tensor) for name, slot in slots.items()},
         adapted=adapted,
         displaced=tuple(displaced),
     )
-
-
-def save_adapter(module: nn.Module, folder: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """Writes the active adapters as PEFT does, to be loaded with ``PeftModel.from_pretrained`` beside an exported base.
-
-    The folder gets adapter_config.json and adapter_model.safetensors; of several active adapters, each gets a
-    subfolder with its name. Embeddings that are not trained stay with the base. Where the initialisation moved the
-    frozen weights (PiSSA and its like), the saved configuration asks for the default one: the exported base is the
-    moved one already.
-
-    Args:
-        module: As for `find_adapters`.
-        folder: Made if missing.
-
-    Returns:
-        The folders written, on every rank; the files come from rank 0. With DTensors all ranks take part.
-
-    Raises:
-        ValueError: No adapter, or a scaling that was changed by hand and that no configuration can hold.
-    """
-    holder: Any = next((part for part in module.modules() if _holds_adapters(part)), None)
-    layers: list[Any] = [part for part in module.modules() if is_a(part, "BaseTunerLayer")]
-    active = [
-        name for name in getattr(holder, "peft_config", {}) if any(name in layer.active_adapters for layer in layers)
-    ]
-    if not active:
-        raise ValueError("Expected a model with an active PEFT adapter, found none: call set_adapter(name).")
-    from peft import get_peft_model_state_dict  # in sys.modules since a class of peft was found
-
-    write = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    folders = []
-    for name in active:
-        for layer in layers:
-            _check_scaling(layer, name)
-        state = get_peft_model_state_dict(holder, adapter_name=name, save_embedding_layers=False)
-        prefix = "" if is_a(holder, "PeftModel", "PeftMixedModel") else PREFIX
-        tensors = {prefix + key: _whole(tensor).cpu() for key, tensor in state.items()}
-        target = Path(folder) if len(active) == 1 else Path(folder) / name
-        folders.append(target)
-        if write:
-            target.mkdir(parents=True, exist_ok=True)
-            write_adapter_tensors(target, tensors)
-            _saved_config(holder, name).save_pretrained(str(target))
-    return tuple(folders)
 
 
 class _Lazy(Mapping[str, Tensor]):
@@ -197,17 +156,20 @@ def _outline(slot: Slot) -> Tensor:
 
 
 @torch.no_grad()
-def _merged(name: str, slot: Slot) -> Tensor:
+def _merged(values: Values, name: str, slot: Slot) -> Tensor:
     if slot.copy is not None:
-        return getattr(*slot.copy).detach()
+        return values(*slot.copy)
+    weight = values(slot.owner, slot.key)
     if not slot.adapters:
-        return slot.tensor.detach()
+        return weight
     for layer, _ in slot.adapters:
         check_state(name, layer)
-    weight = _whole(slot.tensor)
+    weight = whole(weight)
     if slot.key == "bias":
-        return merge_lora_bias(weight, [(_whole(layer.lora_B[a].bias), layer.scaling[a]) for layer, a in slot.adapters])
-    adapters = [_factors(layer, adapter) for layer, adapter in slot.adapters]
+        return merge_lora_bias(
+            weight, [(whole(values(layer.lora_B[a], "bias")), layer.scaling[a]) for layer, a in slot.adapters]
+        )
+    adapters = [_factors(values, layer, adapter) for layer, adapter in slot.adapters]
     layouts = {is_embedding(layer) or bool(layer.fan_in_fan_out) for layer, _ in slot.adapters}
     if len(layouts) > 1:
         raise ValueError(f"{name} has adapters for both (in, out) and (out, in) storage: adapt it in one way only.")
@@ -216,33 +178,28 @@ def _merged(name: str, slot: Slot) -> Tensor:
     return merge_lora(weight, adapters, transposed=layouts.pop())
 
 
-def _factors(layer: Any, adapter: str) -> LoraFactors:
+def _factors(values: Values, layer: Any, adapter: str) -> LoraFactors:
     if is_embedding(layer):
-        A_RN, B_MR = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        A_RN, B_MR = values(layer.lora_embedding_A, adapter), values(layer.lora_embedding_B, adapter)
     else:
-        A_RN, B_MR = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        A_RN, B_MR = values(layer.lora_A[adapter], "weight"), values(layer.lora_B[adapter], "weight")
     dora = type(layer.lora_variant.get(adapter)).__name__ in DORA
     return LoraFactors(
-        A_RN=_whole(A_RN),
-        B_MR=_whole(B_MR),
+        A_RN=whole(A_RN),
+        B_MR=whole(B_MR),
         scaling=float(layer.scaling[adapter]),
-        magnitude=_whole(layer.lora_magnitude_vector[adapter].weight) if dora else None,
+        magnitude=whole(values(layer.lora_magnitude_vector[adapter], "weight")) if dora else None,
     )
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    full_tensor = getattr(tensor, "full_tensor", None)  # of a DTensor: a collective
-    return tensor.detach() if full_tensor is None else full_tensor().detach()
-
-
-def _check_ties(slots: Mapping[str, Slot]) -> None:
+def _check_ties(slots: Mapping[str, Slot], values: Values) -> None:
     """Names of one tensor must stay one tensor: PEFT adapts each of them by itself, and its merge adds to both."""
     groups: dict[int, list[str]] = {}
     for name, slot in slots.items():
         groups.setdefault(id(slot.tensor), []).append(name)
     for first, *others in groups.values():
         for other in others:
-            if not _same_update(slots[first], slots[other]):
+            if not _same_update(values, slots[first], slots[other]):
                 raise ValueError(
                     f"{first} and {other} are tied in the model, but their adapters are not: trained apart, they are "
                     f"two weights now, which a checkpoint of a tied model cannot hold. {_UNTIE} An adapted embedding "
@@ -250,7 +207,7 @@ def _check_ties(slots: Mapping[str, Slot]) -> None:
                 )
 
 
-def _same_update(one: Slot, two: Slot) -> bool:
+def _same_update(values: Values, one: Slot, two: Slot) -> bool:
     if one.copy is not None or two.copy is not None:
         return one.copy is not None and two.copy is not None and getattr(*one.copy) is getattr(*two.copy)
     if len(one.adapters) != len(two.adapters):
@@ -258,7 +215,7 @@ def _same_update(one: Slot, two: Slot) -> bool:
     for (layer, adapter), (other, other_adapter) in zip(one.adapters, two.adapters, strict=True):
         if layer is other and adapter == other_adapter:
             continue
-        pairs = [_factors(layer, adapter), _factors(other, other_adapter)]
+        pairs = [_factors(values, layer, adapter), _factors(values, other, other_adapter)]
         if any(factors.magnitude is not None for factors in pairs) or pairs[0].scaling != pairs[1].scaling:
             return False
         if is_embedding(layer) == is_embedding(other):
@@ -287,29 +244,3 @@ def _displacement(name: str, slot: Slot, configs: Mapping[str, Any]) -> str | No
                 "update from it. Pass the folder of the original model as the base."
             )
     return None
-
-
-def _holds_adapters(module: nn.Module) -> bool:
-    return is_a(module, "PeftModel", "PeftMixedModel") or "peft_config" in vars(module)
-
-
-def _saved_config(holder: Any, name: str) -> Any:
-    config = copy.copy(holder.peft_config[name])
-    model = unwrap(holder)
-    config.inference_mode = True
-    config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    if moves_base(getattr(config, "init_lora_weights", None)):
-        config.init_lora_weights = True
-    return config
-
-
-def _check_scaling(layer: Any, name: str) -> None:
-    scaling, rank = getattr(layer, "scaling", {}).get(name), getattr(layer, "r", {}).get(name)
-    if scaling is None or rank is None:
-        return
-    expected = layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora[name] else rank)
-    if not math.isclose(scaling, expected, rel_tol=1e-9):
-        raise ValueError(
-            f"The adapter {name!r} has the scaling {scaling}, its configuration gives {expected}: PEFT cannot save a "
-            "scaling set by hand. Call unscale_layer() on its layers, or merge the adapter into the export."
-        )

@@ -6,7 +6,8 @@
 | "snapshot" | copied to `dirpath/base/` when training starts | read from there |
 | "memory" | copied to host memory when training starts | cannot be resumed: an error |
 | a folder | a Hugging Face checkpoint, or an export of this package (dequantized) | read from there |
-| a `.ckpt` file | a Lightning checkpoint of the same module | read from there |
+| a `.ckpt` file | a Lightning checkpoint of the same module, or of it before adapters | read from there |
+| a `.ckpt` file with adapters | merged, once, into `dirpath/base/` | read from there |
 
 No hook sees the base weights of a resumed run, so a base is a reference: where it is, and a fingerprint of every
 tensor. The callback saves the reference with the training state; a resumed run finds the same base or stops before
@@ -30,6 +31,7 @@ from daq_lightning.checkpoint.reader import MANIFEST, Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.checkpoint.writer import CheckpointWriter
 from daq_lightning.training.model import LiveModel
+from daq_lightning.training.values import adapters_in
 
 Kind: TypeAlias = Literal["adapters", "snapshot", "memory", "folder", "ckpt"]
 _SNAPSHOT_VERSION = 1
@@ -69,7 +71,6 @@ class BaseRequest:
         base: "auto", "snapshot", "memory", a folder or a `.ckpt` file.
         names: Checkpoint names of the weights that are quantized.
         dirpath: Where a snapshot goes.
-        prefix: Of the model's names in a Lightning checkpoint.
         resumed_from: The checkpoint that the run resumes from, or None for a fresh run.
         saved: The reference in that checkpoint.
     """
@@ -77,7 +78,6 @@ class BaseRequest:
     base: str
     names: tuple[str, ...]
     dirpath: Path
-    prefix: str
     resumed_from: str | None
     saved: Mapping[str, Any] | None
 
@@ -107,8 +107,7 @@ def resolve_base(request: BaseRequest, model: LiveModel) -> Base:
         else:
             base = take_snapshot(model.weights, request.names, request.dirpath / "base")
     elif request.base.endswith(".ckpt"):
-        tensors = read_lightning_checkpoint(request.base, request.prefix)
-        base = base_from_memory("ckpt", model.view(tensors), request.names, path=str(Path(request.base).absolute()))
+        base = open_lightning_checkpoint(request, model)
     else:
         base = open_folder(request.base, request.names, model)
     if resumed and saved is not None:
@@ -187,12 +186,30 @@ def open_folder(path: str, names: Iterable[str], model: LiveModel) -> Base:
     return Base(kind="folder", path=str(Path(path).absolute()), weights=checkpoint, fingerprints=fingerprints)
 
 
-def read_lightning_checkpoint(path: str, prefix: str) -> dict[str, Tensor]:
-    """The tensors of one submodule from a Lightning checkpoint, memory-mapped; nothing in the file is executed.
+def open_lightning_checkpoint(request: BaseRequest, model: LiveModel) -> Base:
+    """A base that is a `.ckpt` file.
+
+    Weights that have to be merged are written to a snapshot: computed once, they are the same bits in a resumed run,
+    and the file may go.
+    """
+    state = read_lightning_checkpoint(request.base)
+    weights = model.saved(state)
+    missing = [name for name in request.names if name not in weights]
+    if missing:
+        raise CheckpointError(
+            f"{request.base} lacks {len(missing)} of {len(request.names)} weights ({', '.join(missing[:3])}): expected "
+            f"a checkpoint of the LightningModule that is trained. It holds {', '.join(list(state)[:3])}, ..."
+        )
+    if adapters_in(state):
+        return take_snapshot(weights, request.names, request.dirpath / "base")
+    return base_from_memory("ckpt", weights, request.names, path=str(Path(request.base).absolute()))
+
+
+def read_lightning_checkpoint(path: str) -> dict[str, Tensor]:
+    """The tensors of a Lightning checkpoint, memory-mapped; nothing in the file is executed.
 
     Args:
         path: A `.ckpt` file.
-        prefix: Name of the submodule in the LightningModule with a dot at the end, or empty.
 
     Raises:
         CheckpointError: Not a Lightning checkpoint, or it needs code to be loaded.
@@ -206,11 +223,7 @@ def read_lightning_checkpoint(path: str, prefix: str) -> dict[str, Tensor]:
         ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise CheckpointError(f"{path} has no state_dict: expected a checkpoint file that Lightning's Trainer wrote.")
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in content["state_dict"].items()
-        if name.startswith(prefix) and isinstance(tensor, Tensor)
-    }
+    return {name: tensor for name, tensor in content["state_dict"].items() if isinstance(tensor, Tensor)}
 
 
 def check_resumed(saved: Mapping[str, Any], found: Base) -> None:

@@ -6,7 +6,6 @@ export needs from it: weights under checkpoint names, config, generation config,
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,9 @@ from torch import Tensor, nn
 
 from daq_lightning.architecture import Architecture
 from daq_lightning.checkpoint.tensor_file import TensorSpec
+from daq_lightning.training.adapter_save import save_adapter
 from daq_lightning.training.adapters import find_adapters
+from daq_lightning.training.values import adapters_in, check_adapters
 from daq_lightning.training.weights import LiveWeights, live_tensors
 
 
@@ -57,21 +58,37 @@ class LiveModel:
     """A model in training, under the names of its checkpoint.
 
     Args:
-        model: A `PreTrainedModel`, a `PeftModel`, or any other module.
-        tensors: Memory name -> tensor; None takes the model's own, with PEFT adapters merged on access.
+        module: The LightningModule that holds it.
+        path: Name of the submodule, see `find_model`.
+        state: A saved `state_dict` of the LightningModule, to read the values from; None reads the module.
         merge: Whether adapters are merged; else the frozen weights alone are taken.
 
     Attributes:
         model: The model that the names refer to.
-        adapters: Its adapters, if it has any and they count.
+        adapters: Its adapters, if it has any.
         weights: Checkpoint name -> tensor; computed when asked for.
         specs: The same with dtypes and shapes; nothing is computed.
         keys: Checkpoint name -> memory name.
         architecture: The modules.
+
+    Raises:
+        MisconfigurationException: As for `find_model`.
+        ValueError: Adapters that cannot be merged, or a state with adapters that the module does not have.
     """
 
-    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None, *, merge: bool = True) -> None:
-        self.adapters = find_adapters(model) if tensors is None else None
+    def __init__(
+        self,
+        module: LightningModule,
+        path: str | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        *,
+        merge: bool = True,
+    ) -> None:
+        self._module, self._path, self._merge = module, path, merge
+        self._name, found = find_model(module, path)
+        self._found = found
+        self._state = None if state is None else _inside(state, self._name)
+        self.adapters = find_adapters(found, self._state)
         if self.adapters is not None:
             self.model: nn.Module = self.adapters.model
             tensors = self.adapters.weights if merge else self.adapters.base
@@ -82,9 +99,10 @@ class LiveModel:
                     for name, outline in outlines.items()
                 }
         else:
-            self.model = model
-            own = live_tensors(model)
-            tensors = own if tensors is None else tensors
+            self.model = found
+            own = live_tensors(found)
+            tensors = own if self._state is None else self._state
+            check_adapters(found, tensors)
             outlines = {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
             }
@@ -98,6 +116,17 @@ class LiveModel:
             for name, (_, outline) in saved.items()
         )
 
+    def saved(self, state: Mapping[str, Tensor]) -> LiveWeights:
+        """The weights that a saved state of the LightningModule holds, under the names of this model.
+
+        Args:
+            state: With the adapters of this model, which are merged as here; or without any, from a run before they
+                were added.
+        """
+        if self.adapters is None or adapters_in(state):
+            return LiveModel(self._module, self._path, state, merge=self._merge).weights
+        return self.view(_inside(_inside(state, self._name), self.adapters.path))
+
     def view(self, tensors: Mapping[str, Tensor]) -> LiveWeights:
         """Other tensors in memory names, such as a base, under checkpoint names."""
         return LiveWeights(tensors, self.keys, self.architecture)
@@ -110,7 +139,7 @@ class LiveModel:
         return config | {"architectures": [type(self.model).__name__]}
 
     def copy_files(self, folder: Path, *owners: object) -> None:
-        """Saves generation config and tokenizer.
+        """Saves generation config and tokenizer, and adapters that are not merged, in a subfolder `adapter`.
 
         Args:
             folder: Destination.
@@ -119,6 +148,8 @@ class LiveModel:
         """
         if self.architecture.is_transformers and self.model.can_generate():  # type: ignore[operator]
             self.model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        if self.adapters is not None and not self._merge:
+            save_adapter(self._found, folder / "adapter", self._state)
         for owner in owners:
             for name in ("processor", "processing_class", "tokenizer"):
                 candidate = getattr(owner, name, None)
@@ -128,28 +159,19 @@ class LiveModel:
                     return
 
 
-@contextlib.contextmanager
-def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Lends a module other values for its trainable parameters, and puts its own back bit for bit.
-
-    Only what differs in memory is copied: with adapters, a few small matrices; with the module's own state, nothing.
-    """
-    own: list[tuple[Tensor, Tensor]] = []
-    try:
-        for name, parameter in module.named_parameters():
-            value = tensors.get(name)
-            if value is not None and parameter.requires_grad and value.data_ptr() != parameter.data_ptr():
-                own.append((parameter.data, parameter.detach().clone()))
-                parameter.data.copy_(value)
-        yield
-    finally:
-        for data, value in own:
-            data.copy_(value)
-
-
 def owners_of_files(trainer: Trainer) -> tuple[object, ...]:
     """Where a tokenizer may be found."""
     return (trainer.lightning_module, getattr(trainer, "datamodule", None))
+
+
+def _inside(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The tensors of a submodule under the names they have inside it."""
+    prefix = f"{name}." if name else ""
+    return {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix) and isinstance(value, Tensor)
+    }
 
 
 def _outermost_models(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
