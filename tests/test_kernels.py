@@ -117,11 +117,10 @@ def test_scores_the_codes_of_quantize_for_random_float32(implementation):
 
 
 def test_rounding_by_arithmetic_is_the_cast_for_every_significand():
-    for exponent in (0, 8, -6, -7, -9, -10):
+    for exponent in (0, 8, 9, 19, -6, -7, -9, -10, -30):
         for part in (torch.arange(1 << 22), torch.arange(1 << 22, 1 << 23)):
             bits = (part + ((exponent + 127) << 23)).to(torch.int32)
             values = bits.view(torch.float32)
-            values = values[values <= 448]
             assert torch.equal(compiled.round_by_arithmetic(values), encode(values).float()), exponent
 
 

@@ -17,15 +17,16 @@ from torch import Tensor
 from daq_lightning.numerics.formats import Granularity, PerBlock, PerTensor
 
 
-def to_groups(weight_MN: Tensor, granularity: Granularity) -> Tensor:
+def to_groups(weight_MN: Tensor, granularity: Granularity, dtype: torch.dtype | None = None) -> Tensor:
     """Rearranges a weight into groups.
 
     Args:
         weight_MN: Any dtype, shape (M, N).
         granularity: Which elements share a scale.
+        dtype: Of the result; None keeps that of the weight.
 
     Returns:
-        groups_GE of the same dtype. A view where the layout allows it (rows, whole tensor), else one copy.
+        groups_GE. A view where the layout allows it (rows, whole tensor), else one copy.
     """
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     (grid_rows, grid_cols), (rows, cols) = granularity.grid(shape_MN), granularity.cell(shape_MN)
@@ -35,6 +36,8 @@ def to_groups(weight_MN: Tensor, granularity: Granularity) -> Tensor:
         filled_MN[: shape_MN[0], : shape_MN[1]] = weight_MN
         weight_MN = filled_MN
     blocks = weight_MN.reshape(grid_rows, rows, grid_cols, cols).transpose(1, 2)
+    if dtype not in (None, weight_MN.dtype):
+        blocks = blocks.to(dtype, memory_format=torch.contiguous_format)  # one pass for both
     return blocks.reshape(grid_rows * grid_cols, rows * cols)
 
 

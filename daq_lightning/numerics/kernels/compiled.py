@@ -6,12 +6,14 @@ every layer, granularity and number of candidates (on a CPU every dtype too, sin
 
 Counts of a tile are exact in float32 up to 2^24, so two of them travel in one sum: lost + 4096 * both_zero.
 
-Rounding is float arithmetic alone on a CPU, where it vectorizes and a cast to float8 does not:
+All sums stay the same if weight and base change sign together; so tiles hold |w| and sign(w) * base, and rounding sees
+no negative values. On a CPU it is float arithmetic alone, which vectorizes where a cast to float8 does not:
 
-    |x| >= 2^-6     Veltkamp's splitting: c = x * (2^20 + 1), hi = c - (c - x)      keeps 4 significant bits
-    |x| <  2^-6     (x + 1.5 * 2^14) - 1.5 * 2^14                                   the even grid of step 2^-9
+    saturation   x - relu(x - 448)
+    rounding     c = max(x, 2^-6) * (2^20 + 1), c - (c - x)     Veltkamp's splitting: keeps 4 significant bits, and below
+                                                                the smallest normal number multiples of 2^-9
 
-Both equal `encode` for every float32 (a test runs over all significands). CUDA uses the hardware's cast.
+This equals `encode` for every float32 below 2^20 (a test runs over all significands). CUDA uses the hardware's cast.
 
 Legend: M out, N in, G groups, E elements of a tile, T tiles, K candidates.
 """
@@ -19,6 +21,7 @@ Legend: M out, N in, G groups, E elements of a tile, T tiles, K candidates.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -32,10 +35,12 @@ from daq_lightning.numerics.quantize import encode
 from daq_lightning.numerics.tiling import bands, group_sizes, to_groups
 
 _TILE = 2048
+_LIFT = 2.0**60  # of products of differences, which keep their sign where one of them is tiny
 _PACK = 4096.0  # above any count of a tile
-_BAND = 1 << 17  # weights that are copied to float32 at a time; on a GPU 1/32 of the weight if that is more
+_BAND = 1 << 17  # weights that are copied to float32 at a time, or 1/8 of the weight if that is more
 _MAX, _MIN_NORMAL = FP8_E4M3.max, FP8_E4M3.min_normal  # plain numbers, which compile to constants
-_SMALL, _LARGE = 2.0**-50, 2.0**50  # magnitudes whose products float32 holds; a band with others goes to `eager`
+_SMALL, _LARGE = 2.0**-50, 2.0**25  # magnitudes whose products float32 holds; a band with others goes to `eager`
+_MAX_SCALED = 2.0**20  # of values over their scale, likewise
 
 
 def delta_stats_compiled(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> DeltaStats:
@@ -44,68 +49,95 @@ def delta_stats_compiled(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, g
         stats_MK = delta_stats_compiled(weight_MN, base_MN, scale_GK.expand(weight_MN.shape[0], -1), PerChannel())
         return stats_MK.map(lambda field: field.sum(0, keepdim=True))
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
-    band = _BAND if weight_MN.device.type == "cpu" else max(_BAND, weight_MN.numel() // 32)
-    parts, start = [], 0
-    for rows in bands(shape_MN, granularity, band):
+    groups, candidates = scale_GK.shape
+    pieces, spans, start = [], [], 0
+    for rows in bands(shape_MN, granularity, max(_BAND, weight_MN.numel() // 8)):
         grid_rows, grid_cols = granularity.grid((rows.stop - rows.start, shape_MN[1]))
         stop = start + grid_rows * grid_cols
-        parts.append(_band_stats(weight_MN[rows], base_MN[rows], scale_GK[start:stop], granularity))
+        pieces.append(_band_sums(weight_MN[rows], base_MN[rows], scale_GK[start:stop], granularity))
+        spans.append((rows, slice(start, stop)))
         start = stop
-    return DeltaStats(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    fits, *sums = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+    def per_group(sum_T: Tensor) -> Tensor:
+        return sum_T.reshape(groups, -1, *sum_T.shape[1:]).sum(1, dtype=torch.float64).reshape(groups, -1)
+
+    changed_T, delta_sq_T, preserved_TK, packed_TK, dot_TK, delta_q_sq_TK, error_sq_TK = sums
+    both_zero_TK = torch.floor(packed_TK / _PACK)
+    lost = per_group(packed_TK - _PACK * both_zero_TK)
+    changed, preserved, both_zero = per_group(changed_T), per_group(preserved_TK), per_group(both_zero_TK)
+    n = group_sizes(shape_MN, granularity, weight_MN.device)[:, None]
+    filled = changed_T.numel() // groups * _tile_size(granularity, shape_MN) - n  # zeros over zeros
+    counts = (n, changed, preserved + both_zero - filled, preserved, changed - preserved - lost, lost)
+    dot, delta_sq = per_group(dot_TK) / _LIFT, per_group(delta_sq_T)
+    totals = (dot, delta_sq, per_group(delta_q_sq_TK), per_group(error_sq_TK))
+    fields = [field.expand(-1, candidates) for field in (*(count.long() for count in counts), *totals)]
+    stats = DeltaStats(*fields)  # pyright: ignore[reportCallIssue]
+    for (rows, span), fine in zip(spans, fits.tolist(), strict=True):
+        if not fine:
+            exact = delta_stats_eager(weight_MN[rows], base_MN[rows], scale_GK[span], granularity)
+            stats = stats.map(torch.Tensor.clone)
+            for field, values in zip(stats, exact, strict=True):
+                field[span] = values
+    return stats
 
 
-def _band_stats(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> DeltaStats:
-    groups, candidates = scale_GK.shape
-    weight_TE, base_TE = (_tiles(to_groups(tensor, granularity)) for tensor in (weight_MN, base_MN))
-    tiles = weight_TE.shape[0] // groups
-    scale_TK = scale_GK.repeat_interleave(tiles, 0)
-    more_T, more_K = max(0, 2 - groups * tiles), max(0, 2 - candidates)  # sizes 0 and 1 are never dynamic
-    weight_TE, base_TE = (pad(tensor, (0, 0, 0, more_T)) for tensor in (weight_TE, base_TE))
-    scale_TK = pad(scale_TK, (0, more_K, 0, more_T), value=1.0)
-    of_tiles, of_candidates = _run(weight_TE, base_TE, scale_TK)
+def _band_sums(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> tuple[Tensor, ...]:
+    """Whether float32 can hold the products of a band, and the sums of its tiles."""
+    candidates = scale_GK.shape[1]
+    size = _tile_size(granularity, (weight_MN.shape[0], weight_MN.shape[1]))
+    weight_TE, base_TE = (_tiles(tensor, granularity, size) for tensor in _align(weight_MN, base_MN))
+    tiles = weight_TE.shape[0]
+    scale_TK = scale_GK.repeat_interleave(tiles // scale_GK.shape[0], 0)
+    rows, columns = max(2, tiles), max(2, candidates)  # sizes 0 and 1 are never dynamic
+    scale_TK = _fill(scale_TK, rows, columns, 1.0)
+    reciprocal_TK = scale_TK.reciprocal()
+    weight_TE, base_TE = (_fill(tensor, rows, tensor.shape[1]) for tensor in (weight_TE, base_TE))
+    of_tiles, of_candidates = _run(weight_TE, base_TE, scale_TK, reciprocal_TK)
 
     changed_T, delta_sq_T, smallest_T, largest_T = of_tiles
     low, high = scale_GK.aminmax()
     fits = (torch.minimum(smallest_T.min(), low) > _SMALL) & (torch.maximum(largest_T.max(), high) < _LARGE)
-    if not bool(fits):
-        return delta_stats_eager(weight_MN, base_MN, scale_GK, granularity)
-
-    def per_group(sum_TK: Tensor) -> Tensor:
-        return sum_TK[: groups * tiles, :candidates].double().reshape(groups, tiles, -1).sum(1).expand(-1, candidates)
-
-    changed, delta_sq = per_group(changed_T[:, None]), per_group(delta_sq_T[:, None])
-    preserved_TK, packed_TK, dot_TK, delta_q_sq_TK, error_sq_TK = of_candidates
-    both_zero_TK = torch.floor(packed_TK / _PACK)
-    preserved, both_zero = per_group(preserved_TK), per_group(both_zero_TK)
-    lost = per_group(packed_TK - _PACK * both_zero_TK)
-    shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
-    n = group_sizes(shape_MN, granularity, weight_MN.device)[:, None].expand(-1, candidates)
-    filled = tiles * weight_TE.shape[1] - n  # zeros over zeros
-    counts = (n, changed, preserved + both_zero - filled, preserved, changed - preserved - lost, lost)
-    totals = (per_group(dot_TK), delta_sq, per_group(delta_q_sq_TK), per_group(error_sq_TK))
-    return DeltaStats(*[count.long() for count in counts], *totals)  # pyright: ignore[reportCallIssue]
+    fits &= (largest_T * reciprocal_TK.amax(1)).max() < _MAX_SCALED
+    sums_TK = (sum_TK[:tiles, :candidates] for sum_TK in of_candidates)
+    return fits[None], changed_T[:tiles], delta_sq_T[:tiles], *sums_TK
 
 
-def _tiles(groups_GE: Tensor) -> Tensor:
+def _align(weight: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """``|w|`` and ``sign(w) * b``, by moving sign bits."""
+    if weight.dtype != base.dtype:
+        weight, base = weight.float(), base.float()
+    bits = torch.int16 if weight.itemsize == 2 else torch.int32
+    sign = weight.view(bits) & torch.iinfo(bits).min
+    return (weight.view(bits) ^ sign).view(weight.dtype), (base.view(bits) ^ sign).view(base.dtype)
+
+
+def _tile_size(granularity: Granularity, shape_MN: tuple[int, int]) -> int:
+    elements = math.prod(granularity.cell(shape_MN))
+    return max(2, -(-elements // -(-elements // _TILE)))
+
+
+def _tiles(weight_MN: Tensor, granularity: Granularity, size: int) -> Tensor:
     """Cuts groups into tiles of equal size, filled up with zeros; float32 on a CPU and for float16."""
-    elements = groups_GE.shape[1]
-    tiles = -(-elements // _TILE)
-    size = max(2, -(-elements // tiles))
-    if groups_GE.device.type == "cpu" or groups_GE.dtype == torch.float16:
-        groups_GE = groups_GE.float()
-    return pad(groups_GE, (0, tiles * size - elements)).reshape(-1, size).contiguous()
+    as_float = weight_MN.device.type == "cpu" or weight_MN.dtype == torch.float16
+    groups_GE = to_groups(weight_MN, granularity, torch.float32 if as_float else weight_MN.dtype)
+    groups, elements = groups_GE.shape
+    return _fill(groups_GE, groups, -(-elements // size) * size).reshape(-1, size).contiguous()
+
+
+def _fill(tensor: Tensor, rows: int, columns: int, value: float = 0.0) -> Tensor:
+    more_rows, more_columns = rows - tensor.shape[0], columns - tensor.shape[1]
+    return pad(tensor, (0, more_columns, 0, more_rows), value=value) if more_rows or more_columns else tensor
 
 
 _Outputs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
-def _run(weight_TE: Tensor, base_TE: Tensor, scale_TK: Tensor) -> _Outputs:
+def _run(*tensors: Tensor) -> _Outputs:
     # the modes that a compiled function is specialized to are fixed here, whatever the caller has set
-    device = weight_TE.device.type
+    device = tensors[0].device.type
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-        tensors = [tensor.clone() if tensor.is_inference() else tensor for tensor in (weight_TE, base_TE, scale_TK)]
-        weight_TE, base_TE, scale_TK = tensors
-        return _compiled(device)(weight_TE, base_TE, scale_TK, scale_TK.reciprocal())
+        return _compiled(device)(*(tensor.clone() if tensor.is_inference() else tensor for tensor in tensors))
 
 
 @functools.cache
@@ -118,11 +150,11 @@ def _compiled(device: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], _Output
         "realize_reads_threshold": 1000,
         "realize_acc_reads_threshold": 1000,
         "emulate_precision_casts": device != "cpu",
+        "cpp.dynamic_threads": True,  # else the number of threads at the first compile is cached on disk
     }
     tile_sums = functools.partial(_tile_sums, rounding)
     function: Callable[..., _Outputs] = torch.compile(tile_sums, dynamic=True, fullgraph=True, options=options)
-    # The first call decides: sizes that differ stay independent of each other, so do separate tensors, and a loop is
-    # shared among threads only if it looks long.
+    # the first call decides: sizes that differ stay independent of each other, so do separate tensors
     weight, base = torch.zeros(256, 1000, device=device), torch.zeros(256, 1000, device=device)
     function(weight, base, torch.ones(256, 12, device=device), torch.ones(256, 12, device=device))
     return function
@@ -141,22 +173,20 @@ def _tile_sums(
         torch.maximum(size, w.abs()).amax(-1),
     )
     w, b = w[:, None, :], b[:, None, :]
-    scaled = (w * reciprocal_TK[:, :, None]).clamp(-_MAX, _MAX)
-    q = rounding(scaled) * scale_TK[:, :, None]
+    q = rounding(w * reciprocal_TK[:, :, None]) * scale_TK[:, :, None]
     delta, delta_q, error = w - b, q - b, q - w
-    up, down = torch.where(w > b, 1.0, 0.0), torch.where(w < b, 1.0, 0.0)
-    preserved = torch.where(q > b, up, torch.where(q < b, down, 0.0))
-    lost_or_zero = torch.where(q == b, torch.where(w == b, _PACK, 1.0), 0.0)
-    summands = (preserved, lost_or_zero, delta * delta_q, delta_q * delta_q, error * error)
+    product = delta * _LIFT * delta_q
+    preserved = torch.where(product > 0, 1.0, 0.0)
+    lost_or_zero = torch.where(delta_q == 0, torch.where(delta == 0, _PACK, 1.0), 0.0)
+    summands = (preserved, lost_or_zero, product, delta_q * delta_q, error * error)
     return of_tiles, tuple(summand.sum(-1) for summand in summands)
 
 
 def round_by_arithmetic(scaled: Tensor) -> Tensor:
-    """`encode`, then back to float32, for values within the range of the format."""
-    shifted = scaled * (2.0**20 + 1)
-    normal = shifted - (shifted - scaled)
-    subnormal = (scaled + 1.5 * 2.0**14) - 1.5 * 2.0**14
-    return torch.where(scaled.abs() < _MIN_NORMAL, subnormal, normal)
+    """`encode`, then back to float32, for values from 0 to 2^20."""
+    scaled = scaled - torch.relu(scaled - _MAX)
+    shifted = (torch.relu(scaled - _MIN_NORMAL) + _MIN_NORMAL) * (2.0**20 + 1)
+    return shifted - (shifted - scaled)
 
 
 def _round_by_cast(scaled: Tensor) -> Tensor:
