@@ -29,7 +29,14 @@ from torch import Tensor
 
 from daq_lightning.numerics.exact import EXACT_METRICS, best_scale
 from daq_lightning.numerics.formats import Granularity, ScaleFormat
-from daq_lightning.numerics.kernels import Implementation, delta_stats, fast_absmax_scale, fast_quantize
+from daq_lightning.numerics.kernels import (
+    Implementation,
+    choose,
+    delta_stats,
+    fast_absmax_scale,
+    fast_quantize,
+    native,
+)
 from daq_lightning.numerics.objectives import METRICS, DeltaStats, Metric, score
 from daq_lightning.numerics.quantize import round_scale
 from daq_lightning.numerics.tiling import bands
@@ -212,6 +219,83 @@ def search_scale(
     """
     search = ScaleSearch() if search is None else search
     _check_inputs(weight, base, name)
+    proposal = None
+    if search.spacing == "exact" and scale_format != "ue8m0":
+        if weight.dtype != torch.bfloat16:
+            raise TypeError(
+                f"{name}: the exact search needs bfloat16 weights, got {weight.dtype}; use ScaleSearch.dense(64), or "
+                "pass weight.bfloat16() if that is what training stores."
+            )
+        proposal = _propose(weight, base, granularity, search, scale_format, implementation, name)
+    fused = choose(implementation, weight.device) == "fused" and weight.device.type == "cpu"
+    if fused and search.alpha_scope == "group" and native.fits_cache(weight, granularity):
+        result = _search_in_cache(weight, base, granularity, search, scale_format, proposal)
+    else:
+        result = _search_in_steps(weight, base, granularity, search, scale_format, implementation, name, proposal)
+    if not bool(result.scale.isfinite().all()):
+        raise ValueError(_not_finite(weight, name))
+    sums = result.stats
+    if not bool((sums.dot + sums.delta_sq + sums.delta_q_sq + sums.error_sq).isfinite().all()):
+        raise ValueError(_not_finite(base, f"the base of {name}"))
+    return result
+
+
+def _propose(
+    weight: Tensor,
+    base: Tensor,
+    granularity: Granularity,
+    search: ScaleSearch,
+    scale_format: ScaleFormat,
+    implementation: Implementation,
+    name: str,
+) -> Tensor:
+    """The alpha of each group that the exact search promises the most of: float64, shape (G, 1)."""
+    absmax = fast_absmax_scale(weight, granularity, scale_format, implementation)
+    if not bool(absmax.isfinite().all()):
+        raise ValueError(_not_finite(weight, name))
+    best, _ = best_scale(
+        *(weight, base, absmax, granularity),
+        metric=search.metric,
+        tau=search.tau,
+        scale_format=scale_format,
+        implementation=implementation,
+    )
+    return (best.double() / absmax.double()).reshape(-1, 1)
+
+
+def _search_in_cache(
+    weight: Tensor,
+    base: Tensor,
+    granularity: Granularity,
+    search: ScaleSearch,
+    scale_format: ScaleFormat,
+    proposal: Tensor | None,
+) -> SearchResult:
+    """One pass of the C++ library: every group is read once."""
+    found = native.search_native(
+        *(weight, base, granularity),
+        metric=search.metric,
+        tau=search.tau,
+        coarse=search.coarse() if proposal is None else proposal,
+        n_fine=search.n_fine,
+        alpha_range=(search.alpha_min, search.alpha_max),
+        radius=search.radius,
+        scale_format=scale_format,
+    )
+    return SearchResult(**found._asdict())
+
+
+def _search_in_steps(
+    weight: Tensor,
+    base: Tensor,
+    granularity: Granularity,
+    search: ScaleSearch,
+    scale_format: ScaleFormat,
+    implementation: Implementation,
+    name: str,
+    proposal: Tensor | None,
+) -> SearchResult:
+    """Every stage for many groups at once, through the sums of any implementation and device."""
     shape_MN = (weight.shape[0], weight.shape[1])
     absmax = fast_absmax_scale(weight, granularity, scale_format, implementation)
     if not bool(absmax.isfinite().all()):
@@ -221,26 +305,12 @@ def search_scale(
         scale_GK = round_scale((absmax_G.double()[:, None] * alpha_GK).float(), scale_format)
         return delta_stats(weight[rows], base[rows], scale_GK, granularity, implementation)
 
-    if search.spacing == "exact" and scale_format != "ue8m0":
-        if weight.dtype != torch.bfloat16:
-            raise TypeError(
-                f"{name}: the exact search needs bfloat16 weights, got {weight.dtype}; use ScaleSearch.dense(64), or "
-                "pass weight.bfloat16() if that is what training stores."
-            )
-        best, _ = best_scale(
-            *(weight, base, absmax, granularity),
-            metric=search.metric,
-            tau=search.tau,
-            scale_format=scale_format,
-            implementation=implementation,
-        )
-        alpha_G, stats, absmax_stats = _check_proposal(shape_MN, granularity, search, absmax, best, evaluate)
+    if proposal is not None:
+        alpha_G, stats, absmax_stats = _check_proposal(shape_MN, granularity, search, absmax, proposal, evaluate)
     elif search.alpha_scope == "group":
         alpha_G, stats, absmax_stats = _search_groups(shape_MN, granularity, search, absmax, evaluate)
     else:
         alpha_G, stats, absmax_stats = _search_layer(shape_MN, granularity, search, absmax, evaluate)
-    if not bool((stats.dot + stats.delta_sq + stats.delta_q_sq + stats.error_sq).isfinite().all()):
-        raise ValueError(_not_finite(base, f"the base of {name}"))
     alpha = alpha_G.reshape(absmax.shape)
     scale = round_scale((absmax.double() * alpha).float(), scale_format)
     return SearchResult(
@@ -282,7 +352,7 @@ def _check_proposal(
     found: list[_Found] = []
     start = 0
     for rows, absmax_G in _bands(shape_MN, granularity, search, absmax):
-        alpha_G = proposal.flatten()[start : start + len(absmax_G)].double() / absmax_G.double()
+        alpha_G = proposal[start : start + len(absmax_G), 0]
         start += len(absmax_G)
         stats_GK = evaluate(rows, torch.stack([torch.ones_like(alpha_G), alpha_G], 1), absmax_G)
         absmax_stats, stats_G1 = stats_GK.map(lambda field: field[:, 0]), stats_GK.map(lambda field: field[:, 1:])

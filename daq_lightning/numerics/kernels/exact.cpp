@@ -291,7 +291,8 @@ void daq_exact(Matrix weight, Matrix base, Plan plan, const float* scale_G, int6
     static const Tables tables;
     const Cover cover(plan);
     parallel(cover.groups(), threads, [&] {
-        return [&, piece = std::make_unique<Piece>(), group = std::make_unique<Group>(tables)](int64_t g) {
+        return [&, buffer = std::make_unique<Piece>(), group = std::make_unique<Group>(tables)](int64_t g) {
+            Piece* piece = buffer.get();
             const int32_t binade = std::ilogb(scale_G[g]);
             best_G[g] = scale_G[g];
             promise_G[g] = std::nan("");
@@ -299,7 +300,7 @@ void daq_exact(Matrix weight, Matrix base, Plan plan, const float* scale_G, int6
             group->clear();
             group->objective.metric = (Metric)metric;
             group->objective.tau = tau;
-            piece->each(cover.cell(g), weight, &base, [&] { group->add(*piece, binade); });
+            each(piece, cover.cell(g), weight, &base, [&] { group->add(*piece, binade); });
             if (!group->changed) return;
             group->sum_levels();
             const double start = std::ldexp((double)scale_G[g], -binade);

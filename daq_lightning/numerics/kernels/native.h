@@ -121,28 +121,43 @@ struct alignas(64) Piece {
     float w[SIZE], b[SIZE];
     int64_t count;
 
-    // Calls use() for one piece after the other, of about equal sizes.
-    template <class Use>
-    void each(const Region& region, const Matrix& weight, const Matrix* base, const Use& use) {
-        const int64_t elements = region.rows * region.cols, pieces = ceil_div(elements, SIZE);
-        const int64_t size = pieces ? std::min(SIZE, ceil_div(ceil_div(elements, pieces), 16) * 16) : 0;
-        count = 0;
-        for (int64_t row = region.row; row < region.row + region.rows; ++row) {
-            for (int64_t done = 0; done < region.cols;) {
-                const int64_t run = std::min(region.cols - done, size - count);
-                read(weight, row, region.col + done, run, w + count);
-                if (base) read(*base, row, region.col + done, run, b + count);
-                done += run;
-                count += run;
-                if (count == size) {
-                    use();
-                    count = 0;
-                }
-            }
-        }
-        if (count) use();
+    int32_t largest_bits() const {  // of |w|; those of NaN and infinity are the largest
+        int32_t high = 0;
+        for (int64_t i = 0; i < count; ++i) high = std::max(high, bits_of(w[i]) & MAGNITUDE);
+        return high;
     }
 };
 
-}  // namespace
+// Fills one piece after the other, of about equal sizes, and calls use() for each, which may move on to another one.
+template <class APiece, class Use>
+void each(APiece*& piece, const Region& region, const Matrix& weight, const Matrix* base, const Use& use) {
+    const int64_t elements = region.rows * region.cols, pieces = ceil_div(elements, Piece::SIZE);
+    const int64_t size = pieces ? std::min(Piece::SIZE, ceil_div(ceil_div(elements, pieces), 16) * 16) : 0;
+    piece->count = 0;
+    for (int64_t row = region.row; row < region.row + region.rows; ++row) {
+        for (int64_t done = 0; done < region.cols;) {
+            const int64_t run = std::min(region.cols - done, size - piece->count);
+            read(weight, row, region.col + done, run, piece->w + piece->count);
+            if (base) read(*base, row, region.col + done, run, piece->b + piece->count);
+            done += run;
+            piece->count += run;
+            if (piece->count == size) {
+                use();
+                piece->count = 0;
+            }
+        }
+    }
+    if (piece->count) use();
+}
 
+// One row of codes, a few elements at a time.
+inline void encode(const float* w, int64_t count, float reciprocal, uint8_t* codes) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float x = saturate(w[i] * reciprocal), size = float_of(bits_of(x) & MAGNITUDE);
+        const int32_t m = magic(x), steps = bits_of(size + float_of(m)) - m;  // of 2^(e - 3)
+        const int32_t below = ((m - TO_MAGIC) >> 20) - ((127 - 6) << 3);      // codes below the binade
+        codes[i] = (uint8_t)((below + steps) | ((bits_of(x) >> 24) & 0x80));
+    }
+}
+
+}  // namespace

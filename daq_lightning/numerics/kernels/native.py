@@ -1,7 +1,12 @@
-"""The CPU kernels by hand: `native.cpp` and `exact.cpp`, built once per machine with the C++ compiler found there.
+"""The CPU kernels by hand, in C++: built once per machine with the compiler found there.
 
-One pass over a weight evaluates all candidates; absmax, codes and the exact search have a pass each. The library
-knows nothing of Python or torch, so it builds in seconds and runs without the interpreter's lock.
+| source | what it does in one pass over a weight |
+| --- | --- |
+| native.cpp | the sums of given candidates; absmax; codes |
+| search.cpp | a whole search, group after group in the cache |
+| exact.cpp | the exact search |
+
+The library knows nothing of Python or torch, so it builds in seconds and runs without the interpreter's lock.
 
 Built libraries are kept in the user's cache folder under a name that hashes the source, the flags and everything that
 the compiler predefines for this processor: another compiler version or another machine on a shared home builds its own.
@@ -19,12 +24,13 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.formats import FP8_E4M3, Granularity
-from daq_lightning.numerics.objectives import DeltaStats
+from daq_lightning.numerics.formats import FP8_E4M3, Granularity, ScaleFormat
+from daq_lightning.numerics.objectives import DeltaStats, Metric
 
 _CHUNK = 1 << 15  # elements of a unit of work
 _COMPILERS = ("c++", "g++", "clang++")
@@ -35,6 +41,8 @@ _FLAGS = (
 )
 _CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_METRICS = ("sign", "cosine", "mse", "hybrid")  # numbered as in search.cpp
+_SCALE_FORMATS = ("float32", "bfloat16", "ue8m0")
 
 
 class CompilerMissingError(RuntimeError):
@@ -49,6 +57,28 @@ class _Plan(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64) for name in ["m", "n", "cell_rows", "cell_cols", "chunk_rows", "chunk_cols"]
     )
+
+
+class _Search(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ["metric", "scale_format", "n_coarse", "coarse_stride", "n_fine"]),
+        *((name, ctypes.c_double) for name in ["tau", "alpha_min", "alpha_max", "radius"]),
+        *((name, ctypes.c_void_p) for name in ["coarse", "steps"]),
+    )
+
+
+class _Found(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ["scale", "alpha", "counts", "totals", "codes"])
+
+
+class Found(NamedTuple):
+    """What `search_native` returns: the fields of `daq_lightning.numerics.search.SearchResult`."""
+
+    codes: Tensor
+    scale: Tensor
+    alpha: Tensor
+    stats: DeltaStats
+    absmax_stats: DeltaStats
 
 
 def delta_stats_native(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> DeltaStats:
@@ -87,6 +117,63 @@ def quantize_native(weight_MN: Tensor, scale: Tensor, granularity: Granularity) 
     weight_MN, scale = _rows(weight_MN), scale.contiguous()
     _library().daq_quantize(*(_matrix(weight_MN), plan, scale.data_ptr(), torch.get_num_threads(), codes_MN.data_ptr()))
     return codes_MN.view(FP8_E4M3.dtype)
+
+
+def fits_cache(weight_MN: Tensor, granularity: Granularity) -> bool:
+    """Whether `search_native` can search this weight: its groups have to fit a processor's cache."""
+    return _plan(weight_MN, granularity)[1] == 1
+
+
+def search_native(
+    weight_MN: Tensor,
+    base_MN: Tensor,
+    granularity: Granularity,
+    *,
+    metric: Metric,
+    tau: float,
+    coarse: Tensor,
+    n_fine: int,
+    alpha_range: tuple[float, float],
+    radius: float,
+    scale_format: ScaleFormat,
+) -> Found:
+    """The search of every group by itself, coarse to fine: the same bits as step by step in `search_scale`.
+
+    Args:
+        weight_MN: float32, bfloat16 or float16, shape (M, N), on the CPU.
+        base_MN: Of the same shape.
+        granularity: Which elements share a scale; see `fits_cache`.
+        metric: The objective.
+        tau: Of the hybrid.
+        coarse: float64 candidates, shape (K,) or (G, K).
+        n_fine: Candidates of the fine stage, evenly spaced over `radius` around the best of the coarse ones.
+        alpha_range: Ends of the fine stage.
+        radius: Its half width.
+        scale_format: What scales are rounded to.
+
+    Returns:
+        Scales are NaN or infinite where a group holds NaN or infinity.
+    """
+    plan, _ = _plan(weight_MN, granularity)
+    shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
+    grid = granularity.grid(shape_MN)
+    groups = grid[0] * grid[1]
+    scale_G, alpha_G = torch.empty(groups), torch.empty(groups, dtype=torch.float64)
+    counts = torch.zeros(6, 2, groups, dtype=torch.int64)
+    totals = torch.zeros(4, 2, groups, dtype=torch.float64)
+    codes_MN = torch.empty(shape_MN, dtype=torch.uint8)
+    weight_MN, base_MN, coarse = _rows(weight_MN), _rows(base_MN), coarse.contiguous()
+    steps = torch.linspace(0, 1, n_fine, dtype=torch.float64)
+    search = _Search(
+        *(_METRICS.index(metric), _SCALE_FORMATS.index(scale_format)),
+        *(coarse.shape[-1], coarse.shape[-1] if coarse.ndim == 2 else 0, n_fine),
+        *(tau, *alpha_range, radius, coarse.data_ptr(), steps.data_ptr()),
+    )
+    found = _Found(*(tensor.data_ptr() for tensor in (scale_G, alpha_G, counts, totals, codes_MN)))
+    _library().daq_search(_matrix(weight_MN), _matrix(base_MN), plan, search, torch.get_num_threads(), found)
+    stats, absmax_stats = (DeltaStats(*(field[which] for field in (*counts, *totals))) for which in (0, 1))
+    codes = codes_MN.view(FP8_E4M3.dtype)
+    return Found(codes, scale_G.reshape(grid), alpha_G.reshape(grid), stats, absmax_stats)
 
 
 def exact_native(
@@ -145,15 +232,17 @@ def _library() -> ctypes.CDLL:
     library.daq_exact.argtypes = [
         *(_Matrix, _Matrix, _Plan, pointer, integer, ctypes.c_double, integer, integer, pointer, pointer)
     ]
-    for function in (library.daq_delta_stats, library.daq_absmax, library.daq_quantize, library.daq_exact):
-        function.restype = None
+    library.daq_search.argtypes = [_Matrix, _Matrix, _Plan, _Search, integer, _Found]
+    for name in ("delta_stats", "absmax", "quantize", "exact", "search"):
+        getattr(library, f"daq_{name}").restype = None
     return library
 
 
 @functools.cache
 def _build() -> Path:
     """Path of the library for this processor, built if it is not there yet."""
-    header, *sources = (Path(__file__).with_name(name) for name in ("native.h", "native.cpp", "exact.cpp"))
+    headers = [Path(__file__).with_name(name) for name in ("native.h", "sums.h")]
+    sources = [Path(__file__).with_name(name) for name in ("native.cpp", "search.cpp", "exact.cpp")]
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else list(_COMPILERS)
     compilers = [path for path in map(shutil.which, wanted) if path]
     if not compilers:
@@ -166,7 +255,7 @@ def _build() -> Path:
             if processor.returncode:
                 errors.append(processor.stderr)
                 continue
-            texts = (path.read_bytes() for path in (header, *sources))
+            texts = (path.read_bytes() for path in (*headers, *sources))
             key = hashlib.sha256(b"".join([*texts, *map(os.fsencode, command), processor.stdout]))
             library = _cache_folder() / f"native_{key.hexdigest()[:24]}.so"
             if library.exists():

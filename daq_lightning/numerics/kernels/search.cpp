@@ -1,0 +1,178 @@
+// The whole search of one group after the other, while it is in the cache: absmax scale, coarse candidates, fine
+// candidates, the sums of the scale that wins, and its codes. The same steps as ../search.py in the same float64, so
+// both give the same bits; only the sums that the objective does not need are left out until the winner is known.
+//
+// Legend: G groups, K candidates of a stage.
+
+#include "sums.h"
+
+extern "C" {
+
+struct Search {
+    int64_t metric, scale_format;  // 0 sign, 1 cosine, 2 mse, 3 hybrid; 0 float32, 1 bfloat16, 2 ue8m0
+    int64_t K, coarse_stride;      // coarse candidates; 0 if all groups share them, else K
+    int64_t n_fine;
+    double tau, alpha_min, alpha_max, radius;
+    const double *coarse, *steps;  // alpha, [K] or [G, K]; n_fine steps over [0, 1]
+};
+
+struct Found {
+    float* scale;      // [G]; NaN or infinity where the group holds one
+    double* alpha;     // [G]
+    int64_t* counts;   // [6, 2, G]: of the scale that was found, and of the absmax scale; see write()
+    double* totals;    // [4, 2, G]
+    uint8_t* codes;    // [M, N], e4m3
+};
+}
+
+namespace {
+
+enum Metric { SIGN = 0, COSINE = 1, MSE = 2, HYBRID = 3 };
+
+// Never below the smallest normal number; see round_scale in ../quantize.py.
+float round_scale(float scale, int64_t format) {
+    scale = std::max(scale, 0x1p-126f);
+    uint32_t bits = (uint32_t)bits_of(scale);
+    if (format == 1) bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    if (format == 2) bits = (bits + 0x007fffffu) & 0xff800000u;
+    return float_of((int32_t)bits);
+}
+
+constexpr Wanted wanted_by(Metric metric) { return metric == SIGN ? COUNTS : metric == MSE ? ERROR : DIRECTION; }
+
+// What the objective makes of the sums of a group in which something changed; see ../objectives.py.
+template <Metric metric>
+double score(const Fixed& fixed, const Sums& sums, double tau) {
+    if (metric == SIGN) return (double)(sums.preserved + sums.both_zero) / (double)fixed.n;
+    if (metric == MSE) return -(sums.error_sq / (double)fixed.n);
+    if (metric == COSINE) {
+        const double norms = std::sqrt(fixed.delta_sq * sums.delta_q_sq);
+        return norms > 0 ? std::max(-1.0, std::min(1.0, sums.dot / norms)) : 0.0;
+    }
+    const double rho = sums.dot / fixed.delta_sq;
+    return -((rho - 1) * (rho - 1) + tau * (sums.delta_q_sq / fixed.delta_sq - rho * rho));
+}
+
+// A group in the cache and the best of its candidates so far.
+template <Metric metric>
+struct Contest {
+    const Search& search;
+    std::vector<CountedPiece> pieces;
+    Fixed fixed;
+    int64_t filled;
+    float absmax;  // the absmax scale
+    double alpha, best;
+
+    Contest(const Search& s, int64_t elements) : search(s), pieces(ceil_div(elements, Piece::SIZE) + 2) {}
+
+    // False if the group holds NaN or infinity.
+    bool load(const Region& region, const Matrix& weight, const Matrix& base) {
+        CountedPiece* piece = pieces.data();
+        int32_t high = 0;
+        fixed = Fixed();
+        each(piece, region, weight, &base, [&] {
+            high = std::max(high, piece->largest_bits());
+            piece->prepare();
+            fixed.add(*piece++);
+        });
+        filled = piece - pieces.data();
+        absmax = high ? float_of(high) / MAX : 1.0f;
+        if (high >= EXPONENT) return false;
+        if (high) absmax = round_scale(absmax, search.scale_format);
+        return true;
+    }
+
+    float scale(double a) const { return round_scale((float)((double)absmax * a), search.scale_format); }
+
+    template <Wanted wanted>
+    Sums sums(float s) const {
+        Sums total{};
+        for (int64_t i = 0; i < filled; ++i) pieces[i].template add<wanted>(s, total);
+        return total;
+    }
+
+    // Candidates against the incumbent: a strictly better score wins; of equal candidates the one nearest to alpha 1,
+    // of two as near the larger.
+    void stage(const double* alpha_K, int64_t K) {
+        std::vector<Sums> sums_K(K, Sums{});
+        std::vector<float> scale_K(K);
+        for (int64_t k = 0; k < K; ++k) scale_K[k] = scale(alpha_K[k]);
+        for (int64_t i = 0; i < filled; ++i)
+            for (int64_t k = 0; k < K; ++k) pieces[i].template add<wanted_by(metric)>(scale_K[k], sums_K[k]);
+        int64_t winner = -1;
+        double value = 0, distance = 0;
+        for (int64_t k = 0; k < K; ++k) {
+            const double v = score<metric>(fixed, sums_K[k], search.tau);
+            const double far = std::fabs(alpha_K[k] - 1) + (alpha_K[k] < 1 ? 1e-9 : 0.0);
+            if (winner < 0 || v > value || (v == value && far < distance)) winner = k, value = v, distance = far;
+        }
+        if (value > best) best = value, alpha = alpha_K[winner];
+    }
+
+    void run(const double* coarse_K, const Sums& of_absmax) {
+        alpha = 1;
+        if (!fixed.changed) return;  // no evidence
+        best = score<metric>(fixed, of_absmax, search.tau);
+        stage(coarse_K, search.K);
+        if (!search.n_fine) return;
+        const double low = std::max(alpha - search.radius, search.alpha_min);
+        const double high = std::max(std::min(alpha + search.radius, search.alpha_max), low);
+        std::vector<double> fine(search.n_fine);
+        for (int64_t k = 0; k < search.n_fine; ++k) fine[k] = low + (high - low) * search.steps[k];
+        stage(fine.data(), search.n_fine);
+    }
+
+    void write_codes(const Region& region, float s, int64_t N, uint8_t* codes) const {
+        int64_t col = 0;
+        uint8_t* row = codes + region.row * N + region.col;
+        for (int64_t i = 0; i < filled; ++i)
+            for (int64_t done = 0; done < pieces[i].count;) {
+                const int64_t run = std::min(region.cols - col, pieces[i].count - done);
+                encode(pieces[i].w + done, run, 1.0f / s, row + col);
+                done += run;
+                col += run;
+                if (col == region.cols) col = 0, row += N;
+            }
+    }
+};
+
+template <Metric metric>
+void search_all(const Matrix& weight, const Matrix& base, const Cover& cover, const Search& search, int64_t threads,
+                const Found& found) {
+    const int64_t G = cover.groups();
+    parallel(G, threads, [&] {
+        return [&, contest = Contest<metric>(search, cover.cell_rows * cover.cell_cols)](int64_t g) mutable {
+            const Region region = cover.cell(g);
+            const bool finite = contest.load(region, weight, base);
+            found.scale[g] = contest.absmax;
+            found.alpha[g] = 1;
+            if (!finite) return;
+            const Sums of_absmax = contest.template sums<ALL>(contest.scale(1));
+            contest.run(search.coarse + g * search.coarse_stride, of_absmax);
+            const float scale = contest.scale(contest.alpha);
+            const Sums of_best = contest.alpha == 1 ? of_absmax : contest.template sums<ALL>(scale);
+            write(contest.fixed, of_best, found.counts + g, found.totals + g, 2 * G);
+            write(contest.fixed, of_absmax, found.counts + G + g, found.totals + G + g, 2 * G);
+            contest.write_codes(region, scale, cover.N, found.codes);
+            found.scale[g] = scale;
+            found.alpha[g] = contest.alpha;
+        };
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+// Cells must be small enough for a thread's cache; a group is searched by one thread.
+void daq_search(Matrix weight, Matrix base, Plan plan, Search search, int64_t threads, Found found) {
+    const Cover cover(plan);
+    switch ((Metric)search.metric) {
+        case SIGN: return search_all<SIGN>(weight, base, cover, search, threads, found);
+        case COSINE: return search_all<COSINE>(weight, base, cover, search, threads, found);
+        case MSE: return search_all<MSE>(weight, base, cover, search, threads, found);
+        case HYBRID: return search_all<HYBRID>(weight, base, cover, search, threads, found);
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,140 @@
+// The sums of all candidate scales on a CPU, and beside them absmax and codes: every weight is read from memory once,
+// and all candidates are evaluated from the first-level cache.
+//
+//     x = clamp(w * (1 / s), -448, 448)       one float32 product, as in quantize.py
+//     q = round(x) * s                        e4m3 grid: 8 steps per binade, even below 2^-6
+//     d = w - b,  d_q = q - b,  e = q - w     float32; their products are summed in float32 over at most 1,008
+//                                             elements and in float64 beyond
+//
+// Legend: M out, N in, G groups, C chunks of a group, K candidates.
+
+#pragma once
+
+#include "native.h"
+
+namespace {
+
+constexpr float SMALL = 0x1p-50f, LARGE = 0x1p50f;  // beyond, products are taken in float64
+
+inline float add_product(float sum, float a, float b) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+inline double add_product(double sum, double a, double b) { return sum + a * b; }
+
+enum Wanted { DIRECTION = 1, ERROR = 2, COUNTS = 4, ALL = 7 };
+
+struct Sums {  // of one candidate
+    int64_t preserved, lost, both_zero;
+    double dot, delta_q_sq, error_sq;
+};
+
+struct CountedPiece : Piece {
+    int32_t sign[SIZE];   // of w - b
+    int32_t equal[SIZE];  // one, in one of three fields of 10 bits: w > b, w < b, w == b
+    int64_t down, changed;
+    double delta_sq;
+    float largest, smallest_delta;  // magnitudes; the latter of the changed elements
+
+    void prepare() {
+        int32_t n_down = 0, n_changed = 0, high = 0, low = EXPONENT;
+        float sum = 0;
+#pragma omp simd reduction(+ : n_down, n_changed, sum) reduction(max : high) reduction(min : low)
+        for (int64_t i = 0; i < count; ++i) {
+            const float d = w[i] - b[i];
+            const int32_t up = w[i] > b[i], dn = w[i] < b[i], size = bits_of(d) & MAGNITUDE;  // bits order like sizes
+            sign[i] = up - dn;
+            equal[i] = up ? 1 : dn ? 1 << 10 : 1 << 20;
+            n_down += dn;
+            n_changed += up | dn;
+            sum = add_product(sum, d, d);
+            low = std::min(low, size ? size : EXPONENT);
+            high = std::max(high, std::max(size, bits_of(w[i]) & MAGNITUDE));
+        }
+        down = n_down;
+        changed = n_changed;
+        largest = float_of(high);
+        smallest_delta = float_of(low);
+        delta_sq = sum;
+        if (!fits_float32(1.0f)) {
+            delta_sq = 0;
+            for (int64_t i = 0; i < count; ++i) {
+                const double d = w[i] - b[i];  // the difference itself is float32
+                delta_sq += d * d;
+            }
+        }
+    }
+
+    // Squares of the differences under this scale neither overflow nor vanish.
+    bool fits_float32(float scale) const {
+        return smallest_delta > SMALL && largest < LARGE && scale > SMALL && scale < LARGE;
+    }
+
+    // Adds the sums of one candidate, or those among them that an objective needs.
+    template <Wanted wanted = ALL>
+    void add(float scale, Sums& sums) const {
+        fits_float32(scale) ? add_in<float, wanted>(scale, sums) : add_in<double, wanted>(scale, sums);
+    }
+
+    template <class Real, Wanted wanted>
+    void add_in(float scale, Sums& sums) const {
+        const float reciprocal = 1.0f / scale;
+        Real dot = 0, delta_q_sq = 0, error_sq = 0;
+        int32_t with = 0, equals = 0;
+#pragma omp simd reduction(+ : dot, delta_q_sq, error_sq, with, equals)
+        for (int64_t i = 0; i < count; ++i) {
+            const float x = saturate(w[i] * reciprocal), m = float_of(magic(x)), q = ((x + m) - m) * scale;
+            const float d = w[i] - b[i], d_q = q - b[i], e = q - w[i];
+            if constexpr (wanted & DIRECTION) {
+                dot = add_product(dot, (Real)d, (Real)d_q);
+                delta_q_sq = add_product(delta_q_sq, (Real)d_q, (Real)d_q);
+            }
+            if constexpr (wanted & ERROR) error_sq = add_product(error_sq, (Real)e, (Real)e);
+            if constexpr (wanted & COUNTS) {
+                with += q > b[i] ? sign[i] : 0;
+                equals += q == b[i] ? equal[i] : 0;
+            }
+        }
+        sums.dot += dot;
+        sums.delta_q_sq += delta_q_sq;
+        sums.error_sq += error_sq;
+        if constexpr (!(wanted & COUNTS)) return;
+        // preserved = (up and q > b) + (down and q < b); the second is down less those with q > b or q == b
+        const int32_t up_lost = equals & 1023, down_lost = (equals >> 10) & 1023;
+        sums.preserved += down + with - down_lost;
+        sums.lost += up_lost + down_lost;
+        sums.both_zero += equals >> 20;
+    }
+};
+
+// What is summed over a group or chunk whatever the scale.
+struct Fixed {
+    int64_t n = 0, changed = 0;
+    double delta_sq = 0;
+
+    void add(const CountedPiece& piece) {
+        n += piece.count;
+        changed += piece.changed;
+        delta_sq += piece.delta_sq;
+    }
+};
+
+// One column of DeltaStats: counts [6, ...] n, n_changed, sign_equal, preserved, flipped, lost, and totals [4, ...] dot,
+// delta_sq, delta_q_sq, error_sq, each field so many places after the one before.
+inline void write(const Fixed& fixed, const Sums& sums, int64_t* counts, double* totals, int64_t field) {
+    counts[0 * field] = fixed.n;
+    counts[1 * field] = fixed.changed;
+    counts[2 * field] = sums.preserved + sums.both_zero;
+    counts[3 * field] = sums.preserved;
+    counts[4 * field] = fixed.changed - sums.preserved - sums.lost;
+    counts[5 * field] = sums.lost;
+    totals[0 * field] = sums.dot;
+    totals[1 * field] = fixed.delta_sq;
+    totals[2 * field] = sums.delta_q_sq;
+    totals[3 * field] = sums.error_sq;
+}
+
+}  // namespace
