@@ -13,7 +13,9 @@ no negative values. On a CPU it is float arithmetic alone, which vectorizes wher
     rounding     c = max(x, 2^-6) * (2^20 + 1), c - (c - x)
 
 The latter is Veltkamp's splitting, which keeps 4 significant bits, and below 2^-6 the multiples of 2^-9. The maximum is
-taken as relu(x - 2^-6) + 2^-6, whose last bit may be wrong except where x is a tie: there it is exact, and so is c. This equals `encode` for every float32 below 2^20 (a test runs over all significands). CUDA uses the hardware's cast.
+taken as relu(x - 2^-6) + 2^-6, whose last bit may be wrong except where x is a tie: there it is exact, and so is c.
+All of this equals `encode` for every float32 up to 2^20 (a test runs over all significands). CUDA uses the hardware's
+cast.
 
 Legend: M out, N in, G groups, E elements of a tile, T tiles, K candidates.
 """
