@@ -33,8 +33,8 @@ from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.writer import check_destination
 from daq_lightning.export import Context, ExportSettings, export, make_plan, match_base
 from daq_lightning.metrics import delta_metrics
+from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.objectives import Metric
-from daq_lightning.numerics.search import ScaleSearch
 from daq_lightning.report import ExportReport
 from daq_lightning.source import Source
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot

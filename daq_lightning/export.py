@@ -29,9 +29,10 @@ from daq_lightning.checkpoint.reader import INDEX, MANIFEST, REPORT, Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
 from daq_lightning.numerics.batch import search_batch
+from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.kernels import delta_stats
-from daq_lightning.numerics.search import ScaleSearch, SearchResult
+from daq_lightning.numerics.search import SearchResult
 from daq_lightning.pipeline import WriteBehind, read_ahead, with_progress
 from daq_lightning.plan import ExportPlan, TensorPlan, plan_export
 from daq_lightning.report import ExportReport, TensorReport, alpha_statistics, settings

@@ -18,10 +18,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.formats import Granularity, PerBlock, PerChannel
 from daq_lightning.numerics.kernels import Implementation, delta_stats
 from daq_lightning.numerics.quantize import absmax_scale, encode, quantize
-from daq_lightning.numerics.search import ScaleSearch, search_scale
+from daq_lightning.numerics.search import search_scale
 from daq_lightning.numerics.tiling import to_groups
 
 IMPLEMENTATIONS: list[Implementation] = ["compiled", "fused"]

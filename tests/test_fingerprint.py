@@ -5,13 +5,17 @@ import torch
 
 from daq_lightning.checkpoint import fingerprint as module
 from daq_lightning.checkpoint.fingerprint import combine, fingerprint
+from daq_lightning.numerics.kernels import native
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 4096, 8 * 65536, 8 * 65536 + 13])
-def test_the_path_for_devices_equals_the_path_for_the_cpu(size, monkeypatch):
+def test_all_paths_give_the_same(size, monkeypatch):
     data = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    monkeypatch.setattr(module, "_rows", module._rows_in_numpy)
     expected = fingerprint(data)
-    monkeypatch.setattr(module, "_rows_on_cpu", module._rows_on_device)
+    monkeypatch.setattr(module, "_rows", module._rows_on_device)
+    assert fingerprint(data) == expected
+    monkeypatch.setattr(module, "_rows", lambda words: native.fold_words(words, module._odd_numbers(words.device)))
     assert fingerprint(data) == expected
 
 

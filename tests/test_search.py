@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from daq_lightning.numerics.candidates import MEDIUM_RANGE, NARROW_RANGE, WIDE_RANGE, ScaleSearch
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.objectives import METRICS, DeltaStats, measure, score
 from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize, round_scale
-from daq_lightning.numerics.search import MEDIUM_RANGE, NARROW_RANGE, WIDE_RANGE, ScaleSearch, search_scale
+from daq_lightning.numerics.search import search_scale
 
 RANGES = [WIDE_RANGE, MEDIUM_RANGE, NARROW_RANGE]
 GRANULARITIES = [PerTensor(), PerChannel(), PerBlock(4, 3)]
@@ -218,11 +219,12 @@ def test_without_an_update_alpha_stays_one(metric, scope):
         assert (result.alpha != 1).any()
 
 
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_group_that_became_zero_gets_scale_one_and_codes_zero(metric):
+def test_a_group_that_became_zero_gets_scale_one_and_codes_zero(metric, scope):
     weight, base = case()
     weight[3] = 0
-    result = search_scale(weight, base, PerChannel(), configure(metric))
+    result = search_scale(weight, base, PerChannel(), configure(metric, alpha_scope=scope))
     assert float(result.scale[3]) == float(result.alpha[3]) == 1
     assert result.codes[3].float().count_nonzero() == 0
     assert float(score(result.stats, metric)[3]) == float(score(result.absmax_stats, metric)[3])

@@ -11,7 +11,8 @@ PEAK = """
 import sys
 import torch
 from daq_lightning.numerics.formats import PerBlock, PerChannel
-from daq_lightning.numerics.search import ScaleSearch, search_scale
+from daq_lightning.numerics.candidates import ScaleSearch
+from daq_lightning.numerics.search import search_scale
 
 def peak():
     with open("/proc/self/status") as status:

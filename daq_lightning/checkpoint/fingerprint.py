@@ -19,6 +19,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from daq_lightning.numerics.kernels import native
+
 _ROW = 1 << 16
 _STEP = 8  # rows that are multiplied at a time on a device
 
@@ -62,7 +64,9 @@ def combine(fingerprints: dict[str, str]) -> str:
 
 def _rows(words: Tensor) -> Tensor:
     """One sum for each row of words; the last row may be shorter."""
-    return _rows_on_device(words) if words.is_cuda else _rows_on_cpu(words)
+    if words.is_cuda:
+        return _rows_on_device(words)
+    return native.fold_words(words, _odd_numbers(words.device)) if native.why_not() is None else _rows_in_numpy(words)
 
 
 def _rows_on_device(words: Tensor) -> Tensor:
@@ -81,8 +85,8 @@ def _products(words: Tensor, odd: Tensor) -> Tensor:
     return upper.bitwise_and_(0xFFFFFFFF).bitwise_xor_(words).mul_(odd)
 
 
-def _rows_on_cpu(words: Tensor) -> Tensor:
-    """The same through NumPy: it works in the calling thread alone, beside a search that has the other cores."""
+def _rows_in_numpy(words: Tensor) -> Tensor:
+    """The same without a compiler; in the calling thread alone, beside a search that has the other cores."""
     values, odd = words.numpy().view("uint64"), _odd_numbers(words.device).numpy().view("uint64")
     sums = torch.empty(-(-words.numel() // _ROW), dtype=torch.int64)
     scratch = torch.empty(_ROW, dtype=torch.int64).numpy().view("uint64")

@@ -1,4 +1,4 @@
-// The passes over a weight on a CPU that are not a search: sums of given candidates, absmax, codes. See sums.h.
+// The passes over a weight on a CPU that are not a search: sums of given candidates, absmax, codes, fingerprint.
 
 #include "sums.h"
 
@@ -54,6 +54,16 @@ void daq_quantize(Matrix weight, Plan plan, const float* scale_G, int64_t thread
             }
         };
     });
+}
+
+// sums: one for each row of so many words (the last may be shorter), of folded word * odd number; one thread.
+void daq_fold(const uint64_t* words, int64_t count, const uint64_t* odd, int64_t row, uint64_t* sums) {
+    for (int64_t start = 0; start < count; start += row) {
+        const int64_t end = std::min(row, count - start);
+        uint64_t sum = 0;
+        for (int64_t i = 0; i < end; ++i) sum += (words[start + i] ^ (words[start + i] >> 32)) * odd[i];
+        *sums++ = sum;
+    }
 }
 
 }  // extern "C"

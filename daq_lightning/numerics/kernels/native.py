@@ -2,7 +2,7 @@
 
 | source | what it does in one pass over a weight |
 | --- | --- |
-| native.cpp | the sums of given candidates; absmax; codes |
+| native.cpp | the sums of given candidates; absmax; codes; fingerprints |
 | search.cpp | a whole search, group after group in the cache |
 | exact.cpp | the exact search |
 
@@ -195,6 +195,18 @@ def exact_native(
     return best_G, promise_G
 
 
+def fold_words(words: Tensor, odd: Tensor) -> Tensor:
+    """One sum ``(word ^ (word >> 32)) * odd`` modulo 2^64 for each row of as many words as there are odd numbers.
+
+    Args:
+        words: int64, contiguous; the last row may be shorter.
+        odd: int64.
+    """
+    sums = torch.empty(-(-words.numel() // odd.numel()), dtype=torch.int64)
+    _library().daq_fold(words.data_ptr(), words.numel(), odd.data_ptr(), odd.numel(), sums.data_ptr())
+    return sums
+
+
 def why_not() -> str | None:
     """None if the kernel is built or can be built here (some seconds, once per machine), else the reason."""
     try:
@@ -233,7 +245,8 @@ def _library() -> ctypes.CDLL:
         *(_Matrix, _Matrix, _Plan, pointer, integer, ctypes.c_double, integer, integer, pointer, pointer)
     ]
     library.daq_search.argtypes = [_Matrix, _Matrix, _Plan, _Search, integer, _Found]
-    for name in ("delta_stats", "absmax", "quantize", "exact", "search"):
+    library.daq_fold.argtypes = [pointer, integer, pointer, integer, pointer]
+    for name in ("delta_stats", "absmax", "quantize", "exact", "search", "fold"):
         getattr(library, f"daq_{name}").restype = None
     return library
 
