@@ -14,7 +14,6 @@ Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,14 +30,16 @@ from daq_lightning.checkpoint.layouts import Scheme
 from daq_lightning.checkpoint.lineage import make_lineage
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.writer import check_destination
-from daq_lightning.export import Context, ExportSettings, export, make_plan, match_base
+from daq_lightning.export import export
 from daq_lightning.metrics import delta_metrics
 from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.objectives import Metric
+from daq_lightning.preparation import Context, ExportSettings, make_plan, match_base
 from daq_lightning.report import ExportReport
 from daq_lightning.source import Source
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.model import LiveModel, owners_of_files
+from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, check_choice, free_name
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
 
 
@@ -75,7 +76,7 @@ class DeltaAwareQuantization(Callback):
     Attributes:
         metrics: Figures of the last export, also logged to every logger of the Trainer.
         report: The `ExportReport` of the last export.
-        exports: Folders of all exports of this run that are kept.
+        schedule: When it exports, and under which name.
 
     Raises:
         MisconfigurationException: Settings that contradict each other, a strategy whose weights cannot be read, or a
@@ -98,10 +99,10 @@ class DeltaAwareQuantization(Callback):
         ignore: list[str] | None = None,
         module: str | None = None,
         scale_format: Literal["ue8m0"] | None = None,
-        export_on: Literal["train_end", "checkpoint"] = "train_end",
+        export_on: ExportOn = "train_end",
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
-        which: Literal["last", "best"] = "last",
+        which: Which = "last",
         keep_last: int | None = None,
         filename: str = "{step}",
         reference: Literal["initial", "previous_checkpoint"] = "initial",
@@ -111,25 +112,40 @@ class DeltaAwareQuantization(Callback):
         export_on_exception: bool = False,
     ) -> None:
         super().__init__()
-        self.dirpath, self.base, self.module = str(dirpath), str(base), module
-        self.export_on, self.which, self.reference, self.filename = export_on, which, reference, filename
-        self.every_n_train_steps, self.every_n_epochs, self.keep_last = every_n_train_steps, every_n_epochs, keep_last
+        self.dirpath, self.base, self.module, self.reference = str(dirpath), str(base), module, reference
         self.export_on_exception, self.merge_adapters = export_on_exception, merge_adapters
         self.parent: str | None = parent
         self.chain_from: ChainFrom | None = chain_from
-        self._check_arguments()
+        self.schedule = Schedule(
+            export_on=export_on,
+            which=which,
+            every_n_train_steps=every_n_train_steps,
+            every_n_epochs=every_n_epochs,
+            keep_last=keep_last,
+            filename=filename,
+        )
+        check_choice("reference", reference, ("initial", "previous_checkpoint"))
+        if "://" in self.dirpath:
+            raise MisconfigurationException(
+                f"dirpath={self.dirpath!r}: exports are renamed into place, which needs a local file system. Export to "
+                "a local folder and upload it afterwards."
+            )
         self._choices = _make_settings(scheme, metric, alpha_range, search, ignore, scale_format)
         self.metrics: dict[str, float] = {}
         self.report: ExportReport | None = None
-        self.exports: list[Path] = []
+        self._kept = Kept(keep_last)
         self._base: Base | None = None
         self._lineage, self._root = Lineage(), None
         self._saved_base: dict[str, Any] | None = None
         self._saved_root: str | None = None
         self._retaken: Base | None = None
-        self._snapshots: list[Path] = []
         self._exported_step = -1
         self._error: Exception | None = None
+
+    @property
+    def exports(self) -> list[Path]:
+        """Folders of all exports of this run that are kept, oldest first."""
+        return self._kept.exports
 
     @property
     def state_key(self) -> str:
@@ -177,7 +193,7 @@ class DeltaAwareQuantization(Callback):
         problem = trainer.strategy.broadcast(problem)
         if problem is not None:
             raise problem
-        if self.export_on == "checkpoint" and trainer.is_global_zero:
+        if self.schedule.export_on == "checkpoint" and trainer.is_global_zero:
             trainer.strategy.checkpoint_io = WatchedCheckpointIO(
                 trainer.strategy.checkpoint_io,
                 before=lambda path, content: self._before_save(trainer, pl_module, path, content),
@@ -188,23 +204,22 @@ class DeltaAwareQuantization(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Exports every `every_n_train_steps` optimizer steps."""
-        step = trainer.global_step
-        if self.every_n_train_steps and step and step % self.every_n_train_steps == 0:
+        if self.schedule.due_after_step(trainer.global_step):
             self._export_live(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports every `every_n_epochs` epochs."""
-        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        if self.schedule.due_after_epoch(trainer.current_epoch):
             self._export_live(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the last weights. An error is kept until Lightning has saved its own checkpoints."""
-        if self.export_on == "train_end" and self.which == "last":
+        if self.schedule.due_at_end("last"):
             self._export_live(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the best checkpoint if that was asked for, then raises what went wrong in an export."""
-        if self.export_on == "train_end" and self.which == "best":
+        if self.schedule.due_at_end("best"):
             self._export_best(trainer, pl_module)
         if self._base is not None and not self.exports and self._error is None:
             rank_zero_warn(
@@ -245,7 +260,7 @@ class DeltaAwareQuantization(Callback):
         self._lineage, self._root = make_lineage(
             lineage, base.weights, request.names, parent=self.parent, chain_from=self.chain_from
         )
-        self._base, self.exports, self._snapshots = base, [], []
+        self._base, self._kept = base, Kept(self.schedule.keep_last)
 
     def _source(self, trainer: Trainer, model: LiveModel) -> Source:
         def copy_files(folder: Path) -> None:
@@ -320,7 +335,7 @@ class DeltaAwareQuantization(Callback):
 
     def _write(self, trainer: Trainer, model: LiveModel, checkpoint: Path | None) -> None:
         assert self._base is not None
-        out = _free_name(Path(self.dirpath) / self._name(trainer))
+        out = free_name(Path(self.dirpath) / self.schedule.name(trainer))
         bar = isinstance(trainer.progress_bar_callback, TQDMProgressBar) and trainer.progress_bar_callback.is_enabled
         source = self._source(trainer, model)
         device = trainer.strategy.root_device
@@ -339,24 +354,14 @@ class DeltaAwareQuantization(Callback):
         rank_zero_info(self.report.summary())
         if self.reference == "previous_checkpoint":
             self._base = self._retaken or self._snapshot(trainer, model)
-        self._forget_old()
+        self._kept.forget_old()
 
     def _snapshot(self, trainer: Trainer, model: LiveModel) -> Base:
         assert self._base is not None
         folder = Path(self.dirpath).absolute() / f"base-step={trainer.global_step}"
         base = take_snapshot(model.weights, self._base.fingerprints, folder)
-        self._snapshots.append(Path(base.path))
+        self._kept.snapshots.append(Path(base.path))
         return base
-
-    def _forget_old(self) -> None:
-        """Removes exports and snapshots beyond `keep_last`; never the base in use."""
-        if self.keep_last is None:
-            return
-        assert self._base is not None
-        while len(self.exports) > self.keep_last:
-            shutil.rmtree(self.exports.pop(0), ignore_errors=True)
-        while len(self._snapshots) > self.keep_last + 1:
-            shutil.rmtree(self._snapshots.pop(0), ignore_errors=True)
 
     def _keep_error(self, error: Exception) -> None:
         if self._error is None:
@@ -368,12 +373,6 @@ class DeltaAwareQuantization(Callback):
         if isinstance(trainer.strategy.checkpoint_io, WatchedCheckpointIO):
             trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner
 
-    def _name(self, trainer: Trainer) -> str:
-        metrics = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
-        metrics |= {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
-        formatter = ModelCheckpoint(filename=self.filename)
-        return Path(formatter.format_checkpoint_name(metrics)).name.removesuffix(ModelCheckpoint.FILE_EXTENSION)
-
     def _publish_metrics(self, trainer: Trainer, report: ExportReport) -> None:
         """The metrics of the written and of plain absmax scales: to the attribute, the Trainer and its loggers."""
         self.metrics = {}
@@ -384,44 +383,6 @@ class DeltaAwareQuantization(Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics, step=trainer.global_step)
-
-    def _check_arguments(self) -> None:
-        def check(condition: bool, message: str) -> None:
-            if not condition:
-                raise MisconfigurationException(message)
-
-        check(
-            "://" not in self.dirpath,
-            f"dirpath={self.dirpath!r}: exports are renamed into place, which needs a local file system. Export to a "
-            "local folder and upload it afterwards.",
-        )
-        for name, value, choices in (
-            ("export_on", self.export_on, ("train_end", "checkpoint")),
-            ("which", self.which, ("last", "best")),
-            ("reference", self.reference, ("initial", "previous_checkpoint")),
-        ):
-            check(value in choices, f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.")
-        for name in ("every_n_train_steps", "every_n_epochs", "keep_last"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"{name}={value}: expected a number of at least 1, or None.")
-        check(
-            not (self.export_on == "checkpoint" and self.which == "best"),
-            "which='best' exports one checkpoint at the end of training; with export_on='checkpoint' every checkpoint "
-            "is exported. Leave one of them out.",
-        )
-        check(
-            self.filename != "" and Path(self.filename).name == self.filename,
-            f"filename={self.filename!r}: expected the name of a folder, such as '{{epoch}}-{{step}}'.",
-        )
-
-
-def _free_name(out: Path) -> Path:
-    """The name, or the first of `<name>-v1`, `<name>-v2` ... that is free: an earlier run's export stays."""
-    free, version = out, 0
-    while free.exists():
-        version += 1
-        free = out.with_name(f"{out.name}-v{version}")
-    return free
 
 
 def _make_settings(

@@ -83,8 +83,9 @@ def _without_interrupts() -> Iterator[None]:
 
 def _quantize(options: Namespace) -> int:
     from daq_lightning.checkpoint.writer import check_destination
-    from daq_lightning.export import ExportSettings, export, make_context, make_plan, match_base
+    from daq_lightning.export import export
     from daq_lightning.numerics.candidates import ScaleSearch
+    from daq_lightning.preparation import ExportSettings, make_context, make_plan, match_base
 
     if options.base is None and options.adapter is None:
         raise ValueError("--base is missing: pass the folder of the model that POST was trained from.")

@@ -16,8 +16,8 @@ from daq_lightning import Chain, ExportReport, ScaleSearch, export_checkpoint, l
 from daq_lightning.arguments import make_parser, normalized
 from daq_lightning.checkpoint.layouts import SCHEMES
 from daq_lightning.cli import _without_interrupts, main
-from daq_lightning.export import ExportSettings
 from daq_lightning.numerics.objectives import METRICS
+from daq_lightning.preparation import ExportSettings
 from daq_lightning.verify import verify_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

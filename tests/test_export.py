@@ -17,7 +17,7 @@ from torch import nn
 
 from daq_lightning import CheckpointError, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.checkpoint.tensor_file import TensorEntry
-from daq_lightning.export import ExportSettings
+from daq_lightning.preparation import ExportSettings
 from daq_lightning.source import Source, _guess_modules
 
 QUICK = ScaleSearch(metric="cosine", n_coarse=3, n_fine=2)

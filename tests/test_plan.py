@@ -8,9 +8,9 @@ import transformers
 from daq_lightning.architecture import Architecture
 from daq_lightning.checkpoint.layouts import make_layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
-from daq_lightning.export import ExportSettings, make_plan
 from daq_lightning.numerics.formats import PerBlock, PerChannel
 from daq_lightning.plan import plan_export
+from daq_lightning.preparation import ExportSettings, make_plan
 from daq_lightning.source import Source
 
 

@@ -39,7 +39,8 @@ from daq_lightning.numerics.tiling import bands, group_sizes, to_groups
 _TILE = 2048
 _LIFT = 2.0**60  # of products of differences, which keep their sign where one of them is tiny
 _PACK = 4096.0  # above any count of a tile
-_BAND = 1 << 17  # weights that are copied to float32 at a time, or 1/8 of the weight if that is more
+_BAND = 1 << 17  # weights that are copied to float32 at a time, or 1/8 of the weight if that is more,
+_CPU_BAND = 1 << 20  # on a CPU up to this many: they are used again while they are in its cache
 _MAX, _MIN_NORMAL = FP8_E4M3.max, FP8_E4M3.min_normal  # plain numbers, which compile to constants
 _SMALL, _LARGE = 2.0**-50, 2.0**25  # magnitudes whose products float32 holds; a band with others goes to `eager`
 _MAX_SCALED = 2.0**20  # of values over their scale, likewise
@@ -53,7 +54,9 @@ def delta_stats_compiled(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, g
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     groups, candidates = scale_GK.shape
     pieces, spans, start = [], [], 0
-    for rows in bands(shape_MN, granularity, max(_BAND, weight_MN.numel() // 8)):
+    share = weight_MN.numel() // 8
+    band = max(_BAND, min(share, _CPU_BAND) if weight_MN.device.type == "cpu" else share)
+    for rows in bands(shape_MN, granularity, band):
         grid_rows, grid_cols = granularity.grid((rows.stop - rows.start, shape_MN[1]))
         stop = start + grid_rows * grid_cols
         pieces.append(_band_sums(weight_MN[rows], base_MN[rows], scale_GK[start:stop], granularity))
