@@ -98,3 +98,20 @@ def test_groups_beyond_the_cache_are_searched_in_steps():
     assert not native.fits_cache(torch.empty(8, (1 << 15) + 1), PerChannel())
     weight, base = pair((2, 40_000))
     assert search_scale(weight, base, PerChannel()).scale.shape == (2, 1)
+
+
+@pytest.mark.parametrize("granularity", [PerBlock(128, 128), PerChannel()], ids=str)
+def test_a_weight_of_32768_by_16384_is_searched_to_its_end(granularity):
+    """Half a billion elements; weight and base repeat one row, so that only the codes need memory."""
+    weight, base = pair((4, 16384))
+    rows = 256
+    weight, base = weight[2:3].expand(32768, -1), base[2:3].expand(32768, -1)
+    result = search_scale(weight, base, granularity)
+    first = search_scale(weight[:rows].contiguous(), base[:rows].contiguous(), granularity)
+    assert result.codes.shape == (32768, 16384)
+    for start in (0, 16384, 32768 - rows):
+        part = result.codes[start : start + rows].view(torch.uint8)
+        assert torch.equal(part, first.codes.view(torch.uint8))
+    groups = first.scale.shape[0]
+    assert torch.equal(result.scale[-groups:], first.scale)
+    assert int(result.stats.n.sum()) == 32768 * 16384
