@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daq_lightning.checkpoint.fingerprint import fingerprint
+from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, RawCheckpoint, read_json
 from daq_lightning.checkpoint.manifest import Manifest
-from daq_lightning.checkpoint.reader import INDEX, MANIFEST, REPORT, RawCheckpoint, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 
 

@@ -173,7 +173,7 @@ def _inspect(options: Namespace) -> int:
 
 def _chain(options: Namespace) -> int:
     from daq_lightning.chain import Chain
-    from daq_lightning.checkpoint.reader import MANIFEST, REPORT, read_json
+    from daq_lightning.checkpoint.folder import MANIFEST, REPORT, read_json
     from daq_lightning.checkpoint.tensor_file import CheckpointError
 
     if not (Path(_folder(options.folder, "FOLDER")) / MANIFEST).is_file():

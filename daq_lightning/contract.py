@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from daq_lightning.architecture import Architecture, Role
+from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE, RawCheckpoint, read_json
 from daq_lightning.checkpoint.layouts import Layout, read_layout
-from daq_lightning.checkpoint.reader import INDEX, MANIFEST, REPORT, SINGLE, RawCheckpoint, config_dtype, read_json
+from daq_lightning.checkpoint.reader import config_dtype
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry
 from daq_lightning.numerics.formats import PerBlock
-from daq_lightning.plan import FUSED
+from daq_lightning.selection import FUSED
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".tmp", ".incomplete"}

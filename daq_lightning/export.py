@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.fingerprint import fingerprint
+from daq_lightning.checkpoint.folder import MANIFEST, REPORT
 from daq_lightning.checkpoint.layouts import Container, Scheme
 from daq_lightning.checkpoint.manifest import ChainFrom
-from daq_lightning.checkpoint.reader import MANIFEST, REPORT, Checkpoint
+from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
 from daq_lightning.numerics.batch import search_batch

@@ -13,7 +13,6 @@ Source: the readers, as listed in `daq_lightning.checkpoint.layouts`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +23,8 @@ from daq_lightning.architecture import Architecture, Role
 from daq_lightning.checkpoint.layouts import SCHEMES, Container, Layout, make_layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.numerics.formats import FP8_E4M3, PerBlock, ScaleFormat
+from daq_lightning.selection import check_experts, check_fused, ignored_by, owner_of
 
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("query", "key", "value"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
 _KEEP_REASON: Mapping[Role, str] = {
     "router": "router",
     "head": "output head",
@@ -146,7 +139,7 @@ def plan_export(
     if scheme not in SCHEMES:
         raise ValueError(f"Unknown scheme {scheme!r}: expected one of {', '.join(SCHEMES)}.")
     roles: dict[str, Role] = {spec.name: architecture.role(keys[spec.name], len(spec.shape)) for spec in specs}
-    ignored = _ignored(specs, keys, ignore)
+    ignored = ignored_by(ignore, specs, keys)
     chosen = [
         spec for spec in specs if roles[spec.name] in ("linear", "expert") and spec.name not in ignored
         and spec.dtype.is_floating_point and min(spec.shape) > 0
@@ -157,8 +150,8 @@ def plan_export(
             f"{type(architecture.model).__name__} has no Linear weight to quantize among its {len(specs)} tensors "
             f"(output heads, routers and ignored modules are kept).{conv1d}"
         )
-    _check_fused({spec.name for spec in chosen}, roles)
-    _check_experts(chosen, specs, keys, roles)
+    check_fused({spec.name for spec in chosen}, roles)
+    check_experts(chosen, specs, keys, roles)
     layout, notes = _choose_layout(scheme, container, scale_format, chosen, roles)
     dtype, masters = _kept_dtype(specs)
     names = {spec.name for spec in chosen}
@@ -179,58 +172,6 @@ def plan_export(
     )
 
 
-def _ignored(specs: Sequence[TensorSpec], keys: Mapping[str, str], patterns: Sequence[str]) -> set[str]:
-    ignored: set[str] = set()
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            try:
-                expression = re.compile(pattern[3:])
-            except re.error as error:
-                raise CheckpointError(f"Ignore pattern {pattern!r} is not a regular expression: {error}.") from error
-            matched = {spec.name for spec in specs if any(map(expression.fullmatch, _aliases(spec.name, keys)))}
-        else:
-            matched = {spec.name for spec in specs if pattern in _aliases(spec.name, keys)}
-        if not matched:
-            raise CheckpointError(
-                f"The ignore pattern {pattern!r} matches no module or tensor. Give a full name such as "
-                f"{specs[0].name.removesuffix('.weight')!r}, or a regular expression of one after 're:'."
-            )
-        ignored |= matched
-    return ignored
-
-
-def _aliases(name: str, keys: Mapping[str, str]) -> list[str]:
-    return [name, name.removesuffix(".weight"), keys[name], keys[name].removesuffix(".weight")]
-
-
-def _check_fused(chosen: set[str], roles: Mapping[str, Role]) -> None:
-    for name in chosen:
-        prefix, _, leaf = name.removesuffix(".weight").rpartition(".")
-        for group in FUSED:
-            if leaf not in group:
-                continue
-            siblings = [f"{prefix}.{sibling}.weight" for sibling in group]
-            left_out = [sibling for sibling in siblings if sibling in roles and sibling not in chosen]
-            if left_out:
-                raise CheckpointError(
-                    f"{name} would be quantized and {', '.join(left_out)} not, but servers fuse them into one matrix: "
-                    "ignore all of them or none."
-                )
-
-
-def _check_experts(
-    chosen: Sequence[TensorSpec], specs: Sequence[TensorSpec], keys: Mapping[str, str], roles: Mapping[str, Role]
-) -> None:
-    names = {spec.name for spec in chosen}
-    layers = {_owner(keys[spec.name]) for spec in chosen if roles[spec.name] == "expert"}
-    for spec in specs:
-        if roles[spec.name] == "expert" and spec.name not in names and _owner(keys[spec.name]) in layers:
-            raise CheckpointError(
-                f"{spec.name} would be kept and other experts of {_owner(keys[spec.name])} quantized, but servers hold "
-                "the experts of a layer in one tensor: ignore all of them or none."
-            )
-
-
 def _ignore_list(tensors: Sequence[TensorPlan], architecture: Architecture) -> tuple[str, ...]:
     """Every module that a reader might take for a quantized one: by its name in the checkpoint, then in memory."""
     quantized = {tensor.key.removesuffix(".weight") for tensor in tensors if tensor.quantize}
@@ -245,21 +186,17 @@ def _ignore_list(tensors: Sequence[TensorPlan], architecture: Architecture) -> t
         if architecture.is_transformers
         and tensor.spec.name.endswith(".weight")
         and len(tensor.spec.shape) == 2
-        and not architecture.has_module(_owner(tensor.key))
+        and not architecture.has_module(owner_of(tensor.key))
     ]
     experts = [tensor for tensor in kept if _is_expert(tensor)]
     of_experts = [tensor.spec.name.removesuffix(".weight") for tensor in experts if len(tensor.spec.shape) == 2]
     # the stacked module is what transformers replaces as a whole
-    stacks = [_owner(tensor.key) for tensor in experts]
+    stacks = [owner_of(tensor.key) for tensor in experts]
     return tuple(dict.fromkeys([*on_disk, *unknown, *of_experts, *unquantized, *stacks]))
 
 
 def _is_expert(tensor: TensorPlan) -> bool:
-    return tensor.role == "expert" or (len(tensor.spec.shape) == 3 and _owner(tensor.key).endswith("experts"))
-
-
-def _owner(key: str) -> str:
-    return key.rpartition(".")[0]
+    return tensor.role == "expert" or (len(tensor.spec.shape) == 3 and owner_of(tensor.key).endswith("experts"))
 
 
 def _choose_layout(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.fingerprint import combine, fingerprint
+from daq_lightning.checkpoint.folder import INDEX, MANIFEST
 from daq_lightning.checkpoint.manifest import Manifest, describe_files, relative_to
-from daq_lightning.checkpoint.reader import INDEX, MANIFEST
 from daq_lightning.numerics.kernels import delta_stats
 from daq_lightning.numerics.search import SearchResult
 from daq_lightning.plan import ExportPlan, TensorPlan

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from daq_lightning.architecture import Architecture
-from daq_lightning.checkpoint.reader import Checkpoint, companion_files
+from daq_lightning.checkpoint.folder import companion_files
+from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from daq_lightning.checkpoint.reader import INDEX, RawCheckpoint
+from daq_lightning.checkpoint.folder import INDEX, RawCheckpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.contract import CHECKS, Stored, UnknownError
 

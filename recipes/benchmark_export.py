@@ -87,7 +87,7 @@ def copy(post: Path, base: Path, out: Path, scheme: str) -> float:
 
 
 def snapshot(post: Path, base: Path, out: Path, scheme: str) -> float:
-    from daq_lightning.checkpoint.reader import RawCheckpoint
+    from daq_lightning.checkpoint.folder import RawCheckpoint
     from daq_lightning.training.base import take_snapshot
 
     weights = dict(RawCheckpoint(base))
@@ -98,7 +98,7 @@ def snapshot(post: Path, base: Path, out: Path, scheme: str) -> float:
 
 
 def write(post: Path, base: Path, out: Path, scheme: str) -> float:
-    from daq_lightning.checkpoint.reader import RawCheckpoint
+    from daq_lightning.checkpoint.folder import RawCheckpoint
     from daq_lightning.checkpoint.tensor_file import tensor_bytes
 
     weights = dict(RawCheckpoint(base))

@@ -98,7 +98,8 @@ def state_of(out, old, new):
 def at_every_call(folder, earlier):
     import torch
 
-    from daq_lightning.checkpoint.reader import REPORT, load_checkpoint
+    from daq_lightning.checkpoint.folder import REPORT
+    from daq_lightning.checkpoint.reader import load_checkpoint
     from daq_lightning.checkpoint.tensor_file import TensorSpec
     from daq_lightning.checkpoint.writer import CheckpointWriter
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from daq_lightning import CheckpointError, load_checkpoint
-from daq_lightning.checkpoint.reader import RawCheckpoint, companion_files
+from daq_lightning.checkpoint.folder import RawCheckpoint, companion_files
 from daq_lightning.export import export_checkpoint
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
 

@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 from daq_lightning.checkpoint import writer as writer_module
-from daq_lightning.checkpoint.reader import REPORT, load_checkpoint
+from daq_lightning.checkpoint.folder import REPORT
+from daq_lightning.checkpoint.reader import load_checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.checkpoint.writer import CheckpointWriter, check_destination, plan_shards
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.fingerprint import fingerprint
+from daq_lightning.checkpoint.folder import MANIFEST
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage, Manifest
-from daq_lightning.checkpoint.reader import MANIFEST, Checkpoint
+from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from daq_lightning.checkpoint.reader import MANIFEST, read_json
+from daq_lightning.checkpoint.folder import MANIFEST, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 
 FORMAT_VERSION = 1

@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
-from daq_lightning.checkpoint.reader import INDEX, REPORT, SINGLE
+from daq_lightning.checkpoint.folder import INDEX, REPORT, SINGLE
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, TensorSpec, make_header, tensor_bytes
 
 DEFAULT_SHARD_BYTES = 5 * 10**9

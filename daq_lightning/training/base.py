@@ -27,7 +27,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from daq_lightning.checkpoint.fingerprint import combine, fingerprint
-from daq_lightning.checkpoint.reader import MANIFEST, Checkpoint
+from daq_lightning.checkpoint.folder import MANIFEST
+from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.checkpoint.writer import CheckpointWriter
 from daq_lightning.training.model import LiveModel
