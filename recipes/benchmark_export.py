@@ -4,6 +4,7 @@
     copy       read both checkpoints in pieces and write as many bytes as the export, fsync: what the disk alone needs
     snapshot   the copy of a base that a full fine-tuning makes at the start: fingerprint, write, fsync
     write      write the same tensors from memory, fsync
+    llmc       llm-compressor's `model_free_ptq` to the same scheme, where it is installed: no base, no search
 
 Each runs in a process of its own, so that each has a peak of resident memory; imports and building the kernel are
 left out of the time. Run it on a quiet machine; compare runs by their ratio.
@@ -12,6 +13,7 @@ left out of the time. Run it on a quiet machine; compare runs by their ratio.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -71,6 +73,15 @@ def export(post: Path, base: Path, out: Path, scheme: str) -> float:
     return time.perf_counter() - start
 
 
+def llmc(post: Path, base: Path, out: Path, scheme: str) -> float:
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from llmcompressor import model_free_ptq  # pyright: ignore[reportMissingImports]
+
+    start = time.perf_counter()
+    model_free_ptq(model_stub=str(post), save_directory=str(out), scheme=scheme, ignore=["lm_head"])
+    return time.perf_counter() - start
+
+
 def copy(post: Path, base: Path, out: Path, scheme: str) -> float:
     start = time.perf_counter()
     buffer = bytearray(32 << 20)
@@ -119,6 +130,8 @@ def peak_memory() -> float:
 
 
 JOBS = {"copy": copy, "export": export, "write": write, "snapshot": snapshot}
+if importlib.util.find_spec("llmcompressor"):
+    JOBS["llmc"] = llmc
 
 
 def measure(job: str, *arguments: str) -> tuple[float, float]:
@@ -163,6 +176,10 @@ def main() -> None:
         f"({best['export'] / best['copy']:.1f} x the copy), peak {peak:.2f} GB; "
         f"snapshot {best['snapshot']:.2f} s ({best['snapshot'] / best['write']:.2f} x the write)"
     )
+    if "llmc" in best:
+        print(
+            f"llm-compressor, without a search: {best['llmc']:.2f} s, {best['llmc'] / best['export']:.1f} x the export"
+        )
     if args.json:
         args.json.write_text(json.dumps({"layers": args.layers, "scheme": args.scheme, "rows": rows}, indent=2))
 

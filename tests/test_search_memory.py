@@ -21,7 +21,7 @@ def peak():
 granularity, search, implementation = eval(sys.argv[1]), eval(sys.argv[2]), sys.argv[3]
 small = torch.randn(512, 512).bfloat16()
 search_scale(small, small * 1.01, granularity, search, implementation=implementation)
-weight = torch.randn(2048, 4096).bfloat16()
+weight = torch.randn(*map(int, sys.argv[4].split("x"))).bfloat16()
 base = weight * 1.01
 with open("/proc/self/clear_refs", "w") as reset:
     reset.write("5")
@@ -36,14 +36,17 @@ CASES = [
     ("PerBlock(128, 128)", "ScaleSearch.exact()", "fused"),
     ("PerChannel()", "ScaleSearch.dense(64)", "fused"),
     ("PerChannel()", "ScaleSearch.dense(64)", "compiled"),
+    ("PerBlock(128, 128)", "ScaleSearch()", "compiled"),
     ("PerBlock(128, 128)", "ScaleSearch.dense(2)", "eager"),
 ]
+SHAPES = ["2048x4096", "256x32768"]  # the latter has two rows of blocks
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the resident set from /proc")
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("granularity", "search", "implementation"), CASES)
-def test_peak_memory_of_a_search(granularity, search, implementation):
-    command = [sys.executable, "-c", PEAK, granularity, search, implementation]
+def test_peak_memory_of_a_search(granularity, search, implementation, shape):
+    command = [sys.executable, "-c", PEAK, granularity, search, implementation, shape]
     # freed memory goes back at once, so that the search cannot live on what was resident before it
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

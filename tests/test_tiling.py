@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
-from daq_lightning.numerics.tiling import bands, from_groups, group_sizes, scale_of_rows, to_groups
+from daq_lightning.numerics.tiling import bands, from_groups, group_sizes, patches, scale_of_rows, to_groups
 
 GRANULARITIES = [PerTensor(), PerChannel(), PerBlock(4, 3), PerBlock(1, 5), PerBlock(128, 128)]
 SHAPES = [(1, 1), (8, 6), (9, 7), (3, 2), (1, 13), (13, 1)]
@@ -62,6 +62,19 @@ def test_bands_are_whole_groups_and_cover_every_row_once(shape, granularity, ele
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     in_bands = torch.cat([to_groups(weight[band], granularity) for band in cut])
     assert torch.equal(in_bands, to_groups(weight, granularity))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("elements", [1, 20, 1 << 20])
+def test_patches_are_small_and_hold_every_group_once_and_in_order(shape, granularity, elements):
+    cut = list(patches(shape, granularity, elements))
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    in_patches = torch.cat([to_groups(weight[patch], granularity) for patch, _ in cut])
+    assert torch.equal(in_patches, to_groups(weight, granularity))
+    assert [group for _, groups in cut for group in range(groups.start, groups.stop)] == list(range(len(in_patches)))
+    cell = granularity.cell(shape)
+    assert all(weight[patch].numel() <= max(elements, cell[0] * cell[1]) for patch, _ in cut)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)

@@ -68,6 +68,27 @@ def bands(shape_MN: tuple[int, int], granularity: Granularity, elements: int) ->
         yield slice(start, min(start + step, shape_MN[0]))
 
 
+def patches(
+    shape_MN: tuple[int, int], granularity: Granularity, elements: int
+) -> Iterator[tuple[tuple[slice, slice], slice]]:
+    """Cuts a weight into patches of whole groups, of about `elements` elements each (at least one group).
+
+    Yields:
+        Rows and columns of a patch, and its groups, which follow those of the patch before. A patch spans all columns
+        unless a single row of blocks has more elements than that.
+    """
+    start, (_, cell_cols) = 0, granularity.cell(shape_MN)
+    for rows in bands(shape_MN, granularity, elements):
+        height = rows.stop - rows.start
+        grid_rows, grid_cols = granularity.grid((height, shape_MN[1]))
+        step = grid_cols if grid_rows > 1 else max(1, elements // (height * cell_cols))
+        for first in range(0, grid_cols, step):
+            columns = slice(first * cell_cols, min((first + step) * cell_cols, shape_MN[1]))
+            stop = start + grid_rows * (min(first + step, grid_cols) - first)
+            yield (rows, columns), slice(start, stop)
+            start = stop
+
+
 def scale_of_rows(scale: Tensor, rows: slice, shape_MN: tuple[int, int], granularity: Granularity) -> Tensor:
     """The scales of some rows of a weight, so that they broadcast against ``weight_MN[rows]``."""
     if isinstance(granularity, PerTensor):

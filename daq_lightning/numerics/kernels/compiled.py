@@ -34,7 +34,7 @@ from daq_lightning.numerics.formats import FP8_E4M3, Granularity, PerChannel, Pe
 from daq_lightning.numerics.kernels.eager import delta_stats_eager
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.quantize import encode
-from daq_lightning.numerics.tiling import bands, group_sizes, to_groups
+from daq_lightning.numerics.tiling import group_sizes, patches, to_groups
 
 _TILE = 2048
 _LIFT = 2.0**60  # of products of differences, which keep their sign where one of them is tiny
@@ -42,7 +42,7 @@ _PACK = 4096.0  # above any count of a tile
 _BAND = 1 << 17  # weights that are copied to float32 at a time, or 1/8 of the weight if that is more,
 _CPU_BAND = 1 << 20  # on a CPU up to this many: they are used again while they are in its cache
 _MAX, _MIN_NORMAL = FP8_E4M3.max, FP8_E4M3.min_normal  # plain numbers, which compile to constants
-_SMALL, _LARGE = 2.0**-50, 2.0**25  # magnitudes whose products float32 holds; a band with others goes to `eager`
+_SMALL, _LARGE = 2.0**-50, 2.0**25  # magnitudes whose products float32 holds; a patch with others goes to `eager`
 _MAX_SCALED = 2.0**20  # of values over their scale, likewise
 
 
@@ -53,15 +53,12 @@ def delta_stats_compiled(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, g
         return stats_MK.map(lambda field: field.sum(0, keepdim=True))
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     groups, candidates = scale_GK.shape
-    pieces, spans, start = [], [], 0
+    pieces, cuts = [], []
     share = weight_MN.numel() // 8
     band = max(_BAND, min(share, _CPU_BAND) if weight_MN.device.type == "cpu" else share)
-    for rows in bands(shape_MN, granularity, band):
-        grid_rows, grid_cols = granularity.grid((rows.stop - rows.start, shape_MN[1]))
-        stop = start + grid_rows * grid_cols
-        pieces.append(_band_sums(weight_MN[rows], base_MN[rows], scale_GK[start:stop], granularity))
-        spans.append((rows, slice(start, stop)))
-        start = stop
+    for patch, span in patches(shape_MN, granularity, band):
+        pieces.append(_patch_sums(weight_MN[patch], base_MN[patch], scale_GK[span], granularity))
+        cuts.append((patch, span))
     fits, *sums = (torch.cat(parts) for parts in zip(*pieces, strict=True))
 
     def per_group(sum_T: Tensor) -> Tensor:
@@ -78,17 +75,17 @@ def delta_stats_compiled(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, g
     totals = (dot, delta_sq, per_group(delta_q_sq_TK), per_group(error_sq_TK))
     fields = [field.expand(-1, candidates) for field in (*(count.long() for count in counts), *totals)]
     stats = DeltaStats(*fields)  # pyright: ignore[reportCallIssue]
-    for (rows, span), fine in zip(spans, fits.tolist(), strict=True):
+    for (patch, span), fine in zip(cuts, fits.tolist(), strict=True):
         if not fine:
-            exact = delta_stats_eager(weight_MN[rows], base_MN[rows], scale_GK[span], granularity)
+            exact = delta_stats_eager(weight_MN[patch], base_MN[patch], scale_GK[span], granularity)
             stats = stats.map(torch.Tensor.clone)
             for field, values in zip(stats, exact, strict=True):
                 field[span] = values
     return stats
 
 
-def _band_sums(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> tuple[Tensor, ...]:
-    """Whether float32 can hold the products of a band, and the sums of its tiles."""
+def _patch_sums(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> tuple[Tensor, ...]:
+    """Whether float32 can hold the products of a patch, and the sums of its tiles."""
     candidates = scale_GK.shape[1]
     size = _tile_size(granularity, (weight_MN.shape[0], weight_MN.shape[1]))
     weight_TE, base_TE = (_tiles(tensor, granularity, size) for tensor in _align(weight_MN, base_MN))

@@ -11,7 +11,7 @@ from torch import Tensor
 from daq_lightning.numerics.formats import Granularity
 from daq_lightning.numerics.objectives import DeltaStats, sums
 from daq_lightning.numerics.quantize import encode
-from daq_lightning.numerics.tiling import bands, group_sizes, to_groups
+from daq_lightning.numerics.tiling import group_sizes, patches, to_groups
 
 _PIECE = 1 << 16  # elements that are held in float32 and float64 at a time
 
@@ -19,19 +19,17 @@ _PIECE = 1 << 16  # elements that are held in float32 and float64 at a time
 def delta_stats_eager(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> DeltaStats:
     """See `daq_lightning.numerics.kernels.delta_stats`."""
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
-    parts, start = [], 0
-    for rows in bands(shape_MN, granularity, _PIECE):
-        weight_GE, base_GE = to_groups(weight_MN[rows], granularity), to_groups(base_MN[rows], granularity)
-        stop = start + weight_GE.shape[0]
-        parts.append(_band_stats(weight_GE, base_GE, scale_GK[start:stop]))
-        start = stop
+    parts = []
+    for patch, groups in patches(shape_MN, granularity, _PIECE):
+        weight_GE, base_GE = to_groups(weight_MN[patch], granularity), to_groups(base_MN[patch], granularity)
+        parts.append(_patch_stats(weight_GE, base_GE, scale_GK[groups]))
     stats = DeltaStats(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     # the zeros that fill up a ragged block count as elements with equal signs, and nowhere else
     fill_G1 = (stats.n - group_sizes(shape_MN, granularity, weight_MN.device)[:, None])[:, :1]
     return stats._replace(n=stats.n - fill_G1, sign_equal=stats.sign_equal - fill_G1)
 
 
-def _band_stats(weight_GE: Tensor, base_GE: Tensor, scale_GK: Tensor) -> DeltaStats:
+def _patch_stats(weight_GE: Tensor, base_GE: Tensor, scale_GK: Tensor) -> DeltaStats:
     groups = weight_GE.shape[0]
     step = max(1, _PIECE // groups)
     total: DeltaStats | None = None
