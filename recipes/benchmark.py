@@ -11,12 +11,14 @@ and a copy of the bytes that must be read and written once, below which nothing 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.formats import Granularity, PerBlock, PerChannel
@@ -55,26 +57,23 @@ def seconds(function: Callable[[], object], device: torch.device, budget: float)
             return best
 
 
-def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
-    """Peak memory beyond what is held before the call; None where it cannot be measured."""
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Peak memory of tensors beyond what is held before the call."""
+    function()  # whatever is allocated once
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")
-        before = _resident_peak()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-        return _resident_peak() - before
-    except OSError:
-        return None
-
-
-def _resident_peak() -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted(
+        (event.start_ns(), event.nbytes())  # pyright: ignore[reportAttributeAccessIssue]
+        for event in events
+        if event.name() == "[memory]"
+    )
+    return max(itertools.accumulate((count for _, count in changes), initial=0))
 
 
 def measure(size: int, dtype: torch.dtype, name: str, device: torch.device, budget: float) -> list[dict[str, object]]:
@@ -111,12 +110,12 @@ def measure(size: int, dtype: torch.dtype, name: str, device: torch.device, budg
         rate = weight.numel() / seconds(function, device, budget)
         baseline = rate if "baseline" in label else baseline
         ratio = rate / baseline if baseline else None
-        memory = None if extra is None else extra / (4 * weight.numel())
+        memory = extra / (4 * weight.numel())
         kind = str(dtype).removeprefix("torch.")
         keys = ("size", "dtype", "group", "what", "rate", "ratio", "memory")
         rows.append(dict(zip(keys, (size, kind, name, label, rate, ratio, memory), strict=True)))
-        shown = ["" if ratio is None else f"{ratio:.1f} x", "" if memory is None else f"{memory:.2f}"]
-        print(f"{size:4} M  {kind:9} {name:8} {label:28} {rate / 1e6:10.1f} {shown[0]:>9} {shown[1]:>7}", flush=True)
+        shown = "" if ratio is None else f"{ratio:.1f} x"
+        print(f"{size:4} M  {kind:9} {name:8} {label:28} {rate / 1e6:10.1f} {shown:>9} {memory:7.2f}", flush=True)
     return rows
 
 

@@ -35,7 +35,7 @@ CASES = [
     ("PerBlock(128, 128)", "ScaleSearch.dense(64)", "fused"),
     ("PerBlock(128, 128)", "ScaleSearch.exact()", "fused"),
     ("PerChannel()", "ScaleSearch.dense(64)", "fused"),
-    ("PerChannel()", "ScaleSearch.dense(64)", "compiled"),
+    ("PerChannel()", "ScaleSearch.dense(256)", "compiled"),
     ("PerBlock(128, 128)", "ScaleSearch()", "compiled"),
     ("PerBlock(128, 128)", "ScaleSearch.dense(2)", "eager"),
 ]

@@ -112,7 +112,7 @@ def _coarse_to_fine(evaluate: Callable[[Tensor], DeltaStats], like_G: Tensor, se
     coarse_K = search.coarse().to(like_G.device)
     alpha_GK = torch.cat([one_G1, coarse_K.expand(one_G1.shape[0], -1)], 1)
     stats_GK = evaluate(alpha_GK)
-    absmax_stats = stats_GK.map(lambda field: field[:, 0])
+    absmax_stats = stats_GK.map(lambda field: field[:, 0].clone())  # a view would keep the sums of all candidates
     stats_GK = stats_GK.map(lambda field: field[:, 1:])
     alpha_G, stats = _pick(one_G1[:, 0], absmax_stats, coarse_K.expand(len(one_G1), -1), stats_GK, search)
     if search.n_fine:
