@@ -66,7 +66,7 @@ struct Best {
 // The objective as a function of the scale, for given A, C and P.
 struct Objective {
     Metric metric;
-    double tau, n, w_sq, delta_w, delta_sq;
+    double tau, n, w_sq, delta_w, delta_sq, per_delta_sq;  // the last is 1 / delta_sq
 
     // cosine: cos * |cos| * delta_sq;   mse: -error_sq;   hybrid: itself
     double at(double s, double A, double C, double P) const {
@@ -74,8 +74,8 @@ struct Objective {
         if (metric == MSE) return -error_sq;
         const double dot = shift + delta_sq, delta_q_sq = error_sq + 2 * shift + delta_sq;
         if (metric == COSINE) return delta_q_sq > 0 ? dot * std::fabs(dot) / delta_q_sq : 0;
-        const double rho = dot / delta_sq;
-        return -((rho - 1) * (rho - 1) + tau * (delta_q_sq / delta_sq - rho * rho));
+        const double rho = dot * per_delta_sq;
+        return -((rho - 1) * (rho - 1) + tau * (delta_q_sq * per_delta_sq - rho * rho));
     }
 
     void best_within(double low, double high, double A, double C, double P, Best& best) const {
@@ -83,9 +83,9 @@ struct Objective {
         if (metric == MSE) {
             above = C, below = A;
         } else if (metric == HYBRID) {
-            const double start = 1 - delta_w / delta_sq, slope = P / delta_sq;  // rho = start + slope * s
-            above = slope * (1 - start) + tau * (start * slope - (P - C) / delta_sq);
-            below = slope * slope * (1 - tau) + tau * A / delta_sq;
+            const double start = 1 - delta_w * per_delta_sq, slope = P * per_delta_sq;  // rho = start + slope * s
+            above = slope * (1 - start) + tau * (start * slope - (P - C) * per_delta_sq);
+            below = slope * slope * (1 - tau) + tau * A * per_delta_sq;
         } else {
             const double dot = delta_sq - delta_w, B = P - C, b_sq = w_sq - 2 * delta_w + delta_sq;
             above = dot * B - P * b_sq;
@@ -98,7 +98,8 @@ struct Objective {
             }
         }
         if (below < 0) above = -above, below = -below;
-        const double s = above <= low * below ? low : above >= high * below ? high : above / below;
+        // no branch on where it lies, which no processor could predict
+        const double s = below > 0 ? std::min(std::max(above / below, low), high) : above > 0 ? high : low;
         best.offer(at(s, A, C, P), s, low, high);
     }
 
@@ -302,6 +303,7 @@ void daq_exact(Matrix weight, Matrix base, Plan plan, const float* scale_G, int6
             group->objective.tau = tau;
             each(piece, cover.cell(g), weight, &base, [&] { group->add(*piece, binade); });
             if (!group->changed) return;
+            group->objective.per_delta_sq = 1 / group->objective.delta_sq;
             group->sum_levels();
             const double start = std::ldexp((double)scale_G[g], -binade);
             Best best;
