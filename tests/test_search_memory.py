@@ -30,21 +30,20 @@ search_scale(weight, base, granularity, search, implementation=implementation)
 print((peak() - before) / (4 * weight.numel()))
 """
 
+TALL, WIDE = "2048x4096", "256x32768"  # the latter has two rows of blocks
 CASES = [
-    ("PerBlock(128, 128)", "ScaleSearch()", "fused"),
-    ("PerBlock(128, 128)", "ScaleSearch.dense(64)", "fused"),
-    ("PerBlock(128, 128)", "ScaleSearch.exact()", "fused"),
-    ("PerChannel()", "ScaleSearch.dense(64)", "fused"),
-    ("PerChannel()", "ScaleSearch.dense(256)", "compiled"),
-    ("PerBlock(128, 128)", "ScaleSearch()", "compiled"),
-    ("PerBlock(128, 128)", "ScaleSearch.dense(2)", "eager"),
+    ("PerBlock(128, 128)", "ScaleSearch()", "fused", TALL),
+    ("PerBlock(128, 128)", "ScaleSearch.dense(64)", "fused", WIDE),
+    ("PerBlock(128, 128)", "ScaleSearch.exact()", "fused", TALL),
+    ("PerChannel()", "ScaleSearch.dense(64)", "fused", TALL),
+    ("PerChannel()", "ScaleSearch.dense(256)", "compiled", TALL),
+    ("PerBlock(128, 128)", "ScaleSearch()", "compiled", WIDE),
+    ("PerBlock(128, 128)", "ScaleSearch.dense(2)", "eager", WIDE),
 ]
-SHAPES = ["2048x4096", "256x32768"]  # the latter has two rows of blocks
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the resident set from /proc")
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("granularity", "search", "implementation"), CASES)
+@pytest.mark.parametrize(("granularity", "search", "implementation", "shape"), CASES)
 def test_peak_memory_of_a_search(granularity, search, implementation, shape):
     command = [sys.executable, "-c", PEAK, granularity, search, implementation, shape]
     # freed memory goes back at once, so that the search cannot live on what was resident before it
