@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from daq_lightning.numerics.candidates import ScaleSearch
+from daq_lightning.numerics.candidates import ScaleSearch, SearchResult
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.kernels import native
 from daq_lightning.numerics.objectives import METRICS
-from daq_lightning.numerics.search import SearchResult, search_scale
+from daq_lightning.numerics.search import search_scale
 
 SEARCHES = {
     "coarse and fine": lambda metric: ScaleSearch(metric=metric),

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daq_lightning.numerics.candidates import ScaleSearch
-from daq_lightning.numerics.exact import EXACT_METRICS, best_scale
+from daq_lightning.numerics.exact import best_scale
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.kernels import delta_stats
-from daq_lightning.numerics.objectives import measure, score
+from daq_lightning.numerics.objectives import EXACT_METRICS, measure, score
 from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize, round_scale
 from daq_lightning.numerics.search import search_scale
 

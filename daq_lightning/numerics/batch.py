@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.candidates import ScaleSearch
+from daq_lightning.numerics.candidates import ScaleSearch, SearchResult
 from daq_lightning.numerics.formats import Granularity, PerTensor, ScaleFormat
-from daq_lightning.numerics.search import SearchResult, search_scale
+from daq_lightning.numerics.search import search_scale
 
 
 def search_batch(

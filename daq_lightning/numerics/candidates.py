@@ -1,4 +1,4 @@
-"""Which scales a search tries, and what it maximizes.
+"""Which scales a search tries, what it maximizes, and what it returns.
 
 Three ways through the candidates: the paper's coarse and fine grids, one dense logarithmic grid over [1, 2), and the
 exact optimum over all of [1, 2) (`ScaleSearch()`, `ScaleSearch.dense(n)`, `ScaleSearch.exact()`). [1, 2) covers every
@@ -16,8 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.exact import EXACT_METRICS
-from daq_lightning.numerics.objectives import METRICS, Metric
+from daq_lightning.numerics.objectives import EXACT_METRICS, METRICS, DeltaStats, Metric
 
 WIDE_RANGE = (0.5, 2.0)
 MEDIUM_RANGE = (0.8, 1.25)
@@ -132,3 +131,23 @@ class ScaleSearch:
             step = torch.arange(self.n_coarse, dtype=torch.float64) / self.n_coarse
             return self.alpha_min * (self.alpha_max / self.alpha_min) ** step
         return torch.linspace(self.alpha_min, self.alpha_max, self.n_coarse, dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What `search_scale` found for one weight.
+
+    Attributes:
+        codes: float8 codes, shape (M, N).
+        scale: float32 multiplier, shape ``granularity.grid((M, N))``, already rounded to the scale format.
+        alpha: float64 multiple of the absmax scale, same shape as `scale`. Under ``alpha_scope="layer"``
+            all are equal, but for groups of zeros, which keep 1.
+        stats: Sums per group, shape (G,), of exactly these codes and scales.
+        absmax_stats: Sums per group of plain absmax quantization (alpha = 1).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    alpha: Tensor
+    stats: DeltaStats
+    absmax_stats: DeltaStats

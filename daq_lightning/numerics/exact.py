@@ -38,11 +38,10 @@ from torch import Tensor
 
 from daq_lightning.numerics.formats import FP8_E4M3, Granularity, ScaleFormat
 from daq_lightning.numerics.kernels import Implementation, choose, native
-from daq_lightning.numerics.objectives import DeltaStats, Metric, score
+from daq_lightning.numerics.objectives import METRICS, DeltaStats, Metric, score
 from daq_lightning.numerics.quantize import encode
 from daq_lightning.numerics.tiling import bands, group_sizes, to_groups
 
-EXACT_METRICS = ("cosine", "mse", "hybrid")  # numbered as in exact.cpp
 _LOWEST = -10  # levels l: below, codes are 0 under every scale of the octave
 _NORMAL = -4  # from this level on, codes are normal numbers under every scale
 _HAIR = 2.0**-22
@@ -78,7 +77,7 @@ def best_scale(
         The scale and the score that it promises (float64), shaped like `scale`. A group without any change keeps its
         scale and promises NaN.
     """
-    number = EXACT_METRICS.index(metric)
+    number = METRICS.index(metric)
     eight_bits = scale_format == "bfloat16"
     scale_G = scale.flatten()
     if weight_MN.device.type == "cpu" and choose(implementation, weight_MN.device) == "fused":

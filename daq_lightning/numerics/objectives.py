@@ -30,6 +30,8 @@ from torch import Tensor
 
 Metric: TypeAlias = Literal["sign", "cosine", "mse", "hybrid"]
 METRICS: tuple[str, ...] = get_args(Metric)
+EXACT_METRICS = ("cosine", "mse", "hybrid")
+"""Those whose optimum over all scales can be found; the others only among candidates."""
 
 
 class DeltaStats(NamedTuple):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.candidates import ScaleSearch
+from daq_lightning.numerics.candidates import ScaleSearch, SearchResult
 from daq_lightning.numerics.exact import best_scale
 from daq_lightning.numerics.formats import Granularity, ScaleFormat
 from daq_lightning.numerics.kernels import (
@@ -32,26 +32,6 @@ from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.quantize import round_scale
 from daq_lightning.numerics.stages import Stages
 from daq_lightning.numerics.tiling import bands, to_groups
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchResult:
-    """What `search_scale` found for one weight.
-
-    Attributes:
-        codes: float8 codes, shape (M, N).
-        scale: float32 multiplier, shape ``granularity.grid((M, N))``, already rounded to the scale format.
-        alpha: float64 multiple of the absmax scale, same shape as `scale`. Under ``alpha_scope="layer"``
-            all are equal, but for groups of zeros, which keep 1.
-        stats: Sums per group, shape (G,), of exactly these codes and scales.
-        absmax_stats: Sums per group of plain absmax quantization (alpha = 1).
-    """
-
-    codes: Tensor
-    scale: Tensor
-    alpha: Tensor
-    stats: DeltaStats
-    absmax_stats: DeltaStats
 
 
 @torch.no_grad()
@@ -96,12 +76,12 @@ def search_scale(
     """
     search = ScaleSearch() if search is None else search
     _check_inputs(weight, base, name)
-    if search.spacing == "exact" and scale_format != "ue8m0" and weight.dtype != torch.bfloat16:
+    task = _Task(weight, base, granularity, search, scale_format, implementation, name)
+    if task.exact and weight.dtype != torch.bfloat16:
         raise TypeError(
             f"{name}: the exact search needs bfloat16 weights, got {weight.dtype}; use ScaleSearch.dense(64), or "
             "pass weight.bfloat16() if that is what training stores."
         )
-    task = _Task(weight, base, granularity, search, scale_format, implementation, name)
     fused = choose(implementation, weight.device) == "fused" and weight.device.type == "cpu"
     if fused and search.alpha_scope == "group" and native.fits_cache(weight, granularity):
         result = task.in_cache()
@@ -125,22 +105,19 @@ class _Task:
     implementation: Implementation
     name: str
 
+    @property
+    def exact(self) -> bool:
+        """Whether to look for the exact optimum; among powers of two, 1 is the only scale of [1, 2)."""
+        return self.search.spacing == "exact" and self.scale_format != "ue8m0"
+
     def in_cache(self) -> SearchResult:
         """One pass of the C++ library: every group is read once."""
-        search = self.search
-        exact = search.spacing == "exact" and self.scale_format != "ue8m0"
-        found = native.search_native(
-            *(self.weight, self.base, self.granularity),
-            metric=search.metric,
-            tau=search.tau,
-            coarse=self.proposal(self.absmax())[:, None] if exact else search.coarse(),
-            n_fine=search.n_fine,
-            alpha_range=(search.alpha_min, search.alpha_max),
-            radius=search.radius,
-            scale_format=self.scale_format,
+        coarse = self.proposal(self.absmax())[:, None] if self.exact else self.search.coarse()
+        result = native.search_native(
+            self.weight, self.base, self.granularity, self.search, coarse=coarse, scale_format=self.scale_format
         )
-        self.check(found.scale)
-        return SearchResult(**found._asdict())
+        self.check(result.scale)
+        return result
 
     def in_steps(self) -> SearchResult:
         """Every stage for many groups at once."""
@@ -152,7 +129,7 @@ class _Task:
             absmax=absmax.flatten(),
             evaluate=self.evaluate,
         )
-        if self.search.spacing == "exact" and self.scale_format != "ue8m0":
+        if self.exact:
             found = stages.of_proposal(self.proposal(absmax))
         elif self.search.alpha_scope == "group":
             found = stages.of_groups()

@@ -16,7 +16,6 @@
 namespace {
 
 constexpr int LOWEST = -10, HIGHEST = 9, LEVELS = HIGHEST - LOWEST + 1, M = 128;  // below LOWEST codes are 0
-enum Metric { COSINE = 0, MSE = 1, HYBRID = 2 };
 
 struct Event {
     double sigma;      // the scale, in [1, 2)

@@ -51,6 +51,9 @@ struct Matrix {
     int64_t stride;
 };
 
+// Numbered as METRICS in ../objectives.py.
+enum Metric { SIGN = 0, COSINE = 1, MSE = 2, HYBRID = 3 };
+
 // How cells and chunks cover a weight.
 struct Plan {
     int64_t M, N, cell_rows, cell_cols, chunk_rows, chunk_cols;

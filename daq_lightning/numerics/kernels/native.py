@@ -24,13 +24,14 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from daq_lightning.numerics.candidates import ScaleSearch, SearchResult
 from daq_lightning.numerics.formats import FP8_E4M3, Granularity, ScaleFormat
-from daq_lightning.numerics.objectives import DeltaStats, Metric
+from daq_lightning.numerics.objectives import METRICS, DeltaStats
 
 _CHUNK = 1 << 15  # elements of a unit of work
 _COMPILERS = ("c++", "g++", "clang++")
@@ -41,8 +42,7 @@ _FLAGS = (
 )
 _CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_METRICS = ("sign", "cosine", "mse", "hybrid")  # numbered as in search.cpp
-_SCALE_FORMATS = ("float32", "bfloat16", "ue8m0")
+_SCALE_FORMATS = get_args(ScaleFormat)  # numbered as in search.cpp
 
 
 class CompilerMissingError(RuntimeError):
@@ -69,16 +69,6 @@ class _Search(ctypes.Structure):
 
 class _Found(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ["scale", "alpha", "counts", "totals", "codes"])
-
-
-class Found(NamedTuple):
-    """What `search_native` returns: the fields of `daq_lightning.numerics.search.SearchResult`."""
-
-    codes: Tensor
-    scale: Tensor
-    alpha: Tensor
-    stats: DeltaStats
-    absmax_stats: DeltaStats
 
 
 def delta_stats_native(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> DeltaStats:
@@ -128,27 +118,19 @@ def search_native(
     weight_MN: Tensor,
     base_MN: Tensor,
     granularity: Granularity,
+    search: ScaleSearch,
     *,
-    metric: Metric,
-    tau: float,
     coarse: Tensor,
-    n_fine: int,
-    alpha_range: tuple[float, float],
-    radius: float,
     scale_format: ScaleFormat,
-) -> Found:
+) -> SearchResult:
     """The search of every group by itself, coarse to fine: the same bits as step by step in `search_scale`.
 
     Args:
         weight_MN: float32, bfloat16 or float16, shape (M, N), on the CPU.
         base_MN: Of the same shape.
         granularity: Which elements share a scale; see `fits_cache`.
-        metric: The objective.
-        tau: Of the hybrid.
-        coarse: float64 candidates, shape (K,) or (G, K).
-        n_fine: Candidates of the fine stage, evenly spaced over `radius` around the best of the coarse ones.
-        alpha_range: Ends of the fine stage.
-        radius: Its half width.
+        search: The objective and the fine stage.
+        coarse: float64 candidates of the coarse stage, shape (K,) or (G, K).
         scale_format: What scales are rounded to.
 
     Returns:
@@ -163,17 +145,22 @@ def search_native(
     totals = torch.zeros(4, 2, groups, dtype=torch.float64)
     codes_MN = torch.empty(shape_MN, dtype=torch.uint8)
     weight_MN, base_MN, coarse = _rows(weight_MN), _rows(base_MN), coarse.contiguous()
-    steps = torch.linspace(0, 1, n_fine, dtype=torch.float64)
-    search = _Search(
-        *(_METRICS.index(metric), _SCALE_FORMATS.index(scale_format)),
-        *(coarse.shape[-1], coarse.shape[-1] if coarse.ndim == 2 else 0, n_fine),
-        *(tau, *alpha_range, radius, coarse.data_ptr(), steps.data_ptr()),
+    steps = torch.linspace(0, 1, search.n_fine, dtype=torch.float64)
+    stages = _Search(
+        *(METRICS.index(search.metric), _SCALE_FORMATS.index(scale_format)),
+        *(coarse.shape[-1], coarse.shape[-1] if coarse.ndim == 2 else 0, search.n_fine),
+        *(search.tau, search.alpha_min, search.alpha_max, search.radius, coarse.data_ptr(), steps.data_ptr()),
     )
     found = _Found(*(tensor.data_ptr() for tensor in (scale_G, alpha_G, counts, totals, codes_MN)))
-    _library().daq_search(_matrix(weight_MN), _matrix(base_MN), plan, search, torch.get_num_threads(), found)
+    _library().daq_search(_matrix(weight_MN), _matrix(base_MN), plan, stages, torch.get_num_threads(), found)
     stats, absmax_stats = (DeltaStats(*(field[which] for field in (*counts, *totals))) for which in (0, 1))
-    codes = codes_MN.view(FP8_E4M3.dtype)
-    return Found(codes, scale_G.reshape(grid), alpha_G.reshape(grid), stats, absmax_stats)
+    return SearchResult(
+        codes=codes_MN.view(FP8_E4M3.dtype),
+        scale=scale_G.reshape(grid),
+        alpha=alpha_G.reshape(grid),
+        stats=stats,
+        absmax_stats=absmax_stats,
+    )
 
 
 def exact_native(

@@ -9,7 +9,7 @@
 extern "C" {
 
 struct Search {
-    int64_t metric, scale_format;  // 0 sign, 1 cosine, 2 mse, 3 hybrid; 0 float32, 1 bfloat16, 2 ue8m0
+    int64_t metric, scale_format;  // a Metric; 0 float32, 1 bfloat16, 2 ue8m0
     int64_t K, coarse_stride;      // coarse candidates; 0 if all groups share them, else K
     int64_t n_fine;
     double tau, alpha_min, alpha_max, radius;
@@ -26,8 +26,6 @@ struct Found {
 }
 
 namespace {
-
-enum Metric { SIGN = 0, COSINE = 1, MSE = 2, HYBRID = 3 };
 
 // Never below the smallest normal number; see round_scale in ../quantize.py.
 float round_scale(float scale, int64_t format) {
