@@ -380,7 +380,9 @@ class DeltaAwareQuantization(Callback):
             collection = delta_metrics(prefix=prefix, sync=False)  # rank 0 exports, alone
             collection.update(report.totals(side))  # type: ignore[arg-type]
             self.metrics |= {name: float(value) for name, value in collection.compute().items()}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.items()})
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in self.metrics.items()}
+        )
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics, step=trainer.global_step)
 

@@ -60,9 +60,12 @@ class _DeltaMetric(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        device = torch.get_default_device()
+        if device.type == "meta":  # where sums would be lost
+            device = torch.device("cpu")
         for field in DeltaStats._fields:
             dtype = torch.int64 if field in _COUNTS else torch.float64
-            self.add_state(field, default=torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+            self.add_state(field, default=torch.zeros((), dtype=dtype, device=device), dist_reduce_fx="sum")
 
     @staticmethod
     @abstractmethod

@@ -194,7 +194,7 @@ def _with_sums(stats: DeltaStats) -> dict[str, Any]:
 def _stats_from(sums: Mapping[str, float]) -> DeltaStats:
     return DeltaStats(
         **{
-            name: torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+            name: torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64, device="cpu")
             for name, value in sums.items()
         }
     )

@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.kernels import native
+from daq_lightning.numerics.kernels import library, native
 
 _ROW = 1 << 16
 _STEP = 8  # rows that are multiplied at a time on a device
@@ -35,8 +35,11 @@ def fingerprint(tensor: Tensor) -> str:
         >>> fingerprint(torch.zeros(3)) == fingerprint(torch.zeros(3)) != fingerprint(torch.zeros(4))
         True
     """
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0).byte()
-    if data.storage_offset() % 8:  # a slice that does not begin at a whole word
+    if tensor.numel():
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    else:
+        data = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    if data.storage_offset() % 8 or data.data_ptr() % 8:  # a slice that does not begin at a whole word
         data = data.clone()
     aligned = data.numel() // 8 * 8
     rows = [_rows(data[:aligned].view(torch.int64))]
@@ -66,7 +69,7 @@ def _rows(words: Tensor) -> Tensor:
     """One sum for each row of words; the last row may be shorter."""
     if words.is_cuda:
         return _rows_on_device(words)
-    return native.fold_words(words, _odd_numbers(words.device)) if native.why_not() is None else _rows_in_numpy(words)
+    return native.fold_words(words, _odd_numbers(words.device)) if library.why_not() is None else _rows_in_numpy(words)
 
 
 def _rows_on_device(words: Tensor) -> Tensor:
@@ -88,8 +91,8 @@ def _products(words: Tensor, odd: Tensor) -> Tensor:
 def _rows_in_numpy(words: Tensor) -> Tensor:
     """The same without a compiler; in the calling thread alone, beside a search that has the other cores."""
     values, odd = words.numpy().view("uint64"), _odd_numbers(words.device).numpy().view("uint64")
-    sums = torch.empty(-(-words.numel() // _ROW), dtype=torch.int64)
-    scratch = torch.empty(_ROW, dtype=torch.int64).numpy().view("uint64")
+    sums = torch.empty(-(-words.numel() // _ROW), dtype=torch.int64, device="cpu")
+    scratch = torch.empty(_ROW, dtype=torch.int64, device="cpu").numpy().view("uint64")
     for row in range(sums.numel()):
         part = values[row * _ROW : (row + 1) * _ROW]
         folded = scratch[: part.size]
@@ -104,7 +107,7 @@ def _rows_in_numpy(words: Tensor) -> Tensor:
 @cache
 def _odd_numbers(device: torch.device) -> Tensor:
     """65,536 fixed odd 64-bit numbers: the outputs of splitmix64."""
-    state = torch.arange(1, _ROW + 1, dtype=torch.int64) * -0x61C8864680B583EB
+    state = torch.arange(1, _ROW + 1, dtype=torch.int64, device="cpu") * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return ((state ^ ((state >> 31) & ((1 << 33) - 1))) | 1).to(device)

@@ -86,7 +86,9 @@ class TensorEntry(TensorSpec):
                 if count == 0:
                     raise CheckpointError(f"{self.path} ended while reading {self.name}: the file was cut off.")
                 done += count
-        return data.view(self.dtype).reshape(self.shape) if self.nbytes else torch.empty(self.shape, dtype=self.dtype)
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        return data.view(self.dtype).reshape(self.shape)
 
 
 class _Buffers:
@@ -106,7 +108,7 @@ class _Buffers:
     def take(self, nbytes: int) -> Tensor:
         """Uninitialized bytes that belong to the caller."""
         if not self._SMALL <= nbytes <= self._LARGE:
-            return torch.empty(nbytes, dtype=torch.uint8)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         with self._lock:
             fitting = [buffer for buffer in self._free if nbytes <= len(buffer) <= 2 * nbytes]
             buffer = min(fitting, key=len, default=None)

@@ -128,9 +128,9 @@ class ScaleSearch:
     def coarse(self) -> Tensor:
         """The candidates of the coarse stage: float64, shape (n_coarse,)."""
         if self.spacing == "log":
-            step = torch.arange(self.n_coarse, dtype=torch.float64) / self.n_coarse
+            step = torch.arange(self.n_coarse, dtype=torch.float64, device="cpu") / self.n_coarse
             return self.alpha_min * (self.alpha_max / self.alpha_min) ** step
-        return torch.linspace(self.alpha_min, self.alpha_max, self.n_coarse, dtype=torch.float64)
+        return torch.linspace(self.alpha_min, self.alpha_max, self.n_coarse, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,7 +185,7 @@ def _sum_magnitudes(weight_GE: Tensor, base_GE: Tensor, unit_G: Tensor) -> _Sums
     )
 
 
-def _magnitudes(device: torch.device | None = None) -> Tensor:
+def _magnitudes(device: torch.device | str = "cpu") -> Tensor:
     """m / 128 * 2^l of all classes, level by level; those with normal codes last, at l = 0."""
     mantissa = 1 + torch.arange(128, dtype=torch.float64, device=device) / 128
     return torch.cat([mantissa * 2.0**level for level in [*range(_LOWEST, _NORMAL), 0]])
@@ -195,14 +195,16 @@ def _magnitudes(device: torch.device | None = None) -> Tensor:
 def _intervals(eight_bits: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Ends of the intervals and points of the scale in [1, 4], and the code of every class there."""
     mantissa = _magnitudes()[-128:]
-    point = torch.cat([mantissa, 2 * mantissa, torch.tensor([4.0])]).double()
+    four = torch.full((1,), 4.0, dtype=torch.float64, device="cpu")
+    point = torch.cat([mantissa, 2 * mantissa, four])
     low, high = point, point
     if not eight_bits:
-        midpoints = torch.cat([torch.arange(17, 32, 2) / 16] + [torch.arange(1, 16, 2) / 2**k for k in range(4)])
-        midpoints = midpoints[(midpoints >= 1) & (midpoints < 2)].double()
+        odd = torch.arange(1, 32, 2, dtype=torch.float64, device="cpu")
+        midpoints = torch.cat([odd[8:] / 16] + [odd[:8] / 2**k for k in range(4)])
+        midpoints = midpoints[(midpoints >= 1) & (midpoints < 2)]
         ratio = (mantissa[:, None] / midpoints).flatten()
-        ratio = torch.cat([torch.where(ratio < 1, 2 * ratio, ratio), torch.ones(1).double()]).unique()
-        edge = torch.cat([ratio, 2 * ratio, torch.tensor([4.0])]).double()
+        ratio = torch.cat([torch.where(ratio < 1, 2 * ratio, ratio), four / 4]).unique()
+        edge = torch.cat([ratio, 2 * ratio, four])
         low, high = torch.cat([low, edge[:-1]]), torch.cat([high, edge[1:]])
     # the one rounding of the package says what the codes are: at a point itself, else in the middle of the interval
     middle = ((low + high) / 2).float()

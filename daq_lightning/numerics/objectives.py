@@ -88,7 +88,7 @@ def cosine(stats: DeltaStats) -> Tensor:
 
 def gain(stats: DeltaStats) -> Tensor:
     """Strength of the update along its own direction: dot / delta_sq. An update of zero: 1 if kept, else NaN."""
-    unchanged = torch.where(stats.delta_q_sq == 0, 1.0, torch.nan)
+    unchanged = torch.where(stats.delta_q_sq == 0, 1.0, torch.nan).to(stats.dot.dtype)
     return torch.where(stats.delta_sq > 0, stats.dot / stats.delta_sq, unchanged)
 
 
@@ -127,7 +127,7 @@ def score(stats: DeltaStats, metric: Metric, *, tau: float = 0.01) -> Tensor:
     if metric == "hybrid":
         rho = stats.dot / stats.delta_sq
         loss = (rho - 1).square() + tau * (stats.delta_q_sq / stats.delta_sq - rho.square())
-        unchanged = torch.where(stats.delta_q_sq == 0, 0.0, -torch.inf)
+        unchanged = torch.where(stats.delta_q_sq == 0, 0.0, -torch.inf).to(loss.dtype)
         return torch.where(stats.delta_sq > 0, -loss, unchanged)
     raise ValueError(f"Unknown metric {metric!r}: expected one of {', '.join(METRICS)}.")
 

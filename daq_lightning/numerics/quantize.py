@@ -49,7 +49,7 @@ def absmax_scale(
     """
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     if weight_MN.numel() == 0:
-        return torch.ones(granularity.grid(shape_MN), device=weight_MN.device)
+        return torch.ones(granularity.grid(shape_MN), dtype=torch.float32, device=weight_MN.device)
     absmax_G = torch.cat(
         [
             _absmax(to_groups(weight_MN[rows], granularity))

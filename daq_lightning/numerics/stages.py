@@ -131,7 +131,7 @@ def _pick(
     score_GK = score(stats_GK, search.metric, tau=search.tau)
     best_G = score_GK.amax(1)
     # fine grids around 1 are symmetric: of 1 - d and 1 + d take the latter, which does not saturate, not a last bit
-    distance_GK = (alpha_GK - 1).abs() + 1e-9 * (alpha_GK < 1)
+    distance_GK = (alpha_GK - 1).abs() + 1e-9 * (alpha_GK < 1).double()
     distance_GK = torch.where(score_GK == best_G[:, None], distance_GK, torch.inf)
     winner_G1 = distance_GK.argmin(1, keepdim=True)
     better_G = (best_G > score(stats, search.metric, tau=search.tau)) & (stats.n_changed > 0)

@@ -51,8 +51,8 @@ def from_groups(groups_GE: Tensor, shape_MN: tuple[int, int], granularity: Granu
 def group_sizes(shape_MN: tuple[int, int], granularity: Granularity, device: torch.device | str = "cpu") -> Tensor:
     """Number of real elements in each group: int64, shape (G,)."""
     (grid_rows, grid_cols), (rows, cols) = granularity.grid(shape_MN), granularity.cell(shape_MN)
-    height = (shape_MN[0] - rows * torch.arange(grid_rows, device=device)).clamp(max=rows)
-    width = (shape_MN[1] - cols * torch.arange(grid_cols, device=device)).clamp(max=cols)
+    height = (shape_MN[0] - rows * torch.arange(grid_rows, dtype=torch.int64, device=device)).clamp(max=rows)
+    width = (shape_MN[1] - cols * torch.arange(grid_cols, dtype=torch.int64, device=device)).clamp(max=cols)
     return (height[:, None] * width[None, :]).flatten()
 
 
@@ -94,6 +94,6 @@ def scale_of_rows(scale: Tensor, rows: slice, shape_MN: tuple[int, int], granula
     if isinstance(granularity, PerTensor):
         return scale
     if isinstance(granularity, PerBlock):
-        block_rows = torch.arange(rows.start, rows.stop, device=scale.device) // granularity.rows
+        block_rows = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=scale.device) // granularity.rows
         return scale.repeat_interleave(granularity.cols, 1)[:, : shape_MN[1]][block_rows]
     return scale[rows]

@@ -127,7 +127,9 @@ def copy_to_memory(weights: Mapping[str, Tensor], names: Iterable[str]) -> Base:
     copies = {}
     for name in names:
         weight = weights[name].detach()
-        copies[name] = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda).copy_(weight)
+        copies[name] = torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=weight.is_cuda).copy_(
+            weight
+        )
     return base_from_memory("memory", copies, copies)
 
 

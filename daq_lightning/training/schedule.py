@@ -63,7 +63,8 @@ class Schedule:
     def name(self, trainer: Trainer) -> str:
         """The name of an export now, by ModelCheckpoint's own rules."""
         metrics = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
-        metrics |= {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
+        for counter, value in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
+            metrics[counter] = torch.tensor(value, dtype=torch.int64, device="cpu")
         formatter = ModelCheckpoint(filename=self.filename)
         return Path(formatter.format_checkpoint_name(metrics)).name.removesuffix(ModelCheckpoint.FILE_EXTENSION)
 

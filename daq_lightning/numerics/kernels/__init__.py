@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from daq_lightning.numerics.formats import FP8_E4M3, Granularity, ScaleFormat
-from daq_lightning.numerics.kernels import native
+from daq_lightning.numerics.kernels import library, native
 from daq_lightning.numerics.kernels.compiled import delta_stats_compiled
 from daq_lightning.numerics.kernels.eager import delta_stats_eager
 from daq_lightning.numerics.objectives import DeltaStats
@@ -85,7 +85,7 @@ def choose(implementation: Implementation, device: torch.device) -> Implementati
 @functools.cache
 def _auto(device_type: str) -> Implementation:
     if device_type == "cpu":
-        reason = native.why_not()
+        reason = library.why_not()
     elif device_type == "cuda":
         reason = None if importlib.util.find_spec("triton") else "Triton is not installed"
     else:

@@ -157,8 +157,9 @@ def _compiled(device: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], _Output
     tile_sums = functools.partial(_tile_sums, rounding)
     function: Callable[..., _Outputs] = torch.compile(tile_sums, dynamic=True, fullgraph=True, options=options)
     # the first call decides: sizes that differ stay independent of each other, so do separate tensors
-    weight, base = torch.zeros(256, 1000, device=device), torch.zeros(256, 1000, device=device)
-    function(weight, base, torch.ones(256, 12, device=device), torch.ones(256, 12, device=device))
+    weight, base = (torch.zeros(256, 1000, dtype=torch.float32, device=device) for _ in range(2))
+    scale, reciprocal = (torch.ones(256, 12, dtype=torch.float32, device=device) for _ in range(2))
+    function(weight, base, scale, reciprocal)
     return function
 
 

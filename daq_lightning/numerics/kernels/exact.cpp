@@ -286,31 +286,43 @@ struct Group {
 extern "C" {
 
 // best: float32 [G], the scale. promise: float64 [G], its score. A group without evidence keeps scale_G and scores NaN.
-void daq_exact(Matrix weight, Matrix base, Plan plan, const float* scale_G, int64_t metric, double tau, int64_t points_only,
-               int64_t threads, float* best_G, double* promise_G) {
-    static const Tables tables;
-    const Cover cover(plan);
-    parallel(cover.groups(), threads, [&] {
-        return [&, buffer = std::make_unique<Piece>(), group = std::make_unique<Group>(tables)](int64_t g) {
-            Piece* piece = buffer.get();
-            const int32_t binade = std::ilogb(scale_G[g]);
-            best_G[g] = scale_G[g];
-            promise_G[g] = std::nan("");
-            if (binade < -110 || binade > 110) return;
-            group->clear();
-            group->objective.metric = (Metric)metric;
-            group->objective.tau = tau;
-            each(piece, cover.cell(g), weight, &base, [&] { group->add(*piece, binade); });
-            if (!group->changed) return;
-            group->objective.per_delta_sq = 1 / group->objective.delta_sq;
-            group->sum_levels();
-            const double start = std::ldexp((double)scale_G[g], -binade);
-            Best best;
-            group->points(start, points_only, best);
-            if (!points_only) group->sweep(start, best);
-            best_G[g] = std::ldexp((float)best.safe_scale(), binade);
-            promise_G[g] = group->objective.score(best.value, std::ldexp(1, binade));
-        };
+const char* daq_exact(Matrix weight, Matrix base, Plan plan, Array scales, int64_t metric, double tau, int64_t points_only,
+                      int64_t threads, Array best_scales, Array promises) {
+    Check check(plan, threads);
+    const Cover& cover = check.cover;
+    check.need(metric == COSINE || metric == MSE || metric == HYBRID, "the metric");
+    check.matrix(weight, "weight");
+    check.matrix(base, "base");
+    check.array<float>(scales, cover.groups(), "scales");
+    check.array<float>(best_scales, cover.groups(), "best scales");
+    check.array<double>(promises, cover.groups(), "promises");
+    return check.then([&] {
+        const float* scale_G = (const float*)scales.data;
+        float* best_G = (float*)best_scales.data;
+        double* promise_G = (double*)promises.data;
+        static const Tables tables;
+        parallel(cover.groups(), threads, [&] {
+            return [&, buffer = std::make_unique<Piece>(), group = std::make_unique<Group>(tables)](int64_t g) {
+                Piece* piece = buffer.get();
+                const int32_t binade = std::ilogb(scale_G[g]);
+                best_G[g] = scale_G[g];
+                promise_G[g] = std::nan("");
+                if (binade < -110 || binade > 110) return;
+                group->clear();
+                group->objective.metric = (Metric)metric;
+                group->objective.tau = tau;
+                each(piece, cover.cell(g), weight, &base, [&] { group->add(*piece, binade); });
+                if (!group->changed) return;
+                group->objective.per_delta_sq = 1 / group->objective.delta_sq;
+                group->sum_levels();
+                const double start = std::ldexp((double)scale_G[g], -binade);
+                Best best;
+                group->points(start, points_only, best);
+                if (!points_only) group->sweep(start, best);
+                best_G[g] = std::ldexp((float)best.safe_scale(), binade);
+                promise_G[g] = group->objective.score(best.value, std::ldexp(1, binade));
+            };
+        });
     });
 }
 

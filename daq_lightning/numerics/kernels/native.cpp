@@ -5,65 +5,98 @@
 extern "C" {
 
 // counts: int64 [6, G, C, K] and totals: float64 [4, G, C, K], see write().
-void daq_delta_stats(Matrix weight, Matrix base, Plan plan, const float* scale_GK, int64_t K, int64_t threads,
-                     int64_t* counts, double* totals) {
-    const Cover cover(plan);
-    parallel(cover.items(), threads, [&] {
-        return [&, buffer = std::make_unique<CountedPiece>(), sums = std::vector<Sums>(K)](int64_t item) mutable {
-            const float* scale_K = scale_GK + item / cover.chunks() * K;
-            CountedPiece* piece = buffer.get();
-            Fixed fixed;
-            std::fill(sums.begin(), sums.end(), Sums{});
-            each(piece, cover.region(item), weight, &base, [&] {
-                piece->prepare();
-                fixed.add(*piece);
-                for (int64_t k = 0; k < K; ++k) piece->add(scale_K[k], sums[k]);
-            });
-            for (int64_t k = 0; k < K; ++k)
-                write(fixed, sums[k], counts + item * K + k, totals + item * K + k, cover.items() * K);
-        };
+const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Array scale_GK, int64_t K, int64_t threads,
+                            Array counts, Array totals) {
+    Check check(plan, threads);
+    const Cover& cover = check.cover;
+    const bool some = K >= 1 && K <= Check::MOST / cover.items();
+    check.need(some, "the number of candidates");
+    check.matrix(weight, "weight");
+    check.matrix(base, "base");
+    check.array<float>(scale_GK, some ? cover.groups() * K : 0, "scales");
+    check.array<int64_t>(counts, some ? 6 * cover.items() * K : 0, "counts");
+    check.array<double>(totals, some ? 4 * cover.items() * K : 0, "totals");
+    return check.then([&] {
+        parallel(cover.items(), threads, [&] {
+            return [&, buffer = std::make_unique<CountedPiece>(), sums = std::vector<Sums>(K)](int64_t item) mutable {
+                const float* scale_K = (const float*)scale_GK.data + item / cover.chunks() * K;
+                CountedPiece* piece = buffer.get();
+                Fixed fixed;
+                std::fill(sums.begin(), sums.end(), Sums{});
+                each(piece, cover.region(item), weight, &base, [&] {
+                    piece->prepare();
+                    fixed.add(*piece);
+                    for (int64_t k = 0; k < K; ++k) piece->add(scale_K[k], sums[k]);
+                });
+                int64_t* counts_K = (int64_t*)counts.data + item * K;
+                double* totals_K = (double*)totals.data + item * K;
+                for (int64_t k = 0; k < K; ++k) write(fixed, sums[k], counts_K + k, totals_K + k, cover.items() * K);
+            };
+        });
     });
 }
 
 // absmax: float32 [G, C]; NaN or infinity where a chunk holds one.
-void daq_absmax(Matrix weight, Plan plan, int64_t threads, float* absmax) {
-    const Cover cover(plan);
-    parallel(cover.items(), threads, [&] {
-        return [&, buffer = std::make_unique<Piece>()](int64_t item) {
-            Piece* piece = buffer.get();
-            int32_t high = 0;
-            each(piece, cover.region(item), weight, nullptr, [&] { high = std::max(high, piece->largest_bits()); });
-            absmax[item] = float_of(high);
-        };
+const char* daq_absmax(Matrix weight, Plan plan, int64_t threads, Array absmax) {
+    Check check(plan, threads);
+    const Cover& cover = check.cover;
+    check.matrix(weight, "weight");
+    check.array<float>(absmax, cover.items(), "absmax");
+    return check.then([&] {
+        parallel(cover.items(), threads, [&] {
+            return [&, buffer = std::make_unique<Piece>()](int64_t item) {
+                Piece* piece = buffer.get();
+                int32_t high = 0;
+                each(piece, cover.region(item), weight, nullptr, [&] { high = std::max(high, piece->largest_bits()); });
+                ((float*)absmax.data)[item] = float_of(high);
+            };
+        });
     });
 }
 
 // codes: uint8 [M, N], e4m3.
-void daq_quantize(Matrix weight, Plan plan, const float* scale_G, int64_t threads, uint8_t* codes) {
-    const Cover cover(plan);
-    parallel(cover.M, threads, [&] {
-        return [&, buffer = std::make_unique<Piece>()](int64_t row) {
-            Piece* piece = buffer.get();
-            for (int64_t left = 0; left < cover.N; left += cover.cell_cols) {
-                const int64_t group = row / cover.cell_rows * cover.grid_cols() + left / cover.cell_cols;
-                uint8_t* out = codes + row * cover.N + left;
-                each(piece, {row, left, 1, std::min(cover.cell_cols, cover.N - left)}, weight, nullptr, [&] {
-                    encode(piece->w, piece->count, 1.0f / scale_G[group], out);
-                    out += piece->count;
-                });
-            }
-        };
+const char* daq_quantize(Matrix weight, Plan plan, Array scale_G, int64_t threads, Array codes) {
+    Check check(plan, threads);
+    const Cover& cover = check.cover;
+    check.matrix(weight, "weight");
+    check.array<float>(scale_G, cover.groups(), "scales");
+    check.array<uint8_t>(codes, cover.M * cover.N, "codes");
+    return check.then([&] {
+        parallel(cover.M, threads, [&] {
+            return [&, buffer = std::make_unique<Piece>()](int64_t row) {
+                Piece* piece = buffer.get();
+                for (int64_t left = 0; left < cover.N; left += cover.cell_cols) {
+                    const int64_t group = row / cover.cell_rows * cover.grid_cols() + left / cover.cell_cols;
+                    const float reciprocal = 1.0f / ((const float*)scale_G.data)[group];
+                    uint8_t* out = (uint8_t*)codes.data + row * cover.N + left;
+                    each(piece, {row, left, 1, std::min(cover.cell_cols, cover.N - left)}, weight, nullptr, [&] {
+                        encode(piece->w, piece->count, reciprocal, out);
+                        out += piece->count;
+                    });
+                }
+            };
+        });
     });
 }
 
 // sums: one for each row of so many words (the last may be shorter), of folded word * odd number; one thread.
-void daq_fold(const uint64_t* words, int64_t count, const uint64_t* odd, int64_t row, uint64_t* sums) {
-    for (int64_t start = 0; start < count; start += row) {
-        const int64_t end = std::min(row, count - start);
-        uint64_t sum = 0;
-        for (int64_t i = 0; i < end; ++i) sum += (words[start + i] ^ (words[start + i] >> 32)) * odd[i];
-        *sums++ = sum;
-    }
+const char* daq_fold(Array words, int64_t count, Array odd, int64_t row, Array sums) {
+    Check check({1, 1, 1, 1, 1, 1}, 1);
+    const bool some = count >= 0 && count <= Check::MOST && row >= 1 && row <= Check::MOST;
+    check.need(some, "the number of words");
+    check.array<uint64_t>(words, count, "words");
+    check.array<uint64_t>(odd, row, "odd numbers");
+    check.array<uint64_t>(sums, some ? ceil_div(count, row) : 0, "sums");
+    return check.then([&] {
+        const uint64_t *word = (const uint64_t*)words.data, *factor = (const uint64_t*)odd.data;
+        uint64_t* out = (uint64_t*)sums.data;
+        for (int64_t start = 0; start < count; start += row) {
+            const int64_t end = std::min(row, count - start);
+            uint64_t sum = 0;
+            for (int64_t i = 0; i < end; ++i) sum += (word[start + i] ^ (word[start + i] >> 32)) * factor[i];
+            *out++ = sum;
+        }
+    });
 }
 
 }  // extern "C"

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -44,11 +45,18 @@ inline float from_half(uint16_t half) {
 
 extern "C" {
 
+// A contiguous array, as Python hands it over.
+struct Array {
+    void* data;
+    int64_t bytes;
+};
+
 // A matrix whose columns are adjacent.
 struct Matrix {
     const void* data;
     int64_t dtype;  // 0 float32, 1 bfloat16, 2 float16
     int64_t stride;
+    int64_t bytes;  // from data to the end of its memory
 };
 
 // Numbered as METRICS in ../objectives.py.
@@ -104,18 +112,75 @@ struct Cover : Plan {
     }
 };
 
-// Every thread makes one worker and calls it with one item after the other.
+// The first thing that is wrong with the arguments of an entry point. Entry points return it, or nullptr: what they
+// are given comes from another language, and writing past a buffer there is a crash somewhere else, much later.
+struct Check {
+    static constexpr int64_t MOST = (int64_t)1 << 40;  // elements: sizes and offsets in bytes stay far from overflow
+    Cover cover{Plan{1, 1, 1, 1, 1, 1}};               // of the plan, if that can be trusted
+    const char* problem = nullptr;
+
+    Check(const Plan& p, int64_t threads) {
+        need(threads >= 1 && threads <= 1 << 16, "the number of threads");
+        const bool sizes = p.M >= 1 && p.M <= MOST && p.N >= 1 && p.N <= MOST / p.M;
+        const bool cells = p.cell_rows >= 1 && p.cell_rows <= p.M && p.cell_cols >= 1 && p.cell_cols <= p.N;
+        const bool chunks = p.chunk_rows >= 1 && p.chunk_rows <= p.cell_rows && p.chunk_cols >= 1 && p.chunk_cols <= p.cell_cols;
+        need(sizes && cells && chunks, "the sizes of the weight, its groups and their chunks");
+        if (sizes && cells && chunks) cover = Cover(p);
+    }
+
+    void need(bool fine, const char* what) {
+        if (!problem && !fine) problem = what;
+    }
+
+    void matrix(const Matrix& m, const char* what) {
+        need(m.dtype >= 0 && m.dtype <= 2, what);
+        const int64_t item = m.dtype == 0 ? 4 : 2, elements = m.bytes / item;
+        need(m.data && (uintptr_t)m.data % item == 0 && m.stride >= 0 && elements >= cover.N, what);
+        need(m.stride == 0 || cover.M - 1 <= (elements - cover.N) / m.stride, what);
+    }
+
+    // Exactly so many: twice the bytes are as wrong as half of them, since then it holds something else.
+    template <class T>
+    void array(const Array& a, int64_t count, const char* what) {
+        need(count >= 0 && count <= 16 * MOST && a.bytes == count * (int64_t)sizeof(T), what);
+        need(count == 0 || (a.data && (uintptr_t)a.data % alignof(T) == 0), what);
+    }
+
+    // Does the work if nothing is wrong. No exception may leave for C.
+    template <class Work>
+    const char* then(const Work& work) const {
+        if (problem) return problem;
+        try {
+            work();
+        } catch (...) {
+            return "out of memory";
+        }
+        return nullptr;
+    }
+};
+
+// Every thread makes one worker and calls it with one item after the other. Throws if one of them did.
 template <class MakeWorker>
 void parallel(int64_t items, int64_t threads, const MakeWorker& make_worker) {
     std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
     auto run = [&] {
-        auto worker = make_worker();
-        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) worker(item);
+        try {
+            auto worker = make_worker();
+            for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) worker(item);
+        } catch (...) {  // leaving a thread, an exception would end the process
+            failed = true;
+        }
     };
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < std::min(threads, items); ++i) others.emplace_back(run);
+    others.reserve(std::min(threads, items));
+    try {
+        for (int64_t i = 1; i < std::min(threads, items); ++i) others.emplace_back(run);
+    } catch (...) {  // the system has no more threads: those that there are do the work
+    }
     run();
     for (auto& other : others) other.join();
+    if (failed) throw std::bad_alloc();
 }
 
 // Up to 1,008 elements in float32: so few that three counts of them fit 32 bits.

@@ -1,4 +1,4 @@
-"""The CPU kernels by hand, in C++: built once per machine with the compiler found there.
+"""The CPU kernels by hand, in C++, as functions of tensors.
 
 | source | what it does in one pass over a weight |
 | --- | --- |
@@ -6,10 +6,8 @@
 | search.cpp | a whole search, group after group in the cache |
 | exact.cpp | the exact search |
 
-The library knows nothing of Python or torch, so it builds in seconds and runs without the interpreter's lock.
-
-Built libraries are kept in the user's cache folder under a name that hashes the source, the flags and everything that
-the compiler predefines for this processor: another compiler version or another machine on a shared home builds its own.
+C++ writes where it is told to: every buffer made here states its dtype and device, whatever torch's defaults are, and
+is handed over with its size, which the library checks before it writes.
 
 Legend: M out, N in, G groups, C chunks of a group, K candidates.
 """
@@ -18,39 +16,33 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from daq_lightning.numerics.candidates import ScaleSearch, SearchResult
 from daq_lightning.numerics.formats import FP8_E4M3, Granularity, ScaleFormat
+from daq_lightning.numerics.kernels import library
 from daq_lightning.numerics.objectives import METRICS, DeltaStats
 
 _CHUNK = 1 << 15  # elements of a unit of work
-_COMPILERS = ("c++", "g++", "clang++")
-# no -ffast-math: rounding relies on (x + m) - m being evaluated as written, and sums must see a base that is NaN
-_FLAGS = (
-    *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd", "-ffp-contract=off"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros"),
-)
-_CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
+_CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCALE_FORMATS = get_args(ScaleFormat)  # numbered as in search.cpp
 
 
-class CompilerMissingError(RuntimeError):
-    """No C++ compiler on this machine can build the kernel."""
+class _Array(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_int64))
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int64), ("stride", ctypes.c_int64))
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("bytes", ctypes.c_int64),
+    )
 
 
 class _Plan(ctypes.Structure):
@@ -63,28 +55,34 @@ class _Search(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ["metric", "scale_format", "n_coarse", "coarse_stride", "n_fine"]),
         *((name, ctypes.c_double) for name in ["tau", "alpha_min", "alpha_max", "radius"]),
-        *((name, ctypes.c_void_p) for name in ["coarse", "steps"]),
+        *((name, _Array) for name in ["coarse", "steps"]),
     )
 
 
 class _Found(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ["scale", "alpha", "counts", "totals", "codes"])
+    _fields_ = tuple((name, _Array) for name in ["scale", "alpha", "counts", "totals", "codes"])
 
 
 def delta_stats_native(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> DeltaStats:
     """See `daq_lightning.numerics.kernels.delta_stats`.
 
     Raises:
-        CompilerMissingError: The kernel cannot be built here.
+        LibraryMissingError: The kernel cannot be built here.
     """
     plan, chunks = _plan(weight_MN, granularity)
     groups, candidates = scale_GK.shape
-    counts = torch.empty(6, groups, chunks, candidates, dtype=torch.int64)
-    totals = torch.empty(4, groups, chunks, candidates, dtype=torch.float64)
+    counts = torch.empty(6, groups, chunks, candidates, dtype=torch.int64, device=_CPU)
+    totals = torch.empty(4, groups, chunks, candidates, dtype=torch.float64, device=_CPU)
     weight_MN, base_MN, scale_GK = _rows(weight_MN), _rows(base_MN), scale_GK.contiguous()
     _library().daq_delta_stats(
-        *(_matrix(weight_MN), _matrix(base_MN), plan),
-        *(scale_GK.data_ptr(), candidates, torch.get_num_threads(), counts.data_ptr(), totals.data_ptr()),
+        _matrix(weight_MN),
+        _matrix(base_MN),
+        plan,
+        _array(scale_GK),
+        candidates,
+        torch.get_num_threads(),
+        _array(counts),
+        _array(totals),
     )
     fields = [field.sum(1) if chunks > 1 else field[:, 0] for field in (*counts, *totals)]
     return DeltaStats(*fields)
@@ -94,18 +92,18 @@ def absmax_native(weight_MN: Tensor, granularity: Granularity) -> Tensor:
     """Largest magnitude of each group: float32, shape of the granularity's grid; NaN or Inf where it has one."""
     plan, chunks = _plan(weight_MN, granularity)
     grid = granularity.grid((weight_MN.shape[0], weight_MN.shape[1]))
-    absmax_GC = torch.empty(grid[0] * grid[1], chunks)
+    absmax_GC = torch.empty(grid[0] * grid[1], chunks, dtype=torch.float32, device=_CPU)
     weight_MN = _rows(weight_MN)
-    _library().daq_absmax(_matrix(weight_MN), plan, torch.get_num_threads(), absmax_GC.data_ptr())
+    _library().daq_absmax(_matrix(weight_MN), plan, torch.get_num_threads(), _array(absmax_GC))
     return absmax_GC.amax(1).reshape(grid)
 
 
 def quantize_native(weight_MN: Tensor, scale: Tensor, granularity: Granularity) -> Tensor:
     """The codes of `daq_lightning.numerics.quantize.quantize`, bit for bit, for finite weights."""
     plan, _ = _plan(weight_MN, granularity)
-    codes_MN = torch.empty(weight_MN.shape, dtype=torch.uint8)
+    codes_MN = torch.empty(weight_MN.shape, dtype=torch.uint8, device=_CPU)
     weight_MN, scale = _rows(weight_MN), scale.contiguous()
-    _library().daq_quantize(*(_matrix(weight_MN), plan, scale.data_ptr(), torch.get_num_threads(), codes_MN.data_ptr()))
+    _library().daq_quantize(_matrix(weight_MN), plan, _array(scale), torch.get_num_threads(), _array(codes_MN))
     return codes_MN.view(FP8_E4M3.dtype)
 
 
@@ -140,18 +138,33 @@ def search_native(
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     grid = granularity.grid(shape_MN)
     groups = grid[0] * grid[1]
-    scale_G, alpha_G = torch.empty(groups), torch.empty(groups, dtype=torch.float64)
-    counts = torch.zeros(6, 2, groups, dtype=torch.int64)
-    totals = torch.zeros(4, 2, groups, dtype=torch.float64)
-    codes_MN = torch.empty(shape_MN, dtype=torch.uint8)
+    scale_G = torch.empty(groups, dtype=torch.float32, device=_CPU)
+    alpha_G = torch.empty(groups, dtype=torch.float64, device=_CPU)
+    counts = torch.zeros(6, 2, groups, dtype=torch.int64, device=_CPU)
+    totals = torch.zeros(4, 2, groups, dtype=torch.float64, device=_CPU)
+    codes_MN = torch.empty(shape_MN, dtype=torch.uint8, device=_CPU)
     weight_MN, base_MN, coarse = _rows(weight_MN), _rows(base_MN), coarse.contiguous()
-    steps = torch.linspace(0, 1, search.n_fine, dtype=torch.float64)
+    steps = torch.linspace(0, 1, search.n_fine, dtype=torch.float64, device=_CPU)
     stages = _Search(
-        *(METRICS.index(search.metric), _SCALE_FORMATS.index(scale_format)),
-        *(coarse.shape[-1], coarse.shape[-1] if coarse.ndim == 2 else 0, search.n_fine),
-        *(search.tau, search.alpha_min, search.alpha_max, search.radius, coarse.data_ptr(), steps.data_ptr()),
+        metric=METRICS.index(search.metric),
+        scale_format=_SCALE_FORMATS.index(scale_format),
+        n_coarse=coarse.shape[-1],
+        coarse_stride=coarse.shape[-1] if coarse.ndim == 2 else 0,
+        n_fine=search.n_fine,
+        tau=search.tau,
+        alpha_min=search.alpha_min,
+        alpha_max=search.alpha_max,
+        radius=search.radius,
+        coarse=_array(coarse),
+        steps=_array(steps),
     )
-    found = _Found(*(tensor.data_ptr() for tensor in (scale_G, alpha_G, counts, totals, codes_MN)))
+    found = _Found(
+        scale=_array(scale_G),
+        alpha=_array(alpha_G),
+        counts=_array(counts),
+        totals=_array(totals),
+        codes=_array(codes_MN),
+    )
     _library().daq_search(_matrix(weight_MN), _matrix(base_MN), plan, stages, torch.get_num_threads(), found)
     stats, absmax_stats = (DeltaStats(*(field[which] for field in (*counts, *totals))) for which in (0, 1))
     return SearchResult(
@@ -173,11 +186,21 @@ def exact_native(
 ) -> tuple[Tensor, Tensor]:
     """See `daq_lightning.numerics.exact.best_scale`; the objective is its number there and tau."""
     plan, _ = _plan(weight_MN, granularity)
-    best_G, promise_G = torch.empty_like(scale_G), torch.empty(scale_G.shape, dtype=torch.float64)
     weight_MN, base_MN, scale_G = _rows(weight_MN), _rows(base_MN), scale_G.contiguous()
+    best_G = torch.empty(scale_G.shape, dtype=torch.float32, device=_CPU)
+    promise_G = torch.empty(scale_G.shape, dtype=torch.float64, device=_CPU)
+    metric, tau = objective
     _library().daq_exact(
-        *(_matrix(weight_MN), _matrix(base_MN), plan, scale_G.data_ptr(), *objective, int(eight_bits)),
-        *(torch.get_num_threads(), best_G.data_ptr(), promise_G.data_ptr()),
+        _matrix(weight_MN),
+        _matrix(base_MN),
+        plan,
+        _array(scale_G),
+        metric,
+        tau,
+        int(eight_bits),
+        torch.get_num_threads(),
+        _array(best_G),
+        _array(promise_G),
     )
     return best_G, promise_G
 
@@ -189,24 +212,16 @@ def fold_words(words: Tensor, odd: Tensor) -> Tensor:
         words: int64, contiguous; the last row may be shorter.
         odd: int64.
     """
-    sums = torch.empty(-(-words.numel() // odd.numel()), dtype=torch.int64)
-    _library().daq_fold(words.data_ptr(), words.numel(), odd.data_ptr(), odd.numel(), sums.data_ptr())
+    sums = torch.empty(-(-words.numel() // odd.numel()), dtype=torch.int64, device=_CPU)
+    _library().daq_fold(_array(words), words.numel(), _array(odd), odd.numel(), _array(sums))
     return sums
-
-
-def why_not() -> str | None:
-    """None if the kernel is built or can be built here (some seconds, once per machine), else the reason."""
-    try:
-        _library()
-    except CompilerMissingError as reason:
-        return str(reason)
-    return None
 
 
 def _plan(weight_MN: Tensor, granularity: Granularity) -> tuple[_Plan, int]:
     """How the library cuts the weight, and how many chunks a group has."""
     m, n = weight_MN.shape
     rows, cols = granularity.cell((m, n))
+    rows, cols = min(rows, m), min(cols, n)  # blocks may be larger than the weight
     chunk_cols = min(cols, _CHUNK)
     chunk_rows = min(rows, max(1, _CHUNK // chunk_cols))
     return _Plan(m, n, rows, cols, chunk_rows, chunk_cols), -(-rows // chunk_rows) * -(-cols // chunk_cols)
@@ -214,73 +229,45 @@ def _plan(weight_MN: Tensor, granularity: Granularity) -> tuple[_Plan, int]:
 
 def _rows(weight_MN: Tensor) -> Tensor:
     """The weight itself if its columns are adjacent, else a contiguous copy."""
+    if weight_MN.data_ptr() % weight_MN.itemsize:  # memory-mapped from a file, after a tensor of odd size
+        return weight_MN.clone(memory_format=torch.contiguous_format)
     return weight_MN if weight_MN.stride(1) == 1 else weight_MN.contiguous()
 
 
 def _matrix(weight_MN: Tensor) -> _Matrix:
-    return _Matrix(weight_MN.data_ptr(), _DTYPES[weight_MN.dtype], weight_MN.stride(0))
+    size = weight_MN.untyped_storage().nbytes() - weight_MN.storage_offset() * weight_MN.itemsize
+    return _Matrix(weight_MN.data_ptr(), _DTYPES[weight_MN.dtype], weight_MN.stride(0), size)
+
+
+def _array(tensor: Tensor) -> _Array:
+    """Where a contiguous tensor lies, and how long it is: 0 bytes at no place if the processor cannot reach it."""
+    reachable = tensor.device.type == "cpu" and tensor.is_contiguous()
+    return _Array(tensor.data_ptr(), tensor.nbytes) if reachable else _Array(None, 0)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_build()))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.daq_delta_stats.argtypes = [_Matrix, _Matrix, _Plan, pointer, integer, integer, pointer, pointer]
-    library.daq_absmax.argtypes = [_Matrix, _Plan, integer, pointer]
-    library.daq_quantize.argtypes = [_Matrix, _Plan, pointer, integer, pointer]
-    library.daq_exact.argtypes = [
-        *(_Matrix, _Matrix, _Plan, pointer, integer, ctypes.c_double, integer, integer, pointer, pointer)
-    ]
-    library.daq_search.argtypes = [_Matrix, _Matrix, _Plan, _Search, integer, _Found]
-    library.daq_fold.argtypes = [pointer, integer, pointer, integer, pointer]
-    for name in ("delta_stats", "absmax", "quantize", "exact", "search", "fold"):
-        getattr(library, f"daq_{name}").restype = None
-    return library
+    loaded = library.library()
+    integer = ctypes.c_int64
+    arguments = {
+        "delta_stats": [_Matrix, _Matrix, _Plan, _Array, integer, integer, _Array, _Array],
+        "absmax": [_Matrix, _Plan, integer, _Array],
+        "quantize": [_Matrix, _Plan, _Array, integer, _Array],
+        "exact": [
+            *(_Matrix, _Matrix, _Plan, _Array, integer, ctypes.c_double, integer, integer, _Array, _Array),
+        ],
+        "search": [_Matrix, _Matrix, _Plan, _Search, integer, _Found],
+        "fold": [_Array, integer, _Array, integer, _Array],
+    }
+    for name, types in arguments.items():
+        function = getattr(loaded, f"daq_{name}")
+        function.argtypes, function.restype, function.errcheck = types, ctypes.c_char_p, _raise_problem
+    return loaded
 
 
-@functools.cache
-def _build() -> Path:
-    """Path of the library for this processor, built if it is not there yet."""
-    headers = [Path(__file__).with_name(name) for name in ("native.h", "sums.h")]
-    sources = [Path(__file__).with_name(name) for name in ("native.cpp", "search.cpp", "exact.cpp")]
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else list(_COMPILERS)
-    compilers = [path for path in map(shutil.which, wanted) if path]
-    if not compilers:
-        raise CompilerMissingError(f"No C++ compiler found (looked for {', '.join(wanted)}); install one or set CXX.")
-    errors = []
-    for compiler in compilers:
-        for cpu_flags in _CPU_FLAGS:
-            command = [compiler, *_FLAGS, *cpu_flags]
-            processor = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True)
-            if processor.returncode:
-                errors.append(processor.stderr)
-                continue
-            texts = (path.read_bytes() for path in (*headers, *sources))
-            key = hashlib.sha256(b"".join([*texts, *map(os.fsencode, command), processor.stdout]))
-            library = _cache_folder() / f"native_{key.hexdigest()[:24]}.so"
-            if library.exists():
-                return library
-            # built beside its place and renamed: processes that build at the same time never see half a file
-            handle, unfinished = tempfile.mkstemp(dir=library.parent, suffix=".tmp")
-            os.close(handle)
-            built = subprocess.run([*command, *map(str, sources), "-o", unfinished], capture_output=True)
-            if not built.returncode:
-                os.replace(unfinished, library)
-                return library
-            errors.append(built.stderr)
-            os.unlink(unfinished)
-    raise CompilerMissingError(
-        f"{compilers[0]} cannot build {sources[0]}: {errors[-1].decode(errors='replace')[-500:]}"
-    )
-
-
-def _cache_folder() -> Path:
-    """The user's cache folder, or one of this process where that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "daq_lightning"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="daq_lightning_"))
+def _raise_problem(problem: bytes | None, function: Any, _: tuple[object, ...]) -> None:
+    """Every entry point returns what is wrong with its arguments, or null."""
+    if problem == b"out of memory":
+        raise MemoryError(f"{function.__name__}: out of memory")
+    if problem is not None:
+        raise RuntimeError(f"{function.__name__} refused its arguments: {problem.decode()}. Please report this.")

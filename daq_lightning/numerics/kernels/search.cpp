@@ -13,15 +13,15 @@ struct Search {
     int64_t K, coarse_stride;      // coarse candidates; 0 if all groups share them, else K
     int64_t n_fine;
     double tau, alpha_min, alpha_max, radius;
-    const double *coarse, *steps;  // alpha, [K] or [G, K]; n_fine steps over [0, 1]
+    Array coarse, steps;           // float64: alpha, [K] or [G, K]; n_fine steps over [0, 1]
 };
 
 struct Found {
-    float* scale;      // [G]; NaN or infinity where the group holds one
-    double* alpha;     // [G]
-    int64_t* counts;   // [6, 2, G]: of the scale that was found, and of the absmax scale; see write()
-    double* totals;    // [4, 2, G]
-    uint8_t* codes;    // [M, N], e4m3
+    Array scale;   // float32 [G]; NaN or infinity where the group holds one
+    Array alpha;   // float64 [G]
+    Array counts;  // int64 [6, 2, G]: of the scale that was found, and of the absmax scale; see write()
+    Array totals;  // float64 [4, 2, G]
+    Array codes;   // uint8 [M, N], e4m3
 };
 }
 
@@ -116,7 +116,7 @@ struct Contest {
         const double low = std::max(alpha - search.radius, search.alpha_min);
         const double high = std::max(std::min(alpha + search.radius, search.alpha_max), low);
         std::vector<double> fine(search.n_fine);
-        for (int64_t k = 0; k < search.n_fine; ++k) fine[k] = low + (high - low) * search.steps[k];
+        for (int64_t k = 0; k < search.n_fine; ++k) fine[k] = low + (high - low) * ((const double*)search.steps.data)[k];
         stage(fine.data(), search.n_fine);
     }
 
@@ -138,22 +138,25 @@ template <Metric metric>
 void search_all(const Matrix& weight, const Matrix& base, const Cover& cover, const Search& search, int64_t threads,
                 const Found& found) {
     const int64_t G = cover.groups();
+    float* scale_G = (float*)found.scale.data;
+    double *alpha_G = (double*)found.alpha.data, *totals = (double*)found.totals.data;
+    int64_t* counts = (int64_t*)found.counts.data;
     parallel(G, threads, [&] {
         return [&, contest = Contest<metric>(search, cover.cell_rows * cover.cell_cols)](int64_t g) mutable {
             const Region region = cover.cell(g);
             const bool finite = contest.load(region, weight, base);
-            found.scale[g] = contest.absmax;
-            found.alpha[g] = 1;
+            scale_G[g] = contest.absmax;
+            alpha_G[g] = 1;
             if (!finite) return;
             const Sums of_absmax = contest.template sums<ALL>(contest.scale(1));
-            contest.run(search.coarse + g * search.coarse_stride, of_absmax);
+            contest.run((const double*)search.coarse.data + g * search.coarse_stride, of_absmax);
             const float scale = contest.scale(contest.alpha);
             const Sums of_best = contest.alpha == 1 ? of_absmax : contest.template sums<ALL>(scale);
-            write(contest.fixed, of_best, found.counts + g, found.totals + g, 2 * G);
-            write(contest.fixed, of_absmax, found.counts + G + g, found.totals + G + g, 2 * G);
-            contest.write_codes(region, scale, cover.N, found.codes);
-            found.scale[g] = scale;
-            found.alpha[g] = contest.alpha;
+            write(contest.fixed, of_best, counts + g, totals + g, 2 * G);
+            write(contest.fixed, of_absmax, counts + G + g, totals + G + g, 2 * G);
+            contest.write_codes(region, scale, cover.N, (uint8_t*)found.codes.data);
+            scale_G[g] = scale;
+            alpha_G[g] = contest.alpha;
         };
     });
 }
@@ -163,14 +166,31 @@ void search_all(const Matrix& weight, const Matrix& base, const Cover& cover, co
 extern "C" {
 
 // Cells must be small enough for a thread's cache; a group is searched by one thread.
-void daq_search(Matrix weight, Matrix base, Plan plan, Search search, int64_t threads, Found found) {
-    const Cover cover(plan);
-    switch ((Metric)search.metric) {
-        case SIGN: return search_all<SIGN>(weight, base, cover, search, threads, found);
-        case COSINE: return search_all<COSINE>(weight, base, cover, search, threads, found);
-        case MSE: return search_all<MSE>(weight, base, cover, search, threads, found);
-        case HYBRID: return search_all<HYBRID>(weight, base, cover, search, threads, found);
-    }
+const char* daq_search(Matrix weight, Matrix base, Plan plan, Search search, int64_t threads, Found found) {
+    Check check(plan, threads);
+    const Cover& cover = check.cover;
+    const int64_t G = cover.groups(), K = search.K, most = Check::MOST / G;
+    check.need(search.metric >= SIGN && search.metric <= HYBRID, "the metric");
+    check.need(search.scale_format >= 0 && search.scale_format <= 2, "the scale format");
+    check.need(K >= 1 && K <= most && search.n_fine >= 0 && search.n_fine <= most, "the number of candidates");
+    check.need(search.coarse_stride == 0 || search.coarse_stride == K, "the stride of the candidates");
+    check.matrix(weight, "weight");
+    check.matrix(base, "base");
+    check.array<double>(search.coarse, check.problem ? 0 : search.coarse_stride ? G * K : K, "candidates");
+    check.array<double>(search.steps, search.n_fine, "steps");
+    check.array<float>(found.scale, G, "scales");
+    check.array<double>(found.alpha, G, "alpha");
+    check.array<int64_t>(found.counts, 12 * G, "counts");
+    check.array<double>(found.totals, 8 * G, "totals");
+    check.array<uint8_t>(found.codes, cover.M * cover.N, "codes");
+    return check.then([&] {
+        switch ((Metric)search.metric) {
+            case SIGN: return search_all<SIGN>(weight, base, cover, search, threads, found);
+            case COSINE: return search_all<COSINE>(weight, base, cover, search, threads, found);
+            case MSE: return search_all<MSE>(weight, base, cover, search, threads, found);
+            case HYBRID: return search_all<HYBRID>(weight, base, cover, search, threads, found);
+        }
+    });
 }
 
 }  // extern "C"
