@@ -1,6 +1,7 @@
 """All implementations of the sums are one: counts bit for bit, float sums to 2e-6, and their codes are `quantize`'s."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import threading
@@ -257,6 +258,27 @@ def test_without_a_compiler_auto_warns_once_and_uses_the_reference(monkeypatch):
             delta_stats(weight, base, torch.ones(2, 1), PerChannel(), "fused")
     finally:
         kernels._auto.cache_clear()
+
+
+@pytest.mark.parametrize("call", ["search_scale", "search_batch", "delta_stats", "export"])
+def test_the_warning_of_the_slow_reference_points_at_the_line_of_the_user(tmp_path, call):
+    lines = {
+        "search_scale": "search_scale(weight, weight, PerChannel())",
+        "search_batch": "search_batch([weight] * 2, [weight] * 2, PerChannel(), names=['a', 'b'])",
+        "delta_stats": "delta_stats(weight, weight, torch.ones(8, 1), PerChannel())",
+        "export": f"export_checkpoint({{'a.weight': weight}}, {{'a.weight': weight}}, {str(tmp_path / 'out')!r})",
+    }
+    script = tmp_path / "user.py"
+    script.write_text(
+        "import torch\nfrom daq_lightning import PerChannel, export_checkpoint, search_scale\n"
+        "from daq_lightning.numerics.batch import search_batch\n"
+        "from daq_lightning.numerics.kernels import delta_stats\n"
+        f"weight = torch.ones(8, 8)\n{lines[call]}\n"
+    )
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{script}:6: UserWarning: The scale search uses its slow reference" in done.stderr
 
 
 def test_triton_is_imported_only_when_used():

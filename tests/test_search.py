@@ -371,6 +371,55 @@ def test_bad_settings_are_refused_when_they_are_made(options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_coarse": 5.5}, "n_coarse must be an integer, got 5.5 of type float"),
+        ({"n_coarse": "5"}, "n_coarse must be an integer, got '5' of type str"),
+        ({"n_coarse": True}, "n_coarse must be an integer, got True of type bool"),
+        ({"n_fine": 2.0}, "n_fine must be an integer"),
+        ({"n_fine": None}, "n_fine must be an integer"),
+        ({"alpha_min": "0.5"}, "alpha_min must be a number, got '0.5' of type str"),
+        ({"alpha_max": [2.0]}, "alpha_max must be a number"),
+        ({"alpha_min": False}, "alpha_min must be a number, got False of type bool"),
+        ({"alpha_max": torch.tensor(2.0)}, "alpha_max must be a number, got .* of type Tensor"),
+        ({"tau": None}, "tau must be a number"),
+        ({"fine_radius": "wide"}, "fine_radius must be a number"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type_are_refused_when_they_are_made(options, message):
+    with pytest.raises(TypeError, match=message):
+        ScaleSearch(**options)
+
+
+@pytest.mark.parametrize("field", ["n_coarse", "n_fine"])
+def test_candidates_beyond_use_are_refused_with_the_reason(field):
+    with pytest.raises(ValueError, match=f"{field} must be at most 16,384, got 100000000: .* passes over the weight"):
+        ScaleSearch(**{field: 10**8})
+    assert getattr(ScaleSearch(**{field: 16384}), field) == 16384
+    with pytest.raises(ValueError, match="n_coarse must be at most"):
+        ScaleSearch.dense(10**8)
+
+
+def test_what_is_no_granularity_search_or_scale_format_is_named():
+    weight, base = case()
+    with pytest.raises(TypeError, match=r"PerTensor\(\), PerChannel\(\) or PerBlock\(rows, cols\), got 'block'"):
+        search_scale(weight, base, "block")
+    with pytest.raises(TypeError, match=r"got <class '.*PerBlock'>"):
+        search_scale(weight, base, PerBlock)
+    with pytest.raises(TypeError, match=r"search must be a ScaleSearch, got 'cosine'; write ScaleSearch\(metric="):
+        search_scale(weight, base, PerBlock(), "cosine")
+    for wrong in ("float16", None):
+        message = f"Unknown scale format {wrong!r}: expected one of float32, bfloat16, ue8m0"
+        with pytest.raises(ValueError, match=message):
+            search_scale(weight, base, PerBlock(), scale_format=wrong)
+        with pytest.raises(ValueError, match=message):
+            absmax_scale(weight, PerBlock(), scale_format=wrong)
+    with pytest.raises(TypeError, match="PerBlock needs whole numbers of rows and columns, got 2.5 x 128"):
+        PerBlock(rows=2.5)
+
+
+@pytest.mark.parametrize(
     ("weight", "base", "error", "message"),
     [
         (torch.ones(2, 3), torch.ones(3, 2), ValueError, r"up: weight has shape \(2, 3\), its base \(3, 2\)"),
@@ -381,6 +430,22 @@ def test_bad_settings_are_refused_when_they_are_made(options, message):
         (torch.ones(2, 3).double(), torch.ones(2, 3), TypeError, "up: weight has dtype torch.float64, expected f"),
         (torch.ones(2, 3), torch.ones(2, 3).int(), TypeError, "up: base has dtype torch.int32"),
         (torch.ones(2, 3).to(torch.float8_e4m3fn), torch.ones(2, 3), TypeError, "dequantize quantized weights first"),
+        (
+            [[1.0, 2.0]],
+            torch.ones(1, 2),
+            TypeError,
+            r"up: weight is a list, expected a torch.Tensor; .*torch.as_tensor",
+        ),
+        (torch.ones(1, 2), np.ones((1, 2)), TypeError, "up: base is a ndarray, expected a torch.Tensor"),
+        (torch.ones(1, 2), None, TypeError, "up: base is a NoneType"),
+        (
+            torch.eye(3).to_sparse(),
+            torch.eye(3),
+            TypeError,
+            r"up: weight has the layout torch.sparse_coo.*to_dense\(\)",
+        ),
+        (torch.eye(3), torch.eye(3).to_sparse_csr(), TypeError, "up: base has the layout torch.sparse_csr"),
+        (torch.ones(2, 3, device="meta"), torch.ones(2, 3, device="meta"), ValueError, "up: .*meta device.* no values"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused_with_a_remedy(weight, base, error, message):

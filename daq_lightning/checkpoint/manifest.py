@@ -6,7 +6,10 @@
     files                                every other file with size and SHA-256
     fingerprint                          SHA-256 of all of this
 
-A manifest holds no time and no absolute path: the same weights give the same bytes anywhere.
+A manifest holds no time and no absolute path: the same weights give the same bytes in any place, on one
+machine. Another processor, or a machine without the compiled kernels, adds float sums in another order: for one scale,
+codes and counts are equal and sums agree to 2e-6 of their size; but of two candidates that are as good as equal either
+may win, so the scales of a few groups, and with them codes and fingerprints, may differ.
 """
 
 from __future__ import annotations

@@ -18,6 +18,10 @@ from torch import Tensor
 
 from daq_lightning.numerics.objectives import EXACT_METRICS, METRICS, DeltaStats, Metric
 
+MOST_CANDIDATES = 1 << 14
+"""Of one stage. The codes of a bfloat16 group change at some 2,000 scales per octave, so more find nothing new, while
+each costs a pass over the weight, and 100 bytes for its sums with every group that is searched at a time."""
+
 WIDE_RANGE = (0.5, 2.0)
 MEDIUM_RANGE = (0.8, 1.25)
 NARROW_RANGE = (0.9, 1.11)
@@ -32,8 +36,8 @@ class ScaleSearch:
         metric: The objective: "sign", "cosine", "mse" or "hybrid" (see `daq_lightning.numerics.objectives`).
         alpha_min: Lower end of the range of alpha, > 0.
         alpha_max: Upper end, >= alpha_min.
-        n_coarse: Candidates of the coarse stage, evenly spaced over the range, >= 1.
-        n_fine: Candidates of the fine stage around the best so far, >= 0.
+        n_coarse: Candidates of the coarse stage, evenly spaced over the range, 1 to 16,384.
+        n_fine: Candidates of the fine stage around the best so far, 0 to 16,384.
         fine_radius: Half width of the fine stage, in alpha. None: half a coarse interval.
         alpha_scope: "group": each block or row has its own alpha. "layer": one alpha for the weight, as Algorithm 1
             is printed.
@@ -88,6 +92,11 @@ class ScaleSearch:
         return cls(metric=metric, alpha_min=1.0, alpha_max=2.0, n_coarse=1, n_fine=0, tau=tau, spacing="exact")
 
     def __post_init__(self) -> None:
+        for name in ("alpha_min", "alpha_max", "tau", "fine_radius"):
+            if not (name == "fine_radius" and self.fine_radius is None):
+                _check_type(name, getattr(self, name), (int, float), "a number")
+        for name in ("n_coarse", "n_fine"):
+            _check_type(name, getattr(self, name), int, "an integer")
         if self.metric not in METRICS:
             raise ValueError(f"Unknown metric {self.metric!r}: expected one of {', '.join(METRICS)}.")
         if not (math.isfinite(self.alpha_min) and self.alpha_min > 0):
@@ -99,6 +108,13 @@ class ScaleSearch:
             )
         if self.n_coarse < 1 or self.n_fine < 0:
             raise ValueError(f"n_coarse must be >= 1 and n_fine >= 0, got {self.n_coarse} and {self.n_fine}.")
+        for name in ("n_coarse", "n_fine"):
+            if getattr(self, name) > MOST_CANDIDATES:
+                raise ValueError(
+                    f"{name} must be at most {MOST_CANDIDATES:,}, got {getattr(self, name)}: the codes change at some "
+                    "2,000 scales per octave, and as many candidates mean as many passes over the weight. "
+                    "ScaleSearch.dense(64) is near the optimum."
+                )
         if self.fine_radius is not None and not (math.isfinite(self.fine_radius) and self.fine_radius > 0):
             raise ValueError(f"fine_radius must be a finite number > 0 or None, got {self.fine_radius}.")
         if self.alpha_scope not in ("group", "layer"):
@@ -131,6 +147,11 @@ class ScaleSearch:
             step = torch.arange(self.n_coarse, dtype=torch.float64, device="cpu") / self.n_coarse
             return self.alpha_min * (self.alpha_max / self.alpha_min) ** step
         return torch.linspace(self.alpha_min, self.alpha_max, self.n_coarse, dtype=torch.float64, device="cpu")
+
+
+def _check_type(name: str, value: object, kind: type | tuple[type, ...], called: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} must be {called}, got {value!r} of type {type(value).__name__}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ per channel); https://docs.vllm.ai (power-of-two scales, "ue8m0").
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 
@@ -45,6 +45,8 @@ FP8_E4M3 = FloatFormat(name="e4m3", dtype=torch.float8_e4m3fn, max=448.0, min_no
 
 ScaleFormat: TypeAlias = Literal["float32", "bfloat16", "ue8m0"]
 """How a reader keeps a scale: float32, rounded to bfloat16, or a power of two."""
+
+SCALE_FORMATS: tuple[str, ...] = get_args(ScaleFormat)
 
 SMALLEST_SCALE = 2.0**-126
 """Smallest normal float32: below it the reciprocal of a scale would overflow."""
@@ -87,6 +89,8 @@ class PerBlock:
     cols: int = 128
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rows, int) or not isinstance(self.cols, int):
+            raise TypeError(f"PerBlock needs whole numbers of rows and columns, got {self.rows} x {self.cols}.")
         if self.rows < 1 or self.cols < 1:
             raise ValueError(f"PerBlock needs rows and cols of at least 1, got {self.rows} x {self.cols}.")
 

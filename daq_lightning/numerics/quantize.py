@@ -19,7 +19,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.formats import FP8_E4M3, SMALLEST_SCALE, FloatFormat, Granularity, ScaleFormat
+from daq_lightning.numerics.formats import (
+    FP8_E4M3,
+    SCALE_FORMATS,
+    SMALLEST_SCALE,
+    FloatFormat,
+    Granularity,
+    ScaleFormat,
+)
 from daq_lightning.numerics.tiling import bands, scale_of_rows, to_groups
 
 _BAND = 1 << 18  # elements that are held in float32 at a time
@@ -69,7 +76,11 @@ def round_scale(scale: Tensor, scale_format: ScaleFormat) -> Tensor:
     Example:
         >>> round_scale(torch.tensor([0.3, 0.5]), "ue8m0")
         tensor([0.5000, 0.5000])
+
+    Raises:
+        ValueError: Unknown scale format.
     """
+    check_scale_format(scale_format)
     scale = scale.clamp(min=SMALLEST_SCALE)
     if scale_format == "bfloat16":
         return scale.bfloat16().float()
@@ -78,6 +89,12 @@ def round_scale(scale: Tensor, scale_format: ScaleFormat) -> Tensor:
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
         return torch.where(scale.isfinite(), torch.ldexp(torch.ones_like(scale), exponent), scale)
     return scale
+
+
+def check_scale_format(scale_format: str) -> None:
+    """Raises ValueError for a name that is none of the scale formats."""
+    if scale_format not in SCALE_FORMATS:
+        raise ValueError(f"Unknown scale format {scale_format!r}: expected one of {', '.join(SCALE_FORMATS)}.")
 
 
 def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: FloatFormat = FP8_E4M3) -> Tensor:

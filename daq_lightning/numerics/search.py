@@ -29,7 +29,7 @@ from daq_lightning.numerics.kernels import (
     native,
 )
 from daq_lightning.numerics.objectives import DeltaStats
-from daq_lightning.numerics.quantize import round_scale
+from daq_lightning.numerics.quantize import check_scale_format, round_scale
 from daq_lightning.numerics.stages import Stages
 from daq_lightning.numerics.tiling import bands, to_groups
 
@@ -60,8 +60,9 @@ def search_scale(
         `SearchResult` on the weight's device.
 
     Raises:
-        ValueError: Not two matrices of one shape on one device, or NaN or Inf in one of them.
-        TypeError: A dtype other than the three, or an exact search in a weight that is not bfloat16.
+        ValueError: Not two matrices of one shape on one device, NaN or Inf in one of them, or an unknown scale format.
+        TypeError: No dense tensors, a dtype other than the three, something else than a granularity or a search, or
+            an exact search in a weight that is not bfloat16.
 
     Source: arXiv 2603.22324, Algorithm 1.
 
@@ -76,6 +77,8 @@ def search_scale(
     """
     search = ScaleSearch() if search is None else search
     _check_inputs(weight, base, name)
+    _check_settings(granularity, search)
+    check_scale_format(scale_format)
     task = _Task(weight, base, granularity, search, scale_format, implementation, name)
     if task.exact and weight.dtype != torch.bfloat16:
         raise TypeError(
@@ -180,7 +183,27 @@ class _Task:
         return (best.double() / absmax.double()).flatten()
 
 
+def _check_settings(granularity: object, search: object) -> None:
+    if not isinstance(granularity, Granularity):
+        raise TypeError(
+            "granularity must be PerTensor(), PerChannel() or PerBlock(rows, cols), "
+            f"got {granularity!r}; the three are in daq_lightning."
+        )
+    if not isinstance(search, ScaleSearch):
+        raise TypeError(f"search must be a ScaleSearch, got {search!r}; write ScaleSearch(metric=...).")
+
+
 def _check_inputs(weight: Tensor, base: Tensor, name: str) -> None:
+    for tensor, role in ((weight, "weight"), (base, "base")):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name}: {role} is a {type(tensor).__name__}, expected a torch.Tensor; convert it with "
+                "torch.as_tensor(...)."
+            )
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"{name}: {role} has the layout {tensor.layout}, expected a dense tensor; convert it with .to_dense()."
+            )
     if weight.ndim != 2 or base.ndim != 2 or weight.numel() == 0:
         raise ValueError(
             f"{name}: expected a non-empty matrix (M, N) and its base, got shapes {tuple(weight.shape)} and "
@@ -193,6 +216,8 @@ def _check_inputs(weight: Tensor, base: Tensor, name: str) -> None:
         )
     if weight.device != base.device:
         raise ValueError(f"{name}: weight is on {weight.device}, its base on {base.device}; move one with .to().")
+    if weight.device.type == "meta":
+        raise ValueError(f"{name}: weight and base are on the meta device and hold no values; load them first.")
     for tensor, role in ((weight, "weight"), (base, "base")):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(

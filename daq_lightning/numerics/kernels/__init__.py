@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 import warnings
 from typing import Literal, TypeAlias, get_args
 
@@ -30,6 +31,7 @@ from daq_lightning.numerics.quantize import absmax_scale, quantize, round_scale
 
 Implementation: TypeAlias = Literal["auto", "eager", "compiled", "fused"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+_NOT_THE_USER = ("daq_lightning", "torch", "lightning")  # whose frames lie between a warning and its cause
 
 
 @torch.no_grad()
@@ -92,8 +94,16 @@ def _auto(device_type: str) -> Implementation:
         reason = f"there is no kernel for {device_type} devices"
     if reason is None:
         return "fused"
-    warnings.warn(f"The scale search uses its slow reference implementation: {reason}", stacklevel=4)
+    warnings.warn(f"The scale search uses its slow reference implementation: {reason}", stacklevel=_users_level())
     return "eager"
+
+
+def _users_level() -> int:
+    """The `stacklevel` with which a warning of the caller points at the line that called into the package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def fast_absmax_scale(

@@ -16,20 +16,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from daq_lightning.numerics.candidates import ScaleSearch, SearchResult
-from daq_lightning.numerics.formats import FP8_E4M3, Granularity, ScaleFormat
+from daq_lightning.numerics.formats import FP8_E4M3, SCALE_FORMATS, Granularity, ScaleFormat
 from daq_lightning.numerics.kernels import library
 from daq_lightning.numerics.objectives import METRICS, DeltaStats
 
 _CHUNK = 1 << 15  # elements of a unit of work
 _CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SCALE_FORMATS = get_args(ScaleFormat)  # numbered as in search.cpp
 
 
 class _Array(ctypes.Structure):
@@ -147,7 +146,7 @@ def search_native(
     steps = torch.linspace(0, 1, search.n_fine, dtype=torch.float64, device=_CPU)
     stages = _Search(
         metric=METRICS.index(search.metric),
-        scale_format=_SCALE_FORMATS.index(scale_format),
+        scale_format=SCALE_FORMATS.index(scale_format),  # numbered as in search.cpp
         n_coarse=coarse.shape[-1],
         coarse_stride=coarse.shape[-1] if coarse.ndim == 2 else 0,
         n_fine=search.n_fine,
