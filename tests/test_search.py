@@ -444,7 +444,7 @@ def test_what_is_no_granularity_search_or_scale_format_is_named():
             TypeError,
             r"up: weight has the layout torch.sparse_coo.*to_dense\(\)",
         ),
-        (torch.eye(3), torch.eye(3).to_sparse_csr(), TypeError, "up: base has the layout torch.sparse_csr"),
+        (torch.eye(3), torch.eye(3).to_sparse(), TypeError, "up: base has the layout torch.sparse_coo"),
         (torch.ones(2, 3, device="meta"), torch.ones(2, 3, device="meta"), ValueError, "up: .*meta device.* no values"),
     ],
 )
