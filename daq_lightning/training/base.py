@@ -28,6 +28,7 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.fingerprint import combine, fingerprint
 from daq_lightning.checkpoint.folder import MANIFEST
+from daq_lightning.checkpoint.lightning_file import read_lightning_checkpoint
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.checkpoint.writer import CheckpointWriter
@@ -204,27 +205,6 @@ def open_lightning_checkpoint(request: BaseRequest, model: LiveModel) -> Base:
     if adapters_in(state):
         return take_snapshot(weights, request.names, request.dirpath / "base")
     return base_from_memory("ckpt", weights, request.names, path=str(Path(request.base).absolute()))
-
-
-def read_lightning_checkpoint(path: str) -> dict[str, Tensor]:
-    """The tensors of a Lightning checkpoint, memory-mapped; nothing in the file is executed.
-
-    Args:
-        path: A `.ckpt` file.
-
-    Raises:
-        CheckpointError: Not a Lightning checkpoint, or it needs code to be loaded.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a dozen types here, and all mean the same
-        raise CheckpointError(
-            f"{path} cannot be loaded with weights_only=True: {str(error).splitlines()[0]} Expected a checkpoint file "
-            "that Lightning's Trainer wrote. Files that need pickled code are never loaded."
-        ) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"{path} has no state_dict: expected a checkpoint file that Lightning's Trainer wrote.")
-    return {name: tensor for name, tensor in content["state_dict"].items() if isinstance(tensor, Tensor)}
 
 
 def check_resumed(saved: Mapping[str, Any], found: Base) -> None:
