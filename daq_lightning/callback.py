@@ -38,6 +38,7 @@ from daq_lightning.preparation import Context, ExportSettings, make_plan, match_
 from daq_lightning.report import ExportReport
 from daq_lightning.source import Source
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
+from daq_lightning.training.complete import check_complete
 from daq_lightning.training.model import LiveModel, owners_of_files
 from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, check_choice, free_name
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
@@ -244,6 +245,7 @@ class DeltaAwareQuantization(Callback):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plan and base of the run; raises before the first step."""
         model = self._model(pl_module, None)
+        check_complete(model)
         source = self._source(trainer, model)
         plan = make_plan(source, self._choices)
         request = BaseRequest(
