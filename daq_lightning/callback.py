@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -41,6 +40,7 @@ from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkp
 from daq_lightning.training.complete import check_complete
 from daq_lightning.training.model import LiveModel, owners_of_files
 from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, check_choice, free_name
+from daq_lightning.training.strategies import check_strategy
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
 
 
@@ -165,11 +165,7 @@ class DeltaAwareQuantization(Callback):
         """Refuses strategies and destinations that could not be exported, before anything is trained."""
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise MisconfigurationException(
-                f"DeltaAwareQuantization reads whole weights, which {type(trainer.strategy).__name__} does not keep on "
-                "one device. Train with a single device or DDP, or save a checkpoint and run `daq-lightning quantize`."
-            )
+        check_strategy(trainer.strategy)
         if trainer.is_global_zero:
             check_destination(Path(self.dirpath) / "step=0")
         averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
