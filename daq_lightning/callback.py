@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -37,9 +37,10 @@ from daq_lightning.preparation import Context, ExportSettings, make_plan, match_
 from daq_lightning.report import ExportReport
 from daq_lightning.source import Source
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
+from daq_lightning.training.claims import free_name, remove_own
 from daq_lightning.training.complete import check_complete
 from daq_lightning.training.model import LiveModel, owners_of_files
-from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, check_choice, free_name
+from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, check_choice
 from daq_lightning.training.strategies import check_strategy
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
 
@@ -140,6 +141,8 @@ class DeltaAwareQuantization(Callback):
         self._saved_base: dict[str, Any] | None = None
         self._saved_root: str | None = None
         self._retaken: Base | None = None
+        self._reference: dict[str, Any] = {}
+        self._referenced = False
         self._exported_step = -1
         self._error: Exception | None = None
 
@@ -154,8 +157,9 @@ class DeltaAwareQuantization(Callback):
         return self._generate_state_key(dirpath=self.dirpath, base=self.base, settings=repr(self._choices))
 
     def state_dict(self) -> dict[str, Any]:
-        """The reference to the base, in primitives."""
-        return {} if self._base is None else {"base": self._base.state(), "root": self._lineage.root}
+        """The reference to the base, in primitives; also when the fit is over, for a checkpoint that is saved then."""
+        self._referenced = True  # a checkpoint is being saved
+        return dict(self._reference) if self._base is None else {"base": self._base.state(), "root": self._lineage.root}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the reference; it is resolved in `on_fit_start`."""
@@ -179,6 +183,7 @@ class DeltaAwareQuantization(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the export and takes the base, so that whatever does not fit is known before the first step."""
         self._error, self._base, self._retaken, self._exported_step = None, None, None, -1
+        self._reference, self._referenced = {}, False
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         problem = None
@@ -187,6 +192,7 @@ class DeltaAwareQuantization(Callback):
                 self._prepare(trainer, pl_module)
             except (ValueError, MisconfigurationException) as error:
                 problem = error
+                self._release(trainer)
         problem = trainer.strategy.broadcast(problem)
         if problem is not None:
             raise problem
@@ -240,6 +246,7 @@ class DeltaAwareQuantization(Callback):
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plan and base of the run; raises before the first step."""
+        self._kept = Kept(self.schedule.keep_last)
         model = self._model(pl_module, None)
         check_complete(model)
         source = self._source(trainer, model)
@@ -251,14 +258,13 @@ class DeltaAwareQuantization(Callback):
             resumed_from=str(trainer.ckpt_path) if trainer.ckpt_path is not None else None,
             saved=self._saved_base,
         )
-        base = resolve_base(request, model)
+        base = self._base = resolve_base(request, model)  # released if what follows fails
         match_base(plan, base.weights, source, self._choices)
         root = self._saved_root if request.resumed_from and self._saved_root else base.path
         lineage = Lineage(base_kind=base.kind, base_path=base.path, root=root)
         self._lineage, self._root = make_lineage(
             lineage, base.weights, request.names, parent=self.parent, chain_from=self.chain_from
         )
-        self._base, self._kept = base, Kept(self.schedule.keep_last)
 
     def _source(self, trainer: Trainer, model: LiveModel) -> Source:
         def copy_files(folder: Path) -> None:
@@ -333,7 +339,6 @@ class DeltaAwareQuantization(Callback):
 
     def _write(self, trainer: Trainer, model: LiveModel, checkpoint: Path | None) -> None:
         assert self._base is not None
-        out = free_name(Path(self.dirpath) / self.schedule.name(trainer))
         bar = isinstance(trainer.progress_bar_callback, TQDMProgressBar) and trainer.progress_bar_callback.is_enabled
         source = self._source(trainer, model)
         device = trainer.strategy.root_device
@@ -343,9 +348,10 @@ class DeltaAwareQuantization(Callback):
             root=self._root,
             training=training | ({"checkpoint": str(checkpoint.absolute())} if checkpoint else {}),
         )
-        self.report = export(
-            source, self._base.weights, out, self._choices, context=context, device=device, progress=bar
-        )
+        with free_name(Path(self.dirpath) / self.schedule.name(trainer)) as out:
+            self.report = export(
+                source, self._base.weights, out, self._choices, context=context, device=device, progress=bar
+            )
         self.exports.append(out)
         self._exported_step = trainer.global_step
         self._publish_metrics(trainer, self.report)
@@ -357,8 +363,9 @@ class DeltaAwareQuantization(Callback):
     def _snapshot(self, trainer: Trainer, model: LiveModel) -> Base:
         assert self._base is not None
         folder = Path(self.dirpath).absolute() / f"base-step={trainer.global_step}"
-        base = take_snapshot(model.weights, self._base.fingerprints, folder)
-        self._kept.snapshots.append(Path(base.path))
+        base = take_snapshot(model.weights, self._base.fingerprints, folder, own=self._kept.snapshots)
+        if base.created:
+            self._kept.snapshots.append(Path(base.path))
         return base
 
     def _keep_error(self, error: Exception) -> None:
@@ -367,6 +374,13 @@ class DeltaAwareQuantization(Callback):
             rank_zero_warn(f"FP8 export failed, training goes on: {error}")
 
     def _release(self, trainer: Trainer) -> None:
+        """Frees the base, and removes a snapshot of this run if it ended before its first step and left nothing."""
+        if self._base is not None:
+            saves = self._referenced or any(isinstance(other, OnExceptionCheckpoint) for other in trainer.callbacks)  # type: ignore[attr-defined]
+            if self._base.created and not self.exports and not saves and trainer.global_step == 0:
+                remove_own(Path(self._base.path))
+            else:
+                self._reference = {"base": self._base.state(), "root": self._lineage.root}
         self._base = self._retaken = self._error = None
         if isinstance(trainer.strategy.checkpoint_io, WatchedCheckpointIO):
             trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner
