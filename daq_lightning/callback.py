@@ -14,6 +14,7 @@ Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,9 +115,10 @@ class DeltaAwareQuantization(Callback):
         export_on_exception: bool = False,
     ) -> None:
         super().__init__()
-        self.dirpath, self.base, self.module, self.reference = str(dirpath), str(base), module, reference
+        self.dirpath, self.base = os.path.expanduser(str(dirpath)), os.path.expanduser(str(base))
+        self.module, self.reference = module, reference
         self.export_on_exception, self.merge_adapters = export_on_exception, merge_adapters
-        self.parent: str | None = parent
+        self.parent: str | None = None if parent is None else os.path.expanduser(parent)
         self.chain_from: ChainFrom | None = chain_from
         self.schedule = Schedule(
             export_on=export_on,
