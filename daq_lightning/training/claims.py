@@ -81,9 +81,9 @@ def mark_shared(folder: Path) -> None:
 
 
 def remove_own(folder: Path) -> None:
-    """Removes a folder that this run made, unless another run uses it too or is about to."""
-    with claim(folder, wait=False) as claimed:
-        if claimed and not (folder / _SHARED).exists():
+    """Removes a folder that this run made, unless another run uses it too."""
+    with claim(folder):  # a run that is looking at it right now is waited for: it may be about to use it
+        if not (folder / _SHARED).exists():
             shutil.rmtree(folder, ignore_errors=True)
 
 
