@@ -162,7 +162,8 @@ class Architecture:
         first: dict[int, str] = {}
         for key in sorted(outlines, key=lambda key: key in declared):
             first.setdefault(identities[key], key)
-        kept = set(first.values()) - ignored
+        # a reader ties what the model declares; names of one tensor that it does not know of are written each
+        kept = (set(first.values()) | (set(outlines) - declared)) - ignored
         meta = {key: outline for key, outline in outlines.items() if key in kept}
         result = {name: (key, part) for key in meta for name, part in self.split(key, meta[key]).items()}
         if self._conversion is not None:
@@ -190,8 +191,8 @@ class Architecture:
             return self._module_role(owner)
         if type(module).__name__ == "Conv1D" and parameter == "weight":
             return "conv1d"
-        in_memory = getattr(module, parameter, None)
-        if isinstance(in_memory, Tensor) and in_memory.ndim == 3:
+        in_memory = module._parameters.get(parameter)  # not getattr, which would compute a parametrized tensor
+        if in_memory is not None and in_memory.ndim == 3:
             return "expert"
         return "other"
 

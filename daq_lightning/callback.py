@@ -14,6 +14,7 @@ Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +22,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -38,8 +38,11 @@ from daq_lightning.preparation import Context, ExportSettings, make_plan, match_
 from daq_lightning.report import ExportReport
 from daq_lightning.source import Source
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
+from daq_lightning.training.claims import free_name, remove_own
+from daq_lightning.training.complete import check_complete
 from daq_lightning.training.model import LiveModel, owners_of_files
-from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, check_choice, free_name
+from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, check_choice
+from daq_lightning.training.strategies import check_strategy
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
 
 
@@ -112,9 +115,10 @@ class DeltaAwareQuantization(Callback):
         export_on_exception: bool = False,
     ) -> None:
         super().__init__()
-        self.dirpath, self.base, self.module, self.reference = str(dirpath), str(base), module, reference
+        self.dirpath, self.base = os.path.expanduser(str(dirpath)), os.path.expanduser(str(base))
+        self.module, self.reference = module, reference
         self.export_on_exception, self.merge_adapters = export_on_exception, merge_adapters
-        self.parent: str | None = parent
+        self.parent: str | None = None if parent is None else os.path.expanduser(parent)
         self.chain_from: ChainFrom | None = chain_from
         self.schedule = Schedule(
             export_on=export_on,
@@ -139,6 +143,8 @@ class DeltaAwareQuantization(Callback):
         self._saved_base: dict[str, Any] | None = None
         self._saved_root: str | None = None
         self._retaken: Base | None = None
+        self._reference: dict[str, Any] = {}
+        self._referenced = False
         self._exported_step = -1
         self._error: Exception | None = None
 
@@ -153,8 +159,9 @@ class DeltaAwareQuantization(Callback):
         return self._generate_state_key(dirpath=self.dirpath, base=self.base, settings=repr(self._choices))
 
     def state_dict(self) -> dict[str, Any]:
-        """The reference to the base, in primitives."""
-        return {} if self._base is None else {"base": self._base.state(), "root": self._lineage.root}
+        """The reference to the base, in primitives; also when the fit is over, for a checkpoint that is saved then."""
+        self._referenced = True  # a checkpoint is being saved
+        return dict(self._reference) if self._base is None else {"base": self._base.state(), "root": self._lineage.root}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the reference; it is resolved in `on_fit_start`."""
@@ -164,11 +171,7 @@ class DeltaAwareQuantization(Callback):
         """Refuses strategies and destinations that could not be exported, before anything is trained."""
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise MisconfigurationException(
-                f"DeltaAwareQuantization reads whole weights, which {type(trainer.strategy).__name__} does not keep on "
-                "one device. Train with a single device or DDP, or save a checkpoint and run `daq-lightning quantize`."
-            )
+        check_strategy(trainer.strategy)
         if trainer.is_global_zero:
             check_destination(Path(self.dirpath) / "step=0")
         averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
@@ -182,6 +185,7 @@ class DeltaAwareQuantization(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the export and takes the base, so that whatever does not fit is known before the first step."""
         self._error, self._base, self._retaken, self._exported_step = None, None, None, -1
+        self._reference, self._referenced = {}, False
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         problem = None
@@ -190,6 +194,7 @@ class DeltaAwareQuantization(Callback):
                 self._prepare(trainer, pl_module)
             except (ValueError, MisconfigurationException) as error:
                 problem = error
+                self._release(trainer)
         problem = trainer.strategy.broadcast(problem)
         if problem is not None:
             raise problem
@@ -243,7 +248,9 @@ class DeltaAwareQuantization(Callback):
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plan and base of the run; raises before the first step."""
+        self._kept = Kept(self.schedule.keep_last)
         model = self._model(pl_module, None)
+        check_complete(model)
         source = self._source(trainer, model)
         plan = make_plan(source, self._choices)
         request = BaseRequest(
@@ -253,14 +260,13 @@ class DeltaAwareQuantization(Callback):
             resumed_from=str(trainer.ckpt_path) if trainer.ckpt_path is not None else None,
             saved=self._saved_base,
         )
-        base = resolve_base(request, model)
+        base = self._base = resolve_base(request, model)  # released if what follows fails
         match_base(plan, base.weights, source, self._choices)
         root = self._saved_root if request.resumed_from and self._saved_root else base.path
         lineage = Lineage(base_kind=base.kind, base_path=base.path, root=root)
         self._lineage, self._root = make_lineage(
             lineage, base.weights, request.names, parent=self.parent, chain_from=self.chain_from
         )
-        self._base, self._kept = base, Kept(self.schedule.keep_last)
 
     def _source(self, trainer: Trainer, model: LiveModel) -> Source:
         def copy_files(folder: Path) -> None:
@@ -335,7 +341,6 @@ class DeltaAwareQuantization(Callback):
 
     def _write(self, trainer: Trainer, model: LiveModel, checkpoint: Path | None) -> None:
         assert self._base is not None
-        out = free_name(Path(self.dirpath) / self.schedule.name(trainer))
         bar = isinstance(trainer.progress_bar_callback, TQDMProgressBar) and trainer.progress_bar_callback.is_enabled
         source = self._source(trainer, model)
         device = trainer.strategy.root_device
@@ -345,9 +350,10 @@ class DeltaAwareQuantization(Callback):
             root=self._root,
             training=training | ({"checkpoint": str(checkpoint.absolute())} if checkpoint else {}),
         )
-        self.report = export(
-            source, self._base.weights, out, self._choices, context=context, device=device, progress=bar
-        )
+        with free_name(Path(self.dirpath) / self.schedule.name(trainer)) as out:
+            self.report = export(
+                source, self._base.weights, out, self._choices, context=context, device=device, progress=bar
+            )
         self.exports.append(out)
         self._exported_step = trainer.global_step
         self._publish_metrics(trainer, self.report)
@@ -359,8 +365,9 @@ class DeltaAwareQuantization(Callback):
     def _snapshot(self, trainer: Trainer, model: LiveModel) -> Base:
         assert self._base is not None
         folder = Path(self.dirpath).absolute() / f"base-step={trainer.global_step}"
-        base = take_snapshot(model.weights, self._base.fingerprints, folder)
-        self._kept.snapshots.append(Path(base.path))
+        base = take_snapshot(model.weights, self._base.fingerprints, folder, own=self._kept.snapshots)
+        if base.created:
+            self._kept.snapshots.append(Path(base.path))
         return base
 
     def _keep_error(self, error: Exception) -> None:
@@ -369,6 +376,13 @@ class DeltaAwareQuantization(Callback):
             rank_zero_warn(f"FP8 export failed, training goes on: {error}")
 
     def _release(self, trainer: Trainer) -> None:
+        """Frees the base, and removes a snapshot of this run if it ended before its first step and left nothing."""
+        if self._base is not None:
+            saves = self._referenced or any(isinstance(other, OnExceptionCheckpoint) for other in trainer.callbacks)  # type: ignore[attr-defined]
+            if self._base.created and not self.exports and not saves and trainer.global_step == 0:
+                remove_own(Path(self._base.path))
+            else:
+                self._reference = {"base": self._base.state(), "root": self._lineage.root}
         self._base = self._retaken = self._error = None
         if isinstance(trainer.strategy.checkpoint_io, WatchedCheckpointIO):
             trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner

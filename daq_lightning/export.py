@@ -31,7 +31,7 @@ from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.pipeline import WriteBehind, read_ahead, with_progress
 from daq_lightning.plan import ExportPlan, TensorPlan
 from daq_lightning.preparation import Context, ExportSettings, lineage_of, make_context, make_plan, match_base
-from daq_lightning.record import make_config, make_fingerprints, make_manifest, make_notes, make_report
+from daq_lightning.record import as_searched, make_config, make_fingerprints, make_manifest, make_notes, make_report
 from daq_lightning.report import ExportReport, TensorReport, settings
 from daq_lightning.source import Source
 
@@ -145,9 +145,13 @@ def export(
                 next(bases).to(weight.device) if tensor.spec.name in base_names else None
                 for tensor, weight in zip(batch, values, strict=True)
             ]
+            searched = [as_searched(weight) for weight in values]
             results = search_batch(
-                values,
-                [weight if known is None else known for weight, known in zip(values, references, strict=True)],
+                searched,
+                [
+                    weight if known is None else as_searched(known)
+                    for weight, known in zip(searched, references, strict=True)
+                ],
                 plan.layout.granularity,
                 choices.search,
                 scale_format=plan.layout.scale_format,

@@ -154,13 +154,14 @@ def plan_export(
     check_experts(chosen, specs, keys, roles)
     layout, notes = _choose_layout(scheme, container, scale_format, chosen, roles)
     dtype, masters = _kept_dtype(specs)
+    doubles = sum(spec.dtype == torch.float64 for spec in chosen)
+    if doubles:
+        notes.append(f"{doubles} weights are float64: they were searched and measured as float32.")
     names = {spec.name for spec in chosen}
     tensors = tuple(
         _quantized(spec, keys, roles[spec.name], layout)
         if spec.name in names
-        else _kept(
-            spec, keys, roles[spec.name], dtype if masters else None, "ignored by pattern" * (spec.name in ignored)
-        )
+        else _kept(spec, keys, roles[spec.name], (dtype, masters), "ignored by pattern" * (spec.name in ignored))
         for spec in specs
     )
     return ExportPlan(
@@ -260,10 +261,11 @@ def _quantized(spec: TensorSpec, keys: Mapping[str, str], role: Role, layout: La
 
 
 def _kept(
-    spec: TensorSpec, keys: Mapping[str, str], role: Role, masters_to: torch.dtype | None, reason: str
+    spec: TensorSpec, keys: Mapping[str, str], role: Role, kept: tuple[torch.dtype, bool], reason: str
 ) -> TensorPlan:
-    cast = masters_to is not None and spec.dtype in (torch.float32, torch.float64)
-    stored = TensorSpec(name=spec.name, dtype=masters_to if cast and masters_to else spec.dtype, shape=spec.shape)
+    dtype, masters = kept
+    cast = spec.dtype == torch.float64 or (masters and spec.dtype == torch.float32)  # no reader takes float64
+    stored = TensorSpec(name=spec.name, dtype=dtype if cast else spec.dtype, shape=spec.shape)
     return TensorPlan(
         spec=spec,
         key=keys[spec.name],

@@ -21,16 +21,25 @@ from daq_lightning.preparation import Context, ExportSettings
 from daq_lightning.report import TensorReport, alpha_statistics, settings
 
 
+def as_searched(tensor: Tensor) -> Tensor:
+    """A weight in the dtype in which it is searched and measured: float64 as float32, any other as it is."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
 def make_report(
     tensor: TensorPlan, weight: Tensor, result: SearchResult, plan: ExportPlan, context: Context, note: str
 ) -> TensorReport:
     """The line of one quantized tensor in the report, from what its search found."""
     root = None
     if context.root is not None and tensor.spec.name in context.root:
-        ancestor = context.root[tensor.spec.name].to(weight.device)
+        ancestor = as_searched(context.root[tensor.spec.name]).to(weight.device)
         if ancestor.shape == weight.shape:
             scale_G1 = result.scale.reshape(-1, 1)
-            root = delta_stats(weight, ancestor, scale_G1, plan.layout.granularity).total().map(lambda field: field[0])
+            root = (
+                delta_stats(as_searched(weight), ancestor, scale_G1, plan.layout.granularity)
+                .total()
+                .map(lambda field: field[0])
+            )
     return TensorReport(
         name=tensor.spec.name,
         shape=tensor.spec.shape,
@@ -57,10 +66,10 @@ def make_notes(plan: ExportPlan, without_base: Mapping[str, str]) -> list[str]:
 
 
 def make_fingerprints(stored: tuple[Tensor, ...], weight: Tensor, base: Tensor | None) -> dict[str, Any]:
-    """Fingerprints of a quantized tensor. Float32 weights are known by their bfloat16 copy as well, which is what a
-    run usually saves of them."""
+    """Fingerprints of a quantized tensor. Float32 and float64 weights are known by their bfloat16 copy as well, which
+    is what a run usually saves of them."""
     forms = {str(weight.dtype).removeprefix("torch."): fingerprint(weight)}
-    if weight.dtype == torch.float32:
+    if weight.dtype in (torch.float32, torch.float64):
         forms["bfloat16"] = fingerprint(weight.bfloat16())
     return {
         "base": "" if base is None else fingerprint(base),

@@ -266,3 +266,16 @@ def test_an_exception_in_training_is_not_hidden_and_nothing_is_exported(tmp_path
 def test_a_run_without_steps_says_that_nothing_was_exported(tmp_path):
     with pytest.warns(UserWarning, match="exported nothing"):
         fit(tmp_path, quantization(tmp_path), max_steps=-1, max_epochs=0)
+
+
+def test_a_tilde_in_a_path_is_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained(tmp_path / "home" / "base")
+    first = quantization(tmp_path, dirpath="~/exports", base="~/base")
+    fit(tmp_path, first)
+    assert [path.name for path in (tmp_path / "home" / "exports").iterdir()] == ["step=4"]
+    chained = {"base": "~/exports/step=4", "parent": "~/exports/step=4", "chain_from": "deployed"}
+    fit(tmp_path, quantization(tmp_path, dirpath="~/exports", **chained), max_steps=2)
+    assert (tmp_path / "home" / "exports" / "step=2" / "config.json").exists()
+    assert not (tmp_path / "~").exists()

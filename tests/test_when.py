@@ -122,12 +122,6 @@ def test_a_lightning_checkpoint_serves_as_base(tmp_path):
     assert report.metrics() == later.report.metrics()
 
 
-def test_a_pickle_is_refused_as_lightning_checkpoint(tmp_path):
-    torch.save({"state_dict": {}, "code": Tuning}, tmp_path / "base.ckpt")
-    with pytest.raises(ValueError, match="weights_only=True"):
-        fit(tmp_path, quantization(tmp_path, base=str(tmp_path / "base.ckpt")))
-
-
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_every_saved_checkpoint_is_exported_with_the_same_weights(tmp_path, weights_only):
     callback = quantization(tmp_path, export_on="checkpoint")

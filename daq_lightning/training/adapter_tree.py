@@ -225,8 +225,8 @@ def check_slot(name: str, slot: Slot) -> None:
     tensor = slot.tensor
     if "_fsdp_wrapped_module" in name or hasattr(tensor, "ds_status"):
         raise ValueError(
-            f"{name} is in a flat shard of FSDP1 or DeepSpeed ZeRO-3: adapters are merged on a single device, under "
-            "DDP or under ModelParallelStrategy (FSDP2). Use one of these."
+            f"{name} is in a flat shard of FSDP1 or DeepSpeed ZeRO-3, which cannot be read: train on a single device "
+            "or with DDP."
         )
     parts = [tensor] if slot.copy is None else [tensor, getattr(*slot.copy)]
     for layer, adapter in slot.adapters:

@@ -16,7 +16,7 @@ its first step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +28,11 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.fingerprint import combine, fingerprint
 from daq_lightning.checkpoint.folder import MANIFEST
+from daq_lightning.checkpoint.lightning_file import read_lightning_checkpoint
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.checkpoint.writer import CheckpointWriter
+from daq_lightning.training.claims import claim, mark_shared, versions
 from daq_lightning.training.model import LiveModel
 from daq_lightning.training.values import adapters_in
 
@@ -47,12 +49,14 @@ class Base:
         path: Folder or file; empty for weights in memory.
         weights: Checkpoint name -> tensor, lazy.
         fingerprints: Checkpoint name -> fingerprint, of the weights that are quantized.
+        created: Whether it is a snapshot that this run wrote itself.
     """
 
     kind: Kind
     path: str
     weights: Mapping[str, Tensor] = field(repr=False)
     fingerprints: Mapping[str, str] = field(repr=False)
+    created: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -133,28 +137,37 @@ def copy_to_memory(weights: Mapping[str, Tensor], names: Iterable[str]) -> Base:
     return base_from_memory("memory", copies, copies)
 
 
-def take_snapshot(weights: Mapping[str, Tensor], names: Iterable[str], folder: Path) -> Base:
+def take_snapshot(
+    weights: Mapping[str, Tensor], names: Iterable[str], folder: Path, own: Collection[Path] = ()
+) -> Base:
     """Streams weights to a folder of safetensors, one at a time; an equal snapshot that is there is used again.
 
     Args:
         weights: Checkpoint name -> tensor.
         names: Which of them.
         folder: Destination. If it holds other weights, `<folder>-v1` and so on is taken.
+        own: The snapshots of this run. One that another run made is marked: it stays, whatever becomes of that run.
 
     Raises:
         CheckpointError: The folder cannot be written.
     """
     names = list(names)
     fingerprints: dict[str, str] = {}
+    for target in versions(folder):
+        with claim(target):  # another run that writes it is waited for: it may write the same weights
+            if not target.exists():
+                return _write_snapshot(weights, names, target)
+            fingerprints = fingerprints or {name: fingerprint(weights[name]) for name in names}
+            if _snapshot_fingerprints(target) == fingerprints:
+                if target not in own:
+                    mark_shared(target)
+                return Base(kind="snapshot", path=str(target), weights=Checkpoint(target), fingerprints=fingerprints)
+    raise AssertionError("versions never end")
+
+
+def _write_snapshot(weights: Mapping[str, Tensor], names: list[str], target: Path) -> Base:
+    fingerprints: dict[str, str] = {}
     specs = [TensorSpec(name=name, dtype=weights[name].dtype, shape=tuple(weights[name].shape)) for name in names]
-    version = 0
-    target = folder
-    while target.exists():
-        fingerprints = fingerprints or {name: fingerprint(weights[name]) for name in names}
-        if _snapshot_fingerprints(target) == fingerprints:
-            return Base(kind="snapshot", path=str(target), weights=Checkpoint(target), fingerprints=fingerprints)
-        version += 1
-        target = folder.with_name(f"{folder.name}-v{version}")
     with CheckpointWriter(target, specs) as writer, ThreadPoolExecutor(1) as behind:
         written: Future[None] | None = None
         for name in names:
@@ -167,7 +180,8 @@ def take_snapshot(weights: Mapping[str, Tensor], names: Iterable[str], folder: P
             written.result()
         writer.write_json(MANIFEST, {"snapshot_version": _SNAPSHOT_VERSION, "fingerprints": fingerprints})
         writer.publish()
-    return Base(kind="snapshot", path=str(target), weights=Checkpoint(target), fingerprints=fingerprints)
+    checkpoint = Checkpoint(target)
+    return Base(kind="snapshot", path=str(target), weights=checkpoint, fingerprints=fingerprints, created=True)
 
 
 def open_folder(path: str, names: Iterable[str], model: LiveModel) -> Base:
@@ -206,27 +220,6 @@ def open_lightning_checkpoint(request: BaseRequest, model: LiveModel) -> Base:
     if adapters_in(state):
         return take_snapshot(weights, request.names, request.dirpath / "base")
     return base_from_memory("ckpt", weights, request.names, path=str(Path(request.base).absolute()))
-
-
-def read_lightning_checkpoint(path: str) -> dict[str, Tensor]:
-    """The tensors of a Lightning checkpoint, memory-mapped; nothing in the file is executed.
-
-    Args:
-        path: A `.ckpt` file.
-
-    Raises:
-        CheckpointError: Not a Lightning checkpoint, or it needs code to be loaded.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a dozen types here, and all mean the same
-        raise CheckpointError(
-            f"{path} cannot be loaded with weights_only=True: {str(error).splitlines()[0]} Expected a checkpoint file "
-            "that Lightning's Trainer wrote. Files that need pickled code are never loaded."
-        ) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"{path} has no state_dict: expected a checkpoint file that Lightning's Trainer wrote.")
-    return {name: tensor for name, tensor in content["state_dict"].items() if isinstance(tensor, Tensor)}
 
 
 def check_resumed(saved: Mapping[str, Any], found: Base) -> None:

@@ -20,7 +20,8 @@ from daq_lightning.architecture import Architecture
 from daq_lightning.checkpoint.tensor_file import TensorSpec
 from daq_lightning.training.adapter_save import save_adapter
 from daq_lightning.training.adapters import find_adapters
-from daq_lightning.training.values import adapters_in, check_adapters
+from daq_lightning.training.computed import ComputedTensors, find_computed
+from daq_lightning.training.values import adapters_in, check_adapters, in_full
 from daq_lightning.training.weights import LiveWeights, live_tensors
 
 
@@ -89,7 +90,14 @@ class LiveModel:
         self._found = found
         self._state = None if state is None else _inside(state, self._name)
         self.adapters = find_adapters(found, self._state)
+        computed = find_computed(found)
         if self.adapters is not None:
+            if computed:
+                raise ValueError(
+                    f"{next(iter(computed))} is parametrized (weight norm or the like) in a model with PEFT adapters, "
+                    "which cannot be merged exactly. Remove the parametrization first, with "
+                    "torch.nn.utils.parametrize.remove_parametrizations, or call merge_and_unload()."
+                )
             self.model: nn.Module = self.adapters.model
             tensors = self.adapters.weights if merge else self.adapters.base
             outlines, identities = self.adapters.outlines, self.adapters.identities
@@ -101,12 +109,12 @@ class LiveModel:
         else:
             self.model = found
             own = live_tensors(found)
-            tensors = own if self._state is None else self._state
-            check_adapters(found, tensors)
+            check_adapters(found, self._state or {})
+            tensors = ComputedTensors(own if self._state is None else in_full(own, self._state), computed)
             outlines = {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
             }
-            identities = {name: id(own.get(name, name)) for name in tensors}
+            identities = {name: id(computed[name].module if name in computed else own[name]) for name in tensors}
         self.architecture = Architecture(self.model)
         saved = self.architecture.saved(outlines, identities)
         self.keys = {name: key for name, (key, _) in saved.items()}
@@ -123,9 +131,13 @@ class LiveModel:
             state: With the adapters of this model, which are merged as here; or without any, from a run before they
                 were added.
         """
-        if self.adapters is None or adapters_in(state):
+        inside = _inside(state, self._name)
+        if self.adapters is None:
+            check_adapters(self._found, inside)
+            return self.view(ComputedTensors(inside, find_computed(self._found)))
+        if adapters_in(state):
             return LiveModel(self._module, self._path, state, merge=self._merge).weights
-        return self.view(_inside(_inside(state, self._name), self.adapters.path))
+        return self.view(_inside(inside, self.adapters.path))
 
     def view(self, tensors: Mapping[str, Tensor]) -> LiveWeights:
         """Other tensors in memory names, such as a base, under checkpoint names."""

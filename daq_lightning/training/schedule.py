@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -11,6 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from daq_lightning.training.claims import remove_own
 
 ExportOn: TypeAlias = Literal["train_end", "checkpoint"]
 Which: TypeAlias = Literal["last", "best"]
@@ -89,16 +90,7 @@ class Kept:
             return
         for folders, count in ((self.exports, self.keep_last), (self.snapshots, self.keep_last + 1)):
             while len(folders) > count:
-                shutil.rmtree(folders.pop(0), ignore_errors=True)
-
-
-def free_name(out: Path) -> Path:
-    """The name, or the first of `<name>-v1`, `<name>-v2` ... that is free: an earlier run's export stays."""
-    free, version = out, 0
-    while free.exists():
-        version += 1
-        free = out.with_name(f"{out.name}-v{version}")
-    return free
+                remove_own(folders.pop(0))
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -40,17 +40,29 @@ class Values:
         live = getattr(owner, key)
         if self._state is None:
             return live.detach()
-        name = f"{self._names[owner]}.{key}".removeprefix(".")
-        saved = self._state.get(name)
-        if saved is None and not live.requires_grad:
-            return live.detach()
-        if saved is None or saved.shape != live.shape:
-            found = "lacks it" if saved is None else f"has the shape {tuple(saved.shape)}"
-            raise CheckpointError(
-                f"{name} is trained and has the shape {tuple(live.shape)} in the model, but the checkpoint {found}: "
-                "expected a checkpoint of the same module with the same adapters."
-            )
-        return saved.detach()
+        return _saved(f"{self._names[owner]}.{key}".removeprefix("."), live, self._state)
+
+
+def in_full(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a module with the values of a saved state; what is frozen may be missing in the state.
+
+    Raises:
+        CheckpointError: The state lacks a tensor that is trained, or holds one of another shape.
+    """
+    return {name: _saved(name, tensor, state) for name, tensor in live.items()}
+
+
+def _saved(name: str, live: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    saved = state.get(name)
+    if saved is None and not live.requires_grad:
+        return live.detach()
+    if saved is None or saved.shape != live.shape:
+        found = "lacks it" if saved is None else f"has the shape {tuple(saved.shape)}"
+        raise CheckpointError(
+            f"{name} is trained and has the shape {tuple(live.shape)} in the model, but the checkpoint {found}: "
+            "expected a checkpoint of the same module with the same adapters."
+        )
+    return saved.detach()
 
 
 def check_adapters(module: nn.Module, state: Mapping[str, Tensor]) -> None:

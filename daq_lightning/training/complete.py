@@ -1,0 +1,77 @@
+"""Whether an export would hold all that its readers expect, known before the first step.
+
+The reader builds the model of config.json and fills it by name; a name that the export lacks is left at random values.
+The names of the model in training differ from those where somebody replaced, wrapped or untied a layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from daq_lightning.architecture import Architecture
+from daq_lightning.training.model import LiveModel
+
+
+def check_complete(model: LiveModel) -> None:
+    """Compares what would be exported with what the model of its config.json has.
+
+    Raises:
+        MisconfigurationException: Names that the export would lack, or tied weights that are not tied in the model.
+    """
+    if not model.architecture.is_transformers:
+        return  # nobody else but the module itself says what its names are
+    _check_ties(model)
+    reference = _built_from_config(model.model)
+    if reference is None:
+        return
+    keys = set(model.keys.values())
+    missing = reference.missing(keys)
+    if missing:
+        known = set(reference.model.state_dict())
+        foreign = [key for key in model.keys.values() if key not in known]
+        instead = f" It has {_listed(foreign)} instead." if foreign else ""
+        raise MisconfigurationException(
+            f"The export would lack {_listed(missing)}, which the {type(model.model).__name__} of its config.json has "
+            f"and readers would leave at random values.{instead} Expected a model with the layers and names that its "
+            "config describes: put the original layers back before the export, or merge what was added into them."
+        )
+
+
+def _check_ties(model: LiveModel) -> None:
+    names = {key: name for name, key in model.keys.items()}
+    for key, name in names.items():
+        source = model.architecture.tied_to(key)
+        if source is not None and source != key and source in names:  # of one tensor only the source is written
+            raise MisconfigurationException(
+                f"{name} and {names[source]} are tied by config.json, but are two tensors in the model: readers would "
+                "use one of them for both. Set tie_word_embeddings=False in the config before the model is made, or "
+                "tie them again with tie_weights()."
+            )
+
+
+def _built_from_config(model: nn.Module) -> Architecture | None:
+    """The model that a reader builds, without memory for weights; None if its class cannot be built this way."""
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        # some models draw random numbers on the CPU when they are built: those of the training stay what they were
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return Architecture(type(model)._from_config(config, attn_implementation="eager"))  # type: ignore[attr-defined]
+    except (
+        Exception
+    ):  # a class of the user's whose constructor takes more than a config: its readers are the user's too
+        return None
+    finally:
+        logger.setLevel(level)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
