@@ -105,11 +105,7 @@ def _verify_stage(stage: Stage) -> Iterator[str]:
     except CheckpointError as error:
         yield str(error)
         return
-    expected = dict(manifest.kept)
-    scale_suffix = "_scale_inv" if manifest.quantization_config.get("quant_method") == "fp8" else "_scale"
-    for name, prints in manifest.tensors.items():
-        expected[name] = prints["codes"]
-        expected[name + scale_suffix] = prints["scale"]
+    expected = manifest.stored()
     for name, value in expected.items():
         if name not in raw:
             yield f"{folder}: the tensor {name} is missing"

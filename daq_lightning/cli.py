@@ -82,10 +82,10 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _quantize(options: Namespace) -> int:
-    from daq_lightning.checkpoint.writer import check_destination
+    from daq_lightning.checkpoint.writer import check_destination, check_inputs
     from daq_lightning.export import export
     from daq_lightning.numerics.candidates import ScaleSearch
-    from daq_lightning.preparation import ExportSettings, make_context, make_plan, match_base
+    from daq_lightning.preparation import ExportSettings, inputs_of, make_context, make_plan, match_base
 
     if options.base is None and options.adapter is None:
         raise ValueError("--base is missing: pass the folder of the model that POST was trained from.")
@@ -113,7 +113,8 @@ def _quantize(options: Namespace) -> int:
     names = [tensor.spec.name for tensor in plan.quantized]
     context = make_context(base, names, parent=options.parent, chain_from=options.chain_from)
     if options.dry_run:
-        if options.out is not None and Path(options.out).exists():
+        if options.out is not None:
+            check_inputs(Path(options.out), inputs_of(source, base, context))
             check_destination(Path(options.out))
         _, without_base = match_base(plan, base, source, choices)
         if options.json:

@@ -23,14 +23,21 @@ from daq_lightning.checkpoint.folder import MANIFEST, REPORT
 from daq_lightning.checkpoint.layouts import Container, Scheme
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
+from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination, check_inputs
 from daq_lightning.numerics.batch import search_batch
 from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.pipeline import WriteBehind, read_ahead, with_progress
 from daq_lightning.plan import ExportPlan, TensorPlan
-from daq_lightning.preparation import Context, ExportSettings, lineage_of, make_context, make_plan, match_base
+from daq_lightning.preparation import (
+    Context,
+    ExportSettings,
+    inputs_of,
+    lineage_of,
+    make_context,
+    make_plan,
+    match_base,
+)
 from daq_lightning.record import make_config, make_fingerprints, make_manifest, make_notes, make_report
 from daq_lightning.report import ExportReport, TensorReport, settings
 from daq_lightning.source import Source
@@ -111,11 +118,9 @@ def export(
     progress: bool = False,
 ) -> ExportReport:
     """`export_checkpoint` for a source, settings and a context that are made already."""
-    check_destination(out)
     context = context or Context(lineage=lineage_of(base))
-    for role, mapping in (("weights", source.weights), ("base", base), ("chain's root", context.root)):
-        if isinstance(mapping, Checkpoint) and mapping.path.resolve() == out.resolve():
-            raise CheckpointError(f"{out} is the folder of the {role}: choose another destination.")
+    check_inputs(out, inputs_of(source, base, context))
+    check_destination(out)
     plan = make_plan(source, choices)
     base_names, without_base = match_base(plan, base, source, choices)
     reports: dict[str, TensorReport] = {}

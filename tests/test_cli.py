@@ -354,8 +354,8 @@ def test_chain_shows_every_stage_and_finds_what_was_altered(models, exported, se
 class OneMergedWeight:
     """An adapter that doubles one weight."""
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, path):
+        self.path, self.name = path, path.name
 
     def merged(self, name, weight):
         return weight.float() * 2 if name == self.name else None
@@ -370,7 +370,7 @@ class OneMergedWeight:
 @pytest.fixture
 def adapter(monkeypatch, tmp_path):
     """Stands in for the reader of adapter folders; the folder's name is the weight that is doubled."""
-    reader = SimpleNamespace(read_adapter=lambda folder: OneMergedWeight(Path(folder).name))
+    reader = SimpleNamespace(read_adapter=lambda folder: OneMergedWeight(Path(folder)))
     monkeypatch.setitem(sys.modules, "daq_lightning.checkpoint.adapter_folder", reader)
 
     def make(name):

@@ -317,7 +317,7 @@ def test_an_input_is_never_its_own_destination(copies, place):
     for folder in copies:
         (folder / "daq_report.json").write_text("{}")  # looks like an export
     before = hashes(base) | hashes(post)
-    with pytest.raises(CheckpointError, match="is the folder of the"):
+    with pytest.raises(CheckpointError, match="which this export would replace"):
         export_checkpoint(post, base, base.parent / "." / place, search=QUICK)
     assert hashes(base) | hashes(post) == before
 

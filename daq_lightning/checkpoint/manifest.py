@@ -19,8 +19,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from daq_lightning.checkpoint.folder import MANIFEST, read_json
-from daq_lightning.checkpoint.tensor_file import CheckpointError
+import torch
+
+from daq_lightning.checkpoint.folder import INDEX, MANIFEST, SINGLE, read_json
+from daq_lightning.checkpoint.tensor_file import CheckpointError, read_header
 
 FORMAT_VERSION = 1
 ChainFrom: TypeAlias = Literal["weights", "deployed"]
@@ -85,6 +87,13 @@ class Manifest:
         """SHA-256 of the content."""
         return _fingerprint(self._content())
 
+    def stored(self) -> dict[str, str]:
+        """Name -> fingerprint of every tensor in the files: kept ones, codes and scales."""
+        suffix = "_scale_inv" if self.quantization_config.get("quant_method") == "fp8" else "_scale"
+        codes = {name: prints["codes"] for name, prints in self.tensors.items()}
+        scales = {name + suffix: prints["scale"] for name, prints in self.tensors.items()}
+        return {**self.kept, **codes, **scales}
+
     def to_dict(self) -> dict[str, Any]:
         """The content of the file."""
         content = self._content()
@@ -116,6 +125,41 @@ class Manifest:
 
     def _content(self) -> dict[str, Any]:
         return json.loads(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}))
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """The files of an export's folder that the export did not write, by the lists of its manifest.
+
+    A link is foreign unless the manifest lists it; a weight file is the export's own if it has the name of one and
+    holds its tensors in their dtypes.
+
+    Raises:
+        CheckpointError: The folder has no valid manifest.
+    """
+    manifest = Manifest.load(folder)
+    found = []
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        found += [(Path(place) / name).relative_to(folder).as_posix() for name in (*files, *links)]
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {SINGLE}
+    known = {*manifest.files, MANIFEST, INDEX}
+    return sorted(
+        name for name in found if name not in known and not (name in shards and _holds_only(folder / name, manifest))
+    )
+
+
+def _holds_only(file: Path, manifest: Manifest) -> bool:
+    """Whether a safetensors file holds only tensors of an export; a damaged one does, nothing in it can be lost."""
+    try:
+        entries = read_header(file)
+    except CheckpointError:
+        return file.suffix == ".safetensors"
+    stored = manifest.stored()
+    return all(
+        name in stored and (name not in manifest.tensors or entry.dtype == torch.float8_e4m3fn)
+        for name, entry in entries.items()
+    )
 
 
 def relative_to(path: str, folder: Path) -> str:
