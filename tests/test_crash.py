@@ -96,9 +96,8 @@ def state_of(out, old, new):
 
 
 def at_every_call(folder, earlier):
-    import torch
-
     import test_writer
+    import torch
 
     from daq_lightning.checkpoint.reader import load_checkpoint
     from daq_lightning.checkpoint.tensor_file import TensorSpec

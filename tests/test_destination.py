@@ -1,4 +1,4 @@
-"""An export deletes nothing that an export did not write: no input of its own, and no file that somebody else put there."""
+"""An export deletes nothing that an export did not write: no input of its own, and no file of anybody else."""
 
 import hashlib
 import json
