@@ -62,7 +62,7 @@ class Stored:
     @cached_property
     def architecture(self) -> Architecture:
         try:
-            return Architecture.from_folder(self.folder)
+            return Architecture.from_folder(self.folder, len(self.raw))
         except CheckpointError as error:
             raise UnknownError("the architecture is unknown") from error
 

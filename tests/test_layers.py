@@ -12,7 +12,7 @@ PACKAGE = "daq_lightning"
 
 INSIDE = {
     "": {"callback", "chain", "checkpoint", "cli", "export", "metrics", "numerics", "plan", "report", "training"},
-    "architecture": {"checkpoint.tensor_file"},
+    "architecture": {"checkpoint.folder", "checkpoint.tensor_file"},
     "arguments": set(),
     "callback": {"checkpoint", "export", "metrics", "numerics", "preparation", "report", "source", "training"},
     "chain": {"checkpoint"},
@@ -48,7 +48,7 @@ AT_TOP = {
 """Module or wing -> packages besides torch that it may import when it is imported itself."""
 
 LAZILY = {
-    "architecture": {"transformers"},
+    "architecture": {"huggingface_hub", "transformers"},
     "callback": {"peft", "transformers"},
     "arguments": {"jsonargparse"},
     "cli": {"jsonargparse"},
