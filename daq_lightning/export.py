@@ -87,10 +87,12 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: A folder cannot be read, base and weights do not fit, or the destination cannot be written.
-        ValueError: NaN or Inf in a weight, or settings that contradict each other.
+        ValueError: NaN or Inf in a weight, a device that is not there, or settings that contradict each other.
 
     Source: arXiv 2603.22324, Algorithm 1.
     """
+    out, parent = Path(out).expanduser(), None if parent is None else os.path.expanduser(parent)
+    check_device(device)
     source = Source.from_mapping(weights) if isinstance(weights, Mapping) else Source.from_folder(weights)
     choices = ExportSettings(
         scheme=scheme,
@@ -104,7 +106,15 @@ def export_checkpoint(
     reference = base if isinstance(base, Mapping) else Checkpoint(base)
     names = [tensor.spec.name for tensor in make_plan(source, choices).quantized]
     context = make_context(reference, names, parent=parent, chain_from=chain_from)
-    return export(source, reference, Path(out), choices, context=context, device=device, progress=progress)
+    return export(source, reference, out, choices, context=context, device=device, progress=progress)
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raises ValueError for a device that does not exist here or does not compute, such as "meta"."""
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def export(
