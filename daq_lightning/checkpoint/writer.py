@@ -222,7 +222,9 @@ class CheckpointWriter:
     def write_json(self, file: str, content: Any) -> None:
         """Writes a JSON file into the folder."""
         with self._explained():
-            (self.folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            # of a path that is no UTF-8, JSON keeps the bytes as escapes
+            (self.folder / file).write_bytes(text.encode("utf-8", "backslashreplace"))
 
     def add_files(self, put: Callable[[Path], None]) -> None:
         """Lets a function put other files (tokenizer and so on) into the folder."""
