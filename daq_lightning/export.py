@@ -179,7 +179,7 @@ def export(
             search=settings(choices.search),
             tensors=tuple(reports[tensor.spec.name] for tensor in plan.quantized),
             kept={tensor.spec.name: tensor.reason for tensor in plan.tensors if not tensor.quantize},
-            notes=(*plan.notes, *make_notes(plan, without_base)),
+            notes=(*plan.notes, *make_notes(plan, without_base, reports)),
         )
         writer.add_files(source.copy_files)
         quantization = plan.layout.quantization_config(plan.ignore)

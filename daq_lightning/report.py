@@ -148,10 +148,10 @@ class ExportReport:
         ]
         for side in ("absmax", "searched"):
             values = self.metrics(side)
-            lines.append(
-                f"  {side:10}{values['sign_rate']:>10.4f}{values['cosine']:>10.4f}{values['gain']:>10.4f}"
-                f"{values['mse']:>12.3e}{values['lost']:>9.2%}"
-            )
+            direction = f"{values['sign_rate']:>10.4f}{values['cosine']:>10.4f}{values['gain']:>10.4f}"
+            if values["delta_norm"] == 0:  # nothing to keep: figures of a direction would be those of rounding noise
+                direction = f"{'-':>10}{'-':>10}{'-':>10}"
+            lines.append(f"  {side:10}{direction}{values['mse']:>12.3e}{values['lost']:>9.2%}")
         notes = list(self.notes)
         if len(notes) > 4:
             notes = [*notes[:3], f"and {len(notes) - 3} more in daq_report.json"]
@@ -169,6 +169,16 @@ def figures(stats: DeltaStats) -> dict[str, float]:
         "lost": float(stats.lost) / max(1.0, float(stats.n)),
         "flipped": float(stats.flipped) / max(1.0, float(stats.n)),
     }
+
+
+def only_finite(values: Mapping[str, float]) -> dict[str, float]:
+    """The figures that are numbers, for loggers and progress bars: a gain without an update is NaN, and says nothing.
+
+    Example:
+        >>> only_finite({"daq/gain": float("nan"), "daq/mse": 0.5})
+        {'daq/mse': 0.5}
+    """
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def alpha_statistics(alpha: Tensor) -> dict[str, float]:
