@@ -29,6 +29,28 @@ if TYPE_CHECKING:
     from daq_lightning.numerics.search import search_scale as search_scale
     from daq_lightning.report import ExportReport as ExportReport
 
+__all__ = [
+    "Chain",
+    "CheckpointError",
+    "DeltaAwareQuantization",
+    "DeltaCosineSimilarity",
+    "DeltaGain",
+    "DeltaMeanSquaredError",
+    "ExportReport",
+    "PerBlock",
+    "PerChannel",
+    "PerTensor",
+    "ScaleSearch",
+    "SearchResult",
+    "SignPreservationRate",
+    "absmax_scale",
+    "delta_metrics",
+    "dequantize",
+    "export_checkpoint",
+    "load_checkpoint",
+    "quantize",
+    "search_scale",
+]
 __version__ = "0.1.0"
 
 # Each name is loaded when it is first used: torch takes seconds to import, torchmetrics and lightning take more

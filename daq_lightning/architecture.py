@@ -11,15 +11,21 @@ wrapped modules).
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import re
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from daq_lightning.checkpoint.folder import read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 
 Role: TypeAlias = Literal["linear", "expert", "router", "head", "outside", "conv1d", "other"]
@@ -28,6 +34,12 @@ of the language model (vision tower, projector). conv1d: GPT-2's transposed Line
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
 _HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
+# fields of a config.json that name code or a repository to fetch code from; none of them changes a tensor
+_NAMES_CODE = re.compile(
+    r"auto_map|custom_pipelines|trust_remote_code|code_revision|use_kernels|(_?name_or_path)|"
+    r"_?(attn|experts)_implementation(_internal)?"
+)
+_COUNTS_MODULES = re.compile(r".*(layers?|depths?|experts|blocks|stages)")
 
 
 class Architecture:
@@ -57,8 +69,15 @@ class Architecture:
         ]
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Architecture:
+    def from_folder(cls, folder: Path, tensors: int) -> Architecture:
         """The architecture that a folder's config.json describes, built without memory for weights.
+
+        A config.json is foreign input: nothing that it names is imported or downloaded, attention is the plain one,
+        and a model of many more modules than the files hold tensors is not built.
+
+        Args:
+            folder: A Hugging Face model folder.
+            tensors: How many tensors its files hold.
 
         Raises:
             CheckpointError: No config.json, or a model that transformers does not know.
@@ -69,29 +88,27 @@ class Architecture:
             raise CheckpointError(
                 f"{folder} has no config.json, which says what the tensors are: pass a Hugging Face model folder."
             )
+        content = _without_code(read_json(folder / "config.json"))
+        limit = 1000 + 16 * tensors
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            names = config.architectures or []
-            model_class = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
-            if names and not issubclass(model_class, transformers.PreTrainedModel):
-                raise ValueError(f"{names[0]} is not a model class")
-            # a quantized folder is described by its config too: the plain architecture is asked for here
-            vars(config).pop("quantization_config", None)
-            logger = logging.getLogger("transformers")
-            level = logger.level
-            logger.setLevel(logging.ERROR)
-            try:
-                with torch.device("meta"):
-                    build = getattr(model_class, "_from_config" if names else "from_config")
-                    model = build(config)
-            finally:
-                logger.setLevel(level)
+            _check_counts(content, limit)
+            with _quiet_and_offline():
+                config = _read_config(content, folder.name)
+                names = config.architectures or []
+                model_class = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
+                if names and not issubclass(model_class, transformers.PreTrainedModel):
+                    raise ValueError(f"{names[0]} is not a model class")
+                # a quantized folder is described by its config too: the plain architecture is asked for here
+                vars(config).pop("quantization_config", None)
+                build = getattr(model_class, "_from_config" if names else "from_config")
+                with torch.device("meta"), _at_most_modules(limit):
+                    model = build(config, attn_implementation="eager")
+                return cls(model)
         except Exception as error:  # foreign input: transformers raises whatever it trips over
             raise CheckpointError(
                 f"transformers {transformers.__version__} cannot build the model that {folder / 'config.json'} "
                 f"describes: {error}. Models with code of their own are not supported."
             ) from error
-        return cls(model)
 
     def keys_of(self, names: Iterable[str]) -> dict[str, str]:
         """Checkpoint names -> memory names, as transformers would load them; unknown names map to themselves."""
@@ -236,6 +253,70 @@ class _Conversion:
             return revert_weight_conversion(self._model, tensors)  # type: ignore[arg-type]
         finally:
             self._model._weight_conversions = used  # type: ignore[assignment]
+
+
+def _read_config(content: Mapping[str, Any], name: str) -> Any:
+    """The configuration object of a config.json's content; transformers reads it from a folder of this name."""
+    import transformers
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / (name or "model")
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(content), "utf-8")
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _without_code(content: Any) -> Any:
+    """A config.json without the fields that name code, at any depth."""
+    if isinstance(content, dict):
+        return {key: _without_code(value) for key, value in content.items() if not _NAMES_CODE.fullmatch(key)}
+    return [_without_code(value) for value in content] if isinstance(content, list) else content
+
+
+def _check_counts(content: Any, limit: int, key: str = "") -> None:
+    """Refuses a config.json whose counts of layers and the like the files cannot bear out: building would not end."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            _check_counts(value, limit, name)
+    elif isinstance(content, list):
+        for value in content:
+            _check_counts(value, limit, key)
+    elif isinstance(content, (int, float)) and content > limit and _COUNTS_MODULES.fullmatch(key):
+        raise ValueError(f"{key} is {content:g}, far more than the tensors in its files")
+
+
+@contextlib.contextmanager
+def _at_most_modules(limit: int) -> Iterator[None]:
+    """Stops a model that this thread builds when it has more modules than that."""
+    thread, count = threading.get_ident(), 0
+
+    def check(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > limit:
+            raise ValueError(f"it has more than {limit} modules, far more than the tensors in its files")
+
+    hook = register_module_module_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _quiet_and_offline() -> Iterator[None]:
+    """Without transformers' warnings, and without the Hub: a config.json may name repositories in many fields."""
+    from huggingface_hub import constants
+
+    logger = logging.getLogger("transformers")
+    level, offline = logger.level, constants.HF_HUB_OFFLINE
+    logger.setLevel(logging.ERROR)
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        constants.HF_HUB_OFFLINE = offline
 
 
 def _dequantizes(conversion: Any) -> bool:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 ABOUT = """Makes FP8 checkpoints that keep what fine-tuning changed, for vLLM, SGLang and transformers. Rounding to FP8
-is coarser than most fine-tuning updates; each scale is searched so that the update survives it."""
+is coarser than most fine-tuning updates; each scale is searched so that the update survives it.
+Exit codes: 0 fine, 1 problems were found, 2 wrong arguments or input, 70 an error in this program, 130 interrupted."""
 ABOUT_QUANTIZE = """Writes an FP8 checkpoint of a fine-tuned model. POST and BASE are Hugging Face model folders
 (safetensors; FP8 folders too). Example: daq-lightning quantize my-model --base its-base --out my-model-fp8"""
 ABOUT_INSPECT = """Shows how much of the update each weight of an export kept, worst first. With --base and --post
@@ -171,7 +172,7 @@ def _dashed(option: str) -> str:
 
 def in_options(message: str) -> str:
     """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
-    named = r"\b(scheme|container|scale_format|missing_base|parent|chain_from)='([^']*)'"
+    named = r"\b(scheme|container|scale_format|missing_base|parent|chain_from|device)='([^']*)'"
     return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)
 
 

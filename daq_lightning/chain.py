@@ -13,11 +13,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from daq_lightning.checkpoint.fingerprint import fingerprint
-from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, RawCheckpoint, read_json
+from daq_lightning.checkpoint.folder import INDEX, MANIFEST, RawCheckpoint
 from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.report import ExportReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,13 @@ class Stage:
 
     folder: Path
     manifest: Manifest
+
+    def totals(self) -> dict[str, Any]:
+        """The totals of its report; empty if that cannot be read, which `Chain.verify` says."""
+        try:
+            return ExportReport.load(self.folder).to_dict()["totals"]
+        except CheckpointError:
+            return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +55,7 @@ class Chain:
             CheckpointError: A stage is missing, has no valid manifest, or is not the parent its child names.
         """
         stages: list[Stage] = []
-        path, expected = Path(folder), ""
+        path, expected = Path(folder).expanduser(), ""
         while True:
             manifest = Manifest.load(path)
             if expected and manifest.fingerprint != expected:
@@ -73,7 +82,7 @@ class Chain:
         and since the root."""
         lines = [f"root  {self.root or 'in memory, not kept'}"]
         for stage in self.stages:
-            lineage, totals = stage.manifest.lineage, read_json(stage.folder / REPORT).get("totals", {})
+            lineage, totals = stage.manifest.lineage, stage.totals()
             begun = f"from the parent's {lineage.chain_from} weights" if lineage.chain_from else lineage.base_kind
             lines.append(f"stage {lineage.stage}  {stage.folder.resolve()}  {stage.manifest.scheme}, {begun}")
             for side, label in (("searched", "since its base"), ("root", "since the root")):
@@ -101,15 +110,12 @@ def _verify_stage(stage: Stage) -> Iterator[str]:
         elif hashlib.sha256(file.read_bytes()).hexdigest() != described["sha256"]:
             yield f"{file} was altered"
     try:
+        ExportReport.load(folder)
         raw = RawCheckpoint(folder)
     except CheckpointError as error:
         yield str(error)
         return
-    expected = dict(manifest.kept)
-    scale_suffix = "_scale_inv" if manifest.quantization_config.get("quant_method") == "fp8" else "_scale"
-    for name, prints in manifest.tensors.items():
-        expected[name] = prints["codes"]
-        expected[name + scale_suffix] = prints["scale"]
+    expected = manifest.stored()
     for name, value in expected.items():
         if name not in raw:
             yield f"{folder}: the tensor {name} is missing"

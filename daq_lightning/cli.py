@@ -8,18 +8,25 @@
 Only arguments and words are dealt with here. torch is imported once they are known to be right, so that `--help` and
 a mistyped option answer at once.
 
-Exit codes: 0 fine, 1 problems were found (inspect, chain, verify), 2 wrong arguments or input, 130 interrupted.
+Exit codes:
+      0  fine
+      1  problems were found: figures that differ (inspect), a folder that is not what it should be (verify, chain)
+      2  wrong arguments or input, or a destination that cannot be written
+     70  an error in this program, to be reported
+    130  interrupted; 141 the reader of a pipe went away
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +39,7 @@ if TYPE_CHECKING:
     from daq_lightning.checkpoint.reader import Checkpoint
     from daq_lightning.source import Source
 
+_PATHS = ("post", "base", "out", "adapter", "parent", "folder")  # options that are paths: `~` is the home folder
 _SHOWN = 5  # differing weights in the text of inspect
 
 
@@ -42,14 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes those of the process.
     """
     argv = normalized(list(sys.argv[1:] if argv is None else argv))
-    debug = "--debug" in argv
+    with _any_text():
+        return _run(argv, debug="--debug" in argv)
+
+
+def _run(argv: list[str], debug: bool) -> int:
     try:
         options = make_parser().parse_args(argv)
         with _without_interrupts():
             import torch  # noqa: F401
         commands = {"quantize": _quantize, "inspect": _inspect, "chain": _chain, "verify": _verify}
-        command = commands[options.subcommand]
-        code = command(options[options.subcommand])
+        command, chosen = commands[options.subcommand], options[options.subcommand]
+        for name in _PATHS:
+            if chosen.get(name) is not None:
+                chosen[name] = os.path.expanduser(chosen[name])
+        code = command(chosen)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -58,11 +73,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if debug:
-            raise
+            traceback.print_exc()
         print(f"daq-lightning: error: {in_options(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        shown = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"daq-lightning: unexpected error: {shown[:500]}. This is a mistake in daq-lightning: please report it "
+            "with the output of the same command with --debug.",
+            file=sys.stderr,
+        )
+        return os.EX_SOFTWARE
+
+
+@contextlib.contextmanager
+def _any_text() -> Iterator[None]:
+    """Lets names that the terminal's encoding cannot hold be printed, as escapes, instead of failing."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
 
 
 @contextlib.contextmanager
@@ -82,10 +121,10 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _quantize(options: Namespace) -> int:
-    from daq_lightning.checkpoint.writer import check_destination
-    from daq_lightning.export import export
+    from daq_lightning.checkpoint.writer import check_destination, check_inputs
+    from daq_lightning.export import check_device, export
     from daq_lightning.numerics.candidates import ScaleSearch
-    from daq_lightning.preparation import ExportSettings, make_context, make_plan, match_base
+    from daq_lightning.preparation import ExportSettings, inputs_of, make_context, make_plan, match_base
 
     if options.base is None and options.adapter is None:
         raise ValueError("--base is missing: pass the folder of the model that POST was trained from.")
@@ -107,13 +146,14 @@ def _quantize(options: Namespace) -> int:
         scale_format=options.scale_format,
         missing_base=options.missing_base,
     )
-    _check_device(options.device)
+    check_device(options.device)
     source, base = _source(options.post, options.adapter), _checkpoint(options.base or options.post, "--base")
     plan = make_plan(source, choices)
     names = [tensor.spec.name for tensor in plan.quantized]
     context = make_context(base, names, parent=options.parent, chain_from=options.chain_from)
     if options.dry_run:
-        if options.out is not None and Path(options.out).exists():
+        if options.out is not None:
+            check_inputs(Path(options.out), inputs_of(source, base, context))
             check_destination(Path(options.out))
         _, without_base = match_base(plan, base, source, choices)
         if options.json:
@@ -140,6 +180,8 @@ def _inspect(options: Namespace) -> int:
     from daq_lightning.report import ExportReport
 
     post, base = options.post, options.base
+    if options.limit is not None and options.limit < 0:
+        raise ValueError(f"--limit says how many weights to show, expected 0 or more, got {options.limit}.")
     if options.adapter is not None:
         post, base = post or base, base or post
     if (post is None) != (base is None) or (options.adapter is not None and post is None):
@@ -173,7 +215,7 @@ def _inspect(options: Namespace) -> int:
 
 def _chain(options: Namespace) -> int:
     from daq_lightning.chain import Chain
-    from daq_lightning.checkpoint.folder import MANIFEST, REPORT, read_json
+    from daq_lightning.checkpoint.folder import MANIFEST
     from daq_lightning.checkpoint.tensor_file import CheckpointError
 
     if not (Path(_folder(options.folder, "FOLDER")) / MANIFEST).is_file():
@@ -184,9 +226,8 @@ def _chain(options: Namespace) -> int:
         problems += chain.verify()
         text = chain.table()
         for stage in chain.stages:
-            totals = read_json(stage.folder / REPORT).get("totals", {})
             described = {"folder": str(stage.folder.resolve()), "fingerprint": stage.manifest.fingerprint}
-            stages.append(described | dataclasses.asdict(stage.manifest.lineage) | {"totals": totals})
+            stages.append(described | dataclasses.asdict(stage.manifest.lineage) | {"totals": stage.totals()})
     except CheckpointError as error:  # a manifest or report that was altered, or a stage that is gone
         problems.append(str(error))
     if options.json:
@@ -253,14 +294,7 @@ def _export_folder(path: str) -> str:
     return path
 
 
-def _check_device(device: str | None) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-
-
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    # the escapes of an encoding that cannot hold a name are JSON's own only above 8 bits
+    plain = "utf" not in (sys.stdout.encoding or "utf-8").lower()
+    print(json.dumps(content, indent=2, ensure_ascii=plain))

@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from daq_lightning.architecture import Architecture, Role
-from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE, RawCheckpoint, read_json
-from daq_lightning.checkpoint.layouts import Layout, read_layout
+from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE, RawCheckpoint, read_index
+from daq_lightning.checkpoint.layouts import Layout, listed_modules, read_layout
+from daq_lightning.checkpoint.manifest import Manifest
+from daq_lightning.checkpoint.patterns import BoundedMatcher
 from daq_lightning.checkpoint.reader import config_dtype
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry
 from daq_lightning.numerics.formats import PerBlock
+from daq_lightning.report import ExportReport
 from daq_lightning.selection import FUSED
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -62,7 +65,7 @@ class Stored:
     @cached_property
     def architecture(self) -> Architecture:
         try:
-            return Architecture.from_folder(self.folder)
+            return Architecture.from_folder(self.folder, len(self.raw))
         except CheckpointError as error:
             raise UnknownError("the architecture is unknown") from error
 
@@ -78,22 +81,38 @@ class Stored:
         """Memory name of a tied weight -> of the weight that it is."""
         return dict(getattr(self.architecture.model, "all_tied_weights_keys", None) or {})
 
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """None where the folder is not an export by this package."""
+        return Manifest.load(self.folder) if (self.folder / MANIFEST).is_file() else None
+
+    @cached_property
+    def listed(self) -> frozenset[str]:
+        """What config.json names as not quantized."""
+        return frozenset(listed_modules(self.raw.quantization))
+
+    @cached_property
+    def _patterns(self) -> list[str]:
+        patterns = () if self.layout.container == "fp8" else sorted(self.listed)
+        return [name[3:] for name in patterns if name.startswith("re:")]
+
+    @cached_property
+    def _matcher(self) -> BoundedMatcher:
+        return BoundedMatcher("quantization_config")
+
     def lists(self, module: str) -> bool:
         """Whether config.json names a module as not quantized, as the strictest reader understands it."""
-        if self.layout.container == "fp8":
-            return module in (self.raw.quantization.get("modules_to_not_convert") or ())
-        listed = self.raw.quantization.get("ignore") or ()
-        return module in listed or any(re.match(name[3:], module) for name in listed if name.startswith("re:"))
+        return module in self.listed or any(self._matcher.matches(pattern, module) for pattern in self._patterns)
 
 
 def _check_files(stored: Stored) -> Iterator[str]:
     files = sorted({entry.path.name for entry in stored.raw.entries.values()})
-    index = read_json(stored.folder / INDEX)
+    index = read_index(stored.folder)
     if not index and files != [SINGLE]:
         yield f"{', '.join(files[:3])} without {INDEX}: readers expect the index, or one {SINGLE}"
     if index:
         total = sum(entry.nbytes for entry in stored.raw.entries.values())
-        claimed = (index.get("metadata") or {}).get("total_size")
+        claimed = index["metadata"].get("total_size")
         if claimed != total:
             yield f"{INDEX} says total_size {claimed}, its tensors have {total} bytes"
     for file in files:
@@ -118,9 +137,11 @@ def _check_leftovers(stored: Stored) -> Iterator[str]:
 
 def _check_config(stored: Stored) -> Iterator[str]:
     config = stored.raw.config
+    if not config and stored.manifest is not None and "config.json" not in stored.manifest.files:
+        raise UnknownError("the exported module has none, so its own code has to read the codes and scales")
     if not config:
         yield "there is no config.json"
-    elif "quantization_config" not in config:
+    elif not config.get("quantization_config"):
         yield "config.json has no quantization_config: readers would take the codes for weights"
     else:
         try:
@@ -268,12 +289,14 @@ def _check_complete(stored: Stored) -> Iterator[str]:
 
 
 def _check_report(stored: Stored) -> Iterator[str]:
-    report, manifest = read_json(stored.folder / REPORT), read_json(stored.folder / MANIFEST)
-    differing = sorted(set(report.get("tensors", stored.codes)) ^ set(stored.codes))
+    if not (stored.folder / REPORT).exists() and stored.manifest is None:
+        return  # of another maker
+    report, manifest = ExportReport.load(stored.folder), stored.manifest
+    differing = sorted({tensor.name for tensor in report.tensors} ^ set(stored.codes))
     if differing:
         yield f"{REPORT} and the files differ in which tensors are quantized: {', '.join(differing[:3])}"
     config = stored.raw.config.get("quantization_config")
-    if config and manifest.get("quantization_config", config) != config:
+    if config and manifest is not None and manifest.quantization_config != config:
         yield f"{MANIFEST} has another quantization_config than config.json"
 
 

@@ -23,14 +23,21 @@ from daq_lightning.checkpoint.folder import MANIFEST, REPORT
 from daq_lightning.checkpoint.layouts import Container, Scheme
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
+from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination, check_inputs
 from daq_lightning.numerics.batch import search_batch
 from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.pipeline import WriteBehind, read_ahead, with_progress
 from daq_lightning.plan import ExportPlan, TensorPlan
-from daq_lightning.preparation import Context, ExportSettings, lineage_of, make_context, make_plan, match_base
+from daq_lightning.preparation import (
+    Context,
+    ExportSettings,
+    inputs_of,
+    lineage_of,
+    make_context,
+    make_plan,
+    match_base,
+)
 from daq_lightning.record import as_searched, make_config, make_fingerprints, make_manifest, make_notes, make_report
 from daq_lightning.report import ExportReport, TensorReport, settings
 from daq_lightning.source import Source
@@ -80,10 +87,12 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: A folder cannot be read, base and weights do not fit, or the destination cannot be written.
-        ValueError: NaN or Inf in a weight, or settings that contradict each other.
+        ValueError: NaN or Inf in a weight, a device that is not there, or settings that contradict each other.
 
     Source: arXiv 2603.22324, Algorithm 1.
     """
+    out, parent = Path(out).expanduser(), None if parent is None else os.path.expanduser(parent)
+    check_device(device)
     source = Source.from_mapping(weights) if isinstance(weights, Mapping) else Source.from_folder(weights)
     choices = ExportSettings(
         scheme=scheme,
@@ -97,7 +106,15 @@ def export_checkpoint(
     reference = base if isinstance(base, Mapping) else Checkpoint(base)
     names = [tensor.spec.name for tensor in make_plan(source, choices).quantized]
     context = make_context(reference, names, parent=parent, chain_from=chain_from)
-    return export(source, reference, Path(out), choices, context=context, device=device, progress=progress)
+    return export(source, reference, out, choices, context=context, device=device, progress=progress)
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raises ValueError for a device that does not exist here or does not compute, such as "meta"."""
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def export(
@@ -111,11 +128,9 @@ def export(
     progress: bool = False,
 ) -> ExportReport:
     """`export_checkpoint` for a source, settings and a context that are made already."""
-    check_destination(out)
     context = context or Context(lineage=lineage_of(base))
-    for role, mapping in (("weights", source.weights), ("base", base), ("chain's root", context.root)):
-        if isinstance(mapping, Checkpoint) and mapping.path.resolve() == out.resolve():
-            raise CheckpointError(f"{out} is the folder of the {role}: choose another destination.")
+    check_inputs(out, inputs_of(source, base, context))
+    check_destination(out)
     plan = make_plan(source, choices)
     base_names, without_base = match_base(plan, base, source, choices)
     reports: dict[str, TensorReport] = {}
@@ -168,7 +183,7 @@ def export(
             search=settings(choices.search),
             tensors=tuple(reports[tensor.spec.name] for tensor in plan.quantized),
             kept={tensor.spec.name: tensor.reason for tensor in plan.tensors if not tensor.quantize},
-            notes=(*plan.notes, *make_notes(plan, without_base)),
+            notes=(*plan.notes, *make_notes(plan, without_base, reports)),
         )
         writer.add_files(source.copy_files)
         quantization = plan.layout.quantization_config(plan.ignore)

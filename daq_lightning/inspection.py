@@ -10,7 +10,6 @@ folder does not hold what the report says, or base or post are not the models it
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -186,7 +185,7 @@ def _base_names(report: ExportReport, base: Mapping[str, Tensor]) -> dict[str, s
     names = {tensor.name: tensor.name for tensor in report.tensors}
     if all(name in base for name in names):
         return names
-    architecture = Architecture.from_folder(Path(os.fspath(report.path)))
+    architecture = Architecture.from_folder(Path(report.path), len(Checkpoint(report.path).raw))
     by_key = {key: name for name, key in architecture.keys_of(base).items()}
     keys = architecture.keys_of(names)
     return {name: name if name in base else by_key.get(keys[name], name) for name in names}

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.plan import TensorPlan
+from daq_lightning.plan import TensorPlan, size_text
 
 Batch: TypeAlias = tuple[TensorPlan, ...]
 
@@ -102,7 +102,7 @@ def _with_lines(batches: Sequence[Batch], total: int) -> Iterator[Batch]:
         if done == total or now - last > 5:
             last, rate = now, done / max(now - start, 1e-9)
             print(
-                f"FP8 export: {done / max(total, 1):.0%} of {total / 1e9:.3g} GB, {rate / 1e6:.3g} MB/s, "
+                f"FP8 export: {done / max(total, 1):.0%} of {size_text(total)}, {rate / 1e6:.3g} MB/s, "
                 f"{(total - done) / max(rate, 1e-9):.0f} s left",
                 file=sys.stderr,
                 flush=True,

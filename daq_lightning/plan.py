@@ -34,6 +34,9 @@ _KEEP_REASON: Mapping[Role, str] = {
 }
 
 
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorPlan:
     """What happens to one tensor.
@@ -96,7 +99,7 @@ class ExportPlan:
         after = sum(spec.nbytes for spec in self.stored)
         lines.append(
             f"{self.layout.scheme}: {len(self.quantized)} of {len(self.tensors)} tensors in FP8, "
-            f"{before / 1e9:.3f} GB -> {after / 1e9:.3f} GB"
+            f"{size_text(before)} -> {size_text(after)}"
         )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -108,6 +111,17 @@ class ExportPlan:
         }
         size = sum(spec.nbytes for spec in self.stored)
         return {"scheme": self.layout.scheme, "bytes": size, "tensors": tensors, "notes": list(self.notes)}
+
+
+def size_text(size: float) -> str:
+    """A number of bytes with a unit that leaves something of it to read.
+
+    Example:
+        >>> size_text(80), size_text(123_456), size_text(1.2e12)
+        ('80 B', '123 kB', '1.2e+03 GB')
+    """
+    unit = next((unit for unit in ("B", "kB", "MB") if size < 1000 * _UNITS[unit]), "GB")
+    return f"{size / _UNITS[unit]:.3g} {unit}"
 
 
 def plan_export(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from daq_lightning.checkpoint.layouts import Container, Scheme, make_layout
 from daq_lightning.checkpoint.lineage import make_lineage
-from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
+from daq_lightning.checkpoint.manifest import ChainFrom, Lineage, Manifest
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES
@@ -122,6 +123,26 @@ def make_context(
     """The context of an export outside a training run; its arguments and errors are those of `make_lineage`."""
     lineage, root = make_lineage(lineage_of(base), base, names, parent=parent, chain_from=chain_from)
     return Context(lineage=lineage, root=root)
+
+
+def inputs_of(source: Source, base: Mapping[str, Tensor], context: Context) -> list[tuple[str, Path]]:
+    """The folders and files that an export reads or names as its origin, with their roles."""
+    inputs = [
+        (role, place)
+        for role, mapping in (("fine-tuned model", source.weights), ("base", base), ("chain's root", context.root))
+        if isinstance(mapping, Checkpoint)
+        for place in mapping.places
+    ]
+    stages: list[Path] = []
+    stage = Path(context.lineage.parent) if context.lineage.parent else None
+    while stage is not None and stage.is_dir() and not any(stage.samefile(known) for known in stages):
+        stages.append(stage)
+        try:
+            lineage = Manifest.load(stage).lineage
+        except CheckpointError:  # of an ancestor of the parent, which `chain` reports
+            break
+        stage = stage / lineage.parent if lineage.parent else None
+    return [*inputs, *(("parent" if stage is stages[0] else "chain's earlier stage", stage) for stage in stages)]
 
 
 def lineage_of(base: Mapping[str, Tensor]) -> Lineage:

@@ -53,9 +53,13 @@ def make_report(
     )
 
 
-def make_notes(plan: ExportPlan, without_base: Mapping[str, str]) -> list[str]:
-    """What a reader of the report has to know: weights without a base (name -> why), and casts."""
-    notes = [f"{name}: plain absmax scale, because {problem}." for name, problem in without_base.items()]
+def make_notes(plan: ExportPlan, without_base: Mapping[str, str], reports: Mapping[str, TensorReport]) -> list[str]:
+    """What a reader of the report has to know: no change at all, weights without a base (name -> why), and casts."""
+    measured = [report.searched for name, report in reports.items() if name not in without_base]
+    notes = []
+    if measured and not any(bool(stats.n_changed) for stats in measured):
+        notes.append(f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?")
+    notes += [f"{name}: plain absmax scale, because {problem}." for name, problem in without_base.items()]
     cast = [tensor for tensor in plan.tensors if not tensor.quantize and tensor.stored[0].dtype != tensor.spec.dtype]
     if cast:
         notes.append(

@@ -6,7 +6,6 @@ Each quantized tensor is listed with the sums of the scales that were written ("
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -17,10 +16,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.folder import REPORT, read_json
+from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
 
 Side: TypeAlias = Literal["searched", "absmax", "root"]
 FORMAT_VERSION = 1
+_FLOAT_SUMS = ("dot", "delta_sq", "delta_q_sq", "error_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,32 +113,26 @@ class ExportReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExportReport:
-        """Reads the `daq_report.json` of an exported folder (or that file itself)."""
-        file = Path(path) / "daq_report.json" if Path(path).is_dir() else Path(path)
-        content = json.loads(file.read_text("utf-8"))
+        """Reads the `daq_report.json` of an exported folder (or that file itself).
+
+        Raises:
+            CheckpointError: There is none, or it is not the report of an export.
+        """
+        file = Path(path).expanduser()
+        file = file / REPORT if file.is_dir() else file
+        if not file.is_file():
+            raise CheckpointError(f"{file} does not exist: expected the folder of an export by this package.")
+        content = read_json(file)
         if content.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{file} has report format {content.get('format_version')}, this version reads {FORMAT_VERSION}."
+            raise CheckpointError(
+                f"{file} has report format {content.get('format_version')!r:.80}, this version reads {FORMAT_VERSION}."
             )
-        tensors = tuple(
-            TensorReport(
-                name=name,
-                shape=tuple(entry["shape"]),
-                dtype=entry["dtype"],
-                scheme=entry["scheme"],
-                alpha=entry["alpha"],
-                searched=_stats_from(entry["searched"]["sums"]),
-                absmax=_stats_from(entry["absmax"]["sums"]),
-                root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
-                note=entry.get("note", ""),
-            )
-            for name, entry in content["tensors"].items()
-        )
+        _check_shape(content, file)
         return cls(
             path=str(file.parent),
             scheme=content["scheme"],
             search=content["search"],
-            tensors=tensors,
+            tensors=tuple(_tensor_from(name, entry) for name, entry in content["tensors"].items()),
             kept=content["kept"],
             notes=tuple(content["notes"]),
         )
@@ -152,10 +148,10 @@ class ExportReport:
         ]
         for side in ("absmax", "searched"):
             values = self.metrics(side)
-            lines.append(
-                f"  {side:10}{values['sign_rate']:>10.4f}{values['cosine']:>10.4f}{values['gain']:>10.4f}"
-                f"{values['mse']:>12.3e}{values['lost']:>9.2%}"
-            )
+            direction = f"{values['sign_rate']:>10.4f}{values['cosine']:>10.4f}{values['gain']:>10.4f}"
+            if values["delta_norm"] == 0:  # nothing to keep: figures of a direction would be those of rounding noise
+                direction = f"{'-':>10}{'-':>10}{'-':>10}"
+            lines.append(f"  {side:10}{direction}{values['mse']:>12.3e}{values['lost']:>9.2%}")
         notes = list(self.notes)
         if len(notes) > 4:
             notes = [*notes[:3], f"and {len(notes) - 3} more in daq_report.json"]
@@ -175,6 +171,16 @@ def figures(stats: DeltaStats) -> dict[str, float]:
     }
 
 
+def only_finite(values: Mapping[str, float]) -> dict[str, float]:
+    """The figures that are numbers, for loggers and progress bars: a gain without an update is NaN, and says nothing.
+
+    Example:
+        >>> only_finite({"daq/gain": float("nan"), "daq/mse": 0.5})
+        {'daq/mse': 0.5}
+    """
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
 def alpha_statistics(alpha: Tensor) -> dict[str, float]:
     """min, mean, max and moved (share of groups with alpha != 1) of the alphas of one tensor."""
     values = torch.stack([alpha.min(), alpha.mean(), alpha.max(), (alpha != 1).double().mean()]).tolist()
@@ -191,10 +197,68 @@ def _with_sums(stats: DeltaStats) -> dict[str, Any]:
     return values | {"sums": {name: value.item() for name, value in stats._asdict().items()}}
 
 
+def _tensor_from(name: str, entry: Mapping[str, Any]) -> TensorReport:
+    return TensorReport(
+        name=name,
+        shape=tuple(entry["shape"]),
+        dtype=entry["dtype"],
+        scheme=entry["scheme"],
+        alpha=entry["alpha"],
+        searched=_stats_from(entry["searched"]["sums"]),
+        absmax=_stats_from(entry["absmax"]["sums"]),
+        root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
+        note=entry.get("note", ""),
+    )
+
+
 def _stats_from(sums: Mapping[str, float]) -> DeltaStats:
     return DeltaStats(
         **{
-            name: torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64, device="cpu")
-            for name, value in sums.items()
+            name: torch.tensor(sums[name], dtype=torch.float64 if name in _FLOAT_SUMS else torch.int64, device="cpu")
+            for name in DeltaStats._fields
         }
     )
+
+
+def _check_shape(content: Mapping[str, Any], file: Path) -> None:
+    """Refuses a report whose fields are not what `ExportReport` says; anybody may have written it."""
+
+    def check(holds: bool, what: str) -> None:
+        if not holds:
+            raise CheckpointError(f"{file} is not the report of an export: expected {what}.")
+
+    check(isinstance(content.get("scheme"), str), "text in scheme")
+    check(isinstance(content.get("search"), dict), "an object in search")
+    kept, notes, tensors = content.get("kept"), content.get("notes"), content.get("tensors")
+    check(isinstance(kept, dict) and all(isinstance(reason, str) for reason in kept.values()), "reasons in kept")
+    check(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "a list of text in notes")
+    check(isinstance(tensors, dict) and len(tensors) > 0, "quantized tensors in tensors")
+    for name, entry in content["tensors"].items():
+        check(isinstance(entry, dict), f"an object for {name}")
+        shape, alpha = entry.get("shape"), entry.get("alpha")
+        is_shape = isinstance(shape, list) and len(shape) == 2 and all(_is_count(size) for size in shape)
+        check(is_shape, f"the two sizes of {name} in shape")
+        texts = (entry.get("dtype"), entry.get("scheme"), entry.get("note", ""))
+        check(all(isinstance(text, str) for text in texts), f"text in dtype, scheme and note of {name}")
+        is_alpha = isinstance(alpha, dict) and {"min", "mean", "max", "moved"} <= set(alpha)
+        check(is_alpha and all(map(_is_number, alpha.values())), f"min, mean, max and moved in alpha of {name}")
+        for side in ("searched", "absmax", *(["root"] if "root" in entry else [])):
+            sums = entry[side].get("sums") if isinstance(entry.get(side), dict) else None
+            listed = ", ".join(DeltaStats._fields)
+            check(isinstance(sums, dict) and _are_sums(sums), f"the sums {listed} in {side} of {name}")
+
+
+def _are_sums(sums: Mapping[str, Any]) -> bool:
+    if set(sums) != set(DeltaStats._fields):
+        return False
+    counts = [value for name, value in sums.items() if name not in _FLOAT_SUMS]
+    squares = [value for name, value in sums.items() if name.endswith("_sq")]
+    return all(map(_is_count, counts)) and _is_number(sums["dot"]) and all(_is_number(x) and x >= 0 for x in squares)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)

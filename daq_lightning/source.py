@@ -45,7 +45,7 @@ class Source:
     def from_folder(cls, path: str | os.PathLike[str]) -> Source:
         """The source that a Hugging Face model folder is."""
         checkpoint = Checkpoint(path)
-        architecture = Architecture.from_folder(checkpoint.path)
+        architecture = Architecture.from_folder(checkpoint.path, len(checkpoint.raw))
         keys = architecture.keys_of(checkpoint)
         _check_complete(checkpoint, architecture, keys)
         return cls(

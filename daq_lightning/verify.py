@@ -51,7 +51,7 @@ def run_checks(folder: str | os.PathLike[str]) -> list[Check]:
     Raises:
         CheckpointError: Not a folder, no safetensors in it, or nothing in it speaks of FP8.
     """
-    path = Path(folder)
+    path = Path(folder).expanduser()
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: expected an exported FP8 checkpoint.")
     if not any(path.glob("*.safetensors")) and not (path / INDEX).exists():
@@ -68,6 +68,8 @@ def run_checks(folder: str | os.PathLike[str]) -> list[Check]:
             results.append(Check(name=name, problems=tuple(check(stored)), remedy=remedy))
         except UnknownError as error:
             results.append(Check(name=name, skipped=str(error)))
+        except CheckpointError as error:  # of a file that belongs to the checkpoint
+            results.append(Check(name=name, problems=(str(error).rstrip("."),), remedy=remedy))
     return results
 
 

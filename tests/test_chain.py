@@ -178,5 +178,5 @@ def test_the_manifest_holds_no_absolute_path(lineage):
 
 
 def test_the_base_of_the_chain_is_never_overwritten(lineage):
-    with pytest.raises(CheckpointError, match="is the folder of the base"):
+    with pytest.raises(CheckpointError, match="which this export would replace"):
         export_checkpoint(lineage / "post2", lineage / "stage1", lineage / "stage1", search=QUICK)

@@ -1,6 +1,8 @@
 """The command line does what `export_checkpoint` does, says clearly what is wrong, and leaves nothing behind."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import daq_lightning
 from daq_lightning import Chain, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.arguments import make_parser, normalized
 from daq_lightning.checkpoint.layouts import SCHEMES
@@ -30,6 +33,7 @@ CONFIG = transformers.LlamaConfig(
     vocab_size=64,
 )
 Q = "model.layers.0.self_attn.q_proj.weight"
+QUICK = ScaleSearch(n_coarse=2, n_fine=1)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +188,11 @@ BAD_COMMANDS = {
     "out is the post": (["quantize", "POST", "--base", "BASE", "--out", "POST"], "choose another destination"),
     "range": (["quantize", "POST", "--base", "BASE", "--out", "OUT", "--range", "2", "1"], "alpha_max must be"),
     "device": (["quantize", "POST", "--base", "BASE", "--out", "OUT", "--device", "abacus"], "--device abacus"),
+    "a device that does not compute": (
+        ["quantize", "POST", "--base", "BASE", "--out", "OUT", "--device", "meta"],
+        "--device meta cannot be used",
+    ),
+    "a negative limit": (["inspect", "EXPORT", "--limit", "-1"], "--limit says how many weights to show"),
     "ignore": (["quantize", "POST", "--base", "BASE", "--out", "OUT", "--ignore", "nothing"], "matches no module"),
     "container": (
         ["quantize", "POST", "--base", "BASE", "--out", "OUT", "--scheme", "FP8_DYNAMIC", "--container", "fp8"],
@@ -207,9 +216,9 @@ BAD_COMMANDS = {
 
 
 @pytest.mark.parametrize("case", BAD_COMMANDS)
-def test_bad_input_is_one_line_and_exit_code_2(models, tmp_path, capsys, case):
+def test_bad_input_is_one_line_and_exit_code_2(models, exported, tmp_path, capsys, case):
     command, expected = BAD_COMMANDS[case]
-    places = {"POST": models.post, "BASE": models.base, "OUT": str(tmp_path / "out")}
+    places = {"POST": models.post, "BASE": models.base, "OUT": str(tmp_path / "out"), "EXPORT": str(exported)}
     command = [places.get(part, part) for part in command]
     expected = expected.replace("BASE", models.base)
     assert main(command) == 2
@@ -219,8 +228,85 @@ def test_bad_input_is_one_line_and_exit_code_2(models, tmp_path, capsys, case):
     assert printed.err.startswith("daq-lightning: error: ")
     assert expected in printed.err
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises((ValueError, OSError)):
-        main([*command, "--debug"])
+    assert main([*command, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "inspect", "chain", "verify"])
+def test_a_mistake_of_this_program_is_one_line_and_exit_code_70(
+    models, exported, tmp_path, capsys, monkeypatch, command
+):
+    def broken(*_, **__):
+        raise KeyError("oh")
+
+    for target in ("export.export", "report.ExportReport.load", "chain.Chain.open", "verify.run_checks"):
+        monkeypatch.setattr(f"daq_lightning.{target}", broken)
+    options = {"quantize": [models.post, "--base", models.base, "--out", str(tmp_path / "out")]}
+    command = [command, *options.get(command, [str(exported)])]
+    assert main(command) == 70
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "unexpected error: KeyError: 'oh'" in printed.err
+    assert "please report" in printed.err
+    assert main([*command, "--debug"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_path_that_the_terminal_cannot_show_is_escaped(models, tmp_path):
+    out = tmp_path / "é→x"
+    code = "import sys; from daq_lightning.cli import main; sys.exit(main(sys.argv[1:]))"
+
+    def run(*argv):
+        environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, env=environment)
+
+    quick = ["--n-coarse", "2", "--n-fine", "1"]
+    done = run("quantize", models.post, "--base", models.base, "--out", out, *quick)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
+    assert b"FP8 export: " + str(out).encode("ascii", "backslashreplace") in done.stdout
+    shown = run("inspect", out, "--json")
+    assert json.loads(shown.stdout)["path"] == str(out)
+    assert run("inspect", out).returncode == run("verify", out).returncode == run("chain", out).returncode == 0
+
+
+def test_the_home_folder_has_its_short_name(models, tmp_path, monkeypatch, capsys):
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copytree(models.post, home / "post")
+    shutil.copytree(models.base, home / "base")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    quick = ["--n-coarse", "2", "--n-fine", "1", "--quiet"]
+    assert main(["quantize", "~/post", "--base", "~/base", "--out", "~/fp8", *quick]) == 0
+    chained = ["--base", "~/fp8", "--parent", "~/fp8", "--chain-from", "deployed"]
+    assert main(["quantize", "~/post", *chained, "--out=~/next", *quick]) == 0
+    for command in (["inspect", "~/fp8"], ["verify", "~/fp8"], ["chain", "~/next"]):
+        assert main(command) == 0
+    report = export_checkpoint("~/post", "~/fp8", "~/third", parent="~/fp8", chain_from="deployed", search=QUICK)
+    assert report.path == str(home / "third")
+    assert len(load_checkpoint("~/third")) == len(load_checkpoint(home / "fp8"))
+    assert [stage.folder.resolve() for stage in Chain.open("~/third").stages] == [home / "fp8", home / "third"]
+    assert ExportReport.load("~/third").to_dict() == report.to_dict()
+    assert verify_checkpoint("~/third") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+
+
+def test_sizes_of_small_models_are_not_rounded_to_nothing(models, tmp_path, capsys):
+    stored = sum(tensor.nbytes for tensor in load_file(Path(models.post) / "model.safetensors").values())
+    assert quantize(models, tmp_path / "out", "--dry-run") == 0
+    assert f" {stored / 1e3:.3g} kB -> " in capsys.readouterr().out
+    assert quantize(models, tmp_path / "out") == 0
+    printed = capsys.readouterr()
+    assert " kB, " in printed.err
+    assert "0.000" not in printed.err
+
+
+def test_a_star_import_brings_every_public_name():
+    names = {}
+    exec("from daq_lightning import *", names)
+    assert {"export_checkpoint", "DeltaAwareQuantization", "ScaleSearch", "Chain"} <= set(names)
+    assert set(daq_lightning.__all__) == set(daq_lightning._HOMES)
 
 
 def test_an_interrupt_leaves_nothing_behind(models, tmp_path, capsys, monkeypatch):
@@ -233,7 +319,15 @@ def test_an_interrupt_leaves_nothing_behind(models, tmp_path, capsys, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_during_an_import_is_held_back_until_it_is_done():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a terminal has it: a process that was started by nohup, cron or some CI ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_during_an_import_is_held_back_until_it_is_done(interruptible):
     steps = []
 
     def imported():
@@ -354,8 +448,8 @@ def test_chain_shows_every_stage_and_finds_what_was_altered(models, exported, se
 class OneMergedWeight:
     """An adapter that doubles one weight."""
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, path):
+        self.path, self.name = path, path.name
 
     def merged(self, name, weight):
         return weight.float() * 2 if name == self.name else None
@@ -370,7 +464,7 @@ class OneMergedWeight:
 @pytest.fixture
 def adapter(monkeypatch, tmp_path):
     """Stands in for the reader of adapter folders; the folder's name is the weight that is doubled."""
-    reader = SimpleNamespace(read_adapter=lambda folder: OneMergedWeight(Path(folder).name))
+    reader = SimpleNamespace(read_adapter=lambda folder: OneMergedWeight(Path(folder)))
     monkeypatch.setitem(sys.modules, "daq_lightning.checkpoint.adapter_folder", reader)
 
     def make(name):

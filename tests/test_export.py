@@ -18,6 +18,7 @@ from torch import nn
 from daq_lightning import CheckpointError, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.checkpoint.tensor_file import TensorEntry
 from daq_lightning.preparation import ExportSettings
+from daq_lightning.report import only_finite
 from daq_lightning.source import Source, _guess_modules
 
 QUICK = ScaleSearch(metric="cosine", n_coarse=3, n_fine=2)
@@ -317,7 +318,7 @@ def test_an_input_is_never_its_own_destination(copies, place):
     for folder in copies:
         (folder / "daq_report.json").write_text("{}")  # looks like an export
     before = hashes(base) | hashes(post)
-    with pytest.raises(CheckpointError, match="is the folder of the"):
+    with pytest.raises(CheckpointError, match="which this export would replace"):
         export_checkpoint(post, base, base.parent / "." / place, search=QUICK)
     assert hashes(base) | hashes(post) == before
 
@@ -448,3 +449,33 @@ def test_every_tensor_is_read_once(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(TensorEntry, "read", counted)
     export_checkpoint(post, base, tmp_path / "out", search=QUICK)
     assert len(read) == len(set(read))
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_base_that_equals_the_weights_is_said(copies, tmp_path, with_config):
+    base, post = copies
+    same = base if with_config else tensors_of(base)
+    report = export_checkpoint(same, base, tmp_path / "out", search=QUICK)
+    [note] = [note for note in report.notes if "no weight changed" in note]
+    assert "is the base (--base) the model before training?" in note
+    assert note in report.summary()
+    assert "nan" not in report.summary()
+    assert note in json.loads((tmp_path / "out" / "daq_report.json").read_text())["notes"]
+    other = export_checkpoint(post, base, tmp_path / "other", search=QUICK)
+    assert not any("no weight changed" in note for note in other.notes)
+
+
+def test_one_changed_weight_is_a_change(copies, tmp_path):
+    base, _ = copies
+    weights = tensors_of(base)
+    weights[DOWN] = weights[DOWN] + 1
+    report = export_checkpoint(weights, base, tmp_path / "out", search=QUICK)
+    assert not any("no weight changed" in note for note in report.notes)
+
+
+def test_figures_that_are_no_numbers_are_left_out_for_loggers(copies, tmp_path):
+    base, post = copies
+    same = export_checkpoint(base, base, tmp_path / "same", search=QUICK).metrics()
+    assert set(same) - set(only_finite(same)) == {"gain"}
+    changed = export_checkpoint(post, base, tmp_path / "out", search=QUICK).metrics()
+    assert only_finite(changed) == changed

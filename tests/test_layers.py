@@ -12,16 +12,16 @@ PACKAGE = "daq_lightning"
 
 INSIDE = {
     "": {"callback", "chain", "checkpoint", "cli", "export", "metrics", "numerics", "plan", "report", "training"},
-    "architecture": {"checkpoint.tensor_file"},
+    "architecture": {"checkpoint.folder", "checkpoint.tensor_file"},
     "arguments": set(),
     "callback": {"checkpoint", "export", "metrics", "numerics", "preparation", "report", "source", "training"},
-    "chain": {"checkpoint"},
+    "chain": {"checkpoint", "report"},
     "checkpoint": {"checkpoint", "numerics"},
     "cli": {
         *("arguments", "chain", "checkpoint", "export", "inspection", "numerics", "plan", "preparation", "report"),
         *("source", "verify"),
     },
-    "contract": {"architecture", "checkpoint", "numerics.formats", "selection"},
+    "contract": {"architecture", "checkpoint", "numerics.formats", "report", "selection"},
     "export": {"checkpoint", "numerics", "pipeline", "plan", "preparation", "record", "report", "source"},
     "inspection": {"architecture", "checkpoint", "numerics", "report"},
     "metrics": {"numerics"},
@@ -30,7 +30,7 @@ INSIDE = {
     "plan": {"architecture", "checkpoint.layouts", "checkpoint.tensor_file", "numerics.formats", "selection"},
     "preparation": {"checkpoint", "numerics", "plan", "source"},
     "record": {"checkpoint", "numerics", "plan", "preparation", "report"},
-    "report": {"numerics.objectives"},
+    "report": {"checkpoint.folder", "checkpoint.tensor_file", "numerics.objectives"},
     "selection": {"architecture", "checkpoint.tensor_file"},
     "source": {"architecture", "checkpoint"},
     "training": {"architecture", "checkpoint", "numerics", "training"},
@@ -48,9 +48,10 @@ AT_TOP = {
 """Module or wing -> packages besides torch that it may import when it is imported itself."""
 
 LAZILY = {
-    "architecture": {"transformers"},
+    "architecture": {"huggingface_hub", "transformers"},
     "callback": {"peft", "transformers"},
     "arguments": {"jsonargparse"},
+    "checkpoint": {"regex"},
     "cli": {"jsonargparse"},
     "inspection": {"tqdm"},
     "pipeline": {"tqdm"},

@@ -371,3 +371,49 @@ def test_the_table_lists_the_worst_first_and_weights_without_an_update_last(pair
     assert cosines[:-1] == sorted(cosines[:-1])
     assert sum(tensor.name in table(report, 2) for tensor in tensors) == 2
     assert "no update" in table(report)
+
+
+def plain_export(folder, base):
+    """An export of tensors in memory, which have no config.json."""
+    generator = torch.Generator().manual_seed(0)
+    post = {name: tensor + 0.003 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()}
+    export_checkpoint(post, base, folder)
+    return folder
+
+
+@pytest.mark.parametrize("size", [128, 96])
+def test_the_export_of_a_plain_module_is_well(tmp_path, size):
+    module = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.ReLU(), torch.nn.Linear(size, 8))
+    out = plain_export(tmp_path / "fp8", {name: tensor.detach() for name, tensor in module.state_dict().items()})
+    assert verify_checkpoint(out) == []
+    assert "all is well" in checklist(run_checks(out))
+    [config] = [check for check in run_checks(out) if check.name == "config.json"]
+    assert "the exported module has none" in config.skipped
+    scale = next(name for name in load_file(out / "model.safetensors") if name.endswith(("_scale", "_scale_inv")))
+    edit_tensors(out, lambda tensors: tensors.update({scale: -tensors[scale]}))
+    assert failed(out) == {"scale values"}
+
+
+def test_an_export_that_lost_its_config_is_not_taken_for_a_plain_module(folder):
+    (folder / "config.json").unlink()
+    assert "config.json" in failed(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "", '{"format_version": 1}', '{"format_version": 1, "tensors": {}}', None]
+)
+def test_a_report_that_is_none_fails_the_check(folder, content):
+    report = folder / "daq_report.json"
+    report.unlink() if content is None else report.write_text(content)
+    assert failed(folder) == {"report"}
+
+
+def test_a_manifest_that_was_altered_fails_the_check(folder):
+    edit_json(folder, "daq_manifest.json", lambda manifest: manifest.update(scheme="x"))
+    assert failed(folder) == {"report"}
+
+
+def test_an_fp8_folder_of_another_maker_has_no_report_to_check(folder):
+    for name in ("daq_report.json", "daq_manifest.json"):
+        (folder / name).unlink()
+    assert failed(folder) == set()

@@ -1,13 +1,11 @@
 """A written folder is complete or not there, and the same input makes the same bytes."""
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +13,8 @@ import safetensors.torch
 import torch
 
 from daq_lightning.checkpoint import writer as writer_module
-from daq_lightning.checkpoint.folder import REPORT
+from daq_lightning.checkpoint.folder import MANIFEST, REPORT
+from daq_lightning.checkpoint.manifest import Lineage, Manifest
 from daq_lightning.checkpoint.reader import load_checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.checkpoint.writer import CheckpointWriter, check_destination, plan_shards
@@ -34,9 +33,26 @@ def write(out, tensors, *, max_shard_bytes=10**9, config=None, reverse=False):
     with CheckpointWriter(out, specs_of(tensors), max_shard_bytes) as writer:
         for name in sorted(tensors, reverse=reverse):
             writer.write(name, tensors[name])
-        writer.write_json(REPORT, {})
+        describe(writer, tensors)
         writer.publish(config)
     return out
+
+
+def describe(writer, tensors):
+    """Report and manifest, which make a folder an export."""
+    manifest = Manifest(
+        scheme="",
+        dtype="",
+        quantization_config={},
+        settings={},
+        versions={},
+        lineage=Lineage(),
+        tensors={},
+        kept=dict.fromkeys(tensors, ""),
+        files={name: {"size": 0, "sha256": ""} for name in (REPORT, "config.json")},
+    )
+    writer.write_json(REPORT, {})
+    writer.write_json(MANIFEST, manifest.to_dict())
 
 
 def hashes(folder):
@@ -76,11 +92,12 @@ def test_shards_hold_what_their_index_says_and_its_total_is_true(tmp_path):
         assert torch.equal(safetensors.torch.load_file(out / file)[name], tensors[name])
     assert json.loads((out / "config.json").read_text()) == {"a": 1}
     assert names_in(tmp_path) == ["out"]
-    assert {*index["weight_map"].values(), "model.safetensors.index.json", "config.json", REPORT} == set(names_in(out))
+    others = {"model.safetensors.index.json", "config.json", REPORT, MANIFEST}
+    assert {*index["weight_map"].values(), *others} == set(names_in(out))
 
 
 def test_one_file_needs_no_index(tmp_path):
-    assert names_in(write(tmp_path / "out", tensors_of())) == [REPORT, "model.safetensors"]
+    assert names_in(write(tmp_path / "out", tensors_of())) == [MANIFEST, REPORT, "model.safetensors"]
 
 
 @pytest.mark.parametrize("limit", [900, 10**9])
@@ -91,7 +108,7 @@ def test_order_and_threads_of_writing_change_no_byte(tmp_path, limit):
     with CheckpointWriter(tmp_path / "c", specs_of(tensors), limit) as writer:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(writer.write, tensors, tensors.values()))
-        writer.write_json(REPORT, {})
+        describe(writer, tensors)
         writer.publish()
     assert hashes(first) == hashes(second) == hashes(tmp_path / "c")
 
@@ -157,9 +174,9 @@ def test_a_tensor_that_was_not_planned_like_this_is_not_written(tmp_path, value)
 
 def test_an_export_replaces_an_earlier_one_and_no_file_of_that_remains(tmp_path):
     out = write(tmp_path / "out", tensors_of(), max_shard_bytes=1, config={})
-    assert len(names_in(out)) == 8
+    assert len(names_in(out)) == 9
     write(out, tensors_of(2))
-    assert names_in(out) == [REPORT, "model.safetensors"]
+    assert names_in(out) == [MANIFEST, REPORT, "model.safetensors"]
     assert set(load_checkpoint(out)) == {"t0", "t1"}
     assert names_in(tmp_path) == ["out"]
 
@@ -360,7 +377,7 @@ def test_the_folder_of_a_living_export_is_left_alone(tmp_path):
         assert first.folder.is_dir()
         for name, tensor in tensors.items():
             first.write(name, tensor)
-        first.write_json(REPORT, {})
+        describe(first, tensors)
         first.publish()
     assert set(load_checkpoint(tmp_path / "out")) == set(tensors)
     assert names_in(tmp_path) == ["out"]
@@ -370,6 +387,8 @@ def test_a_lock_that_was_taken_for_a_leftover_before_it_was_held_is_made_anew(tm
     flock, calls = fcntl.flock, []
 
     def late(descriptor, operation):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".out.lock"):
+            return flock(descriptor, operation)
         calls.append(descriptor)
         if len(calls) == 1:  # between open and flock, another export removes the lock
             [path] = tmp_path.glob(".out.partial-*.lock")
@@ -382,23 +401,42 @@ def test_a_lock_that_was_taken_for_a_leftover_before_it_was_held_is_made_anew(tm
     assert names_in(tmp_path) == ["out"]
 
 
-def test_many_exports_to_one_place_at_once_leave_one_complete_folder(tmp_path):
+RACER = """
+import sys, time
+from pathlib import Path
+import test_writer
+place, tensors = Path(sys.argv[1]), test_writer.tensors_of(int(sys.argv[2]))
+while not (place / "go").exists():
+    time.sleep(0.001)
+for _ in range(int(sys.argv[3])):
+    test_writer.write(place / "out", tensors, max_shard_bytes=500)
+"""
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_many_processes_that_export_to_one_place_at_once_all_succeed(tmp_path, earlier):
+    (tmp_path / "reference").mkdir()
+    expected = [hashes(write(tmp_path / "reference" / str(i), tensors_of(i), max_shard_bytes=500)) for i in range(1, 5)]
+    if earlier:
+        write(tmp_path / "out", tensors_of())
+    command = [sys.executable, "-c", RACER, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    racers = [
+        subprocess.Popen([*command, str(i), "40"], env=environment, stderr=subprocess.PIPE, text=True)
+        for i in range(1, 5)
+    ]
+    (tmp_path / "go").touch()
+    errors = [racer.communicate()[1] for racer in racers]
+    assert [(racer.returncode, error) for racer, error in zip(racers, errors, strict=True)] == [(0, "")] * 4
+    assert hashes(tmp_path / "out") in expected
+    assert names_in(tmp_path) == ["go", "out", "reference"]
+
+
+def test_threads_that_export_to_one_place_at_once_all_succeed(tmp_path):
     tensors = tensors_of()
     expected = hashes(write(tmp_path / "reference", tensors))
-    barrier = threading.Barrier(4)
-
-    def run():
-        barrier.wait()
-        for _ in range(5):
-            with contextlib.suppress(CheckpointError):  # to lose the race for the name is an error, no more than that
-                write(tmp_path / "out", tensors)
-
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    write(tmp_path / "out", tensors)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: write(tmp_path / "out", tensors), range(20)))
     assert hashes(tmp_path / "out") == expected
     assert names_in(tmp_path) == ["out", "reference"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -20,6 +21,8 @@ from daq_lightning.checkpoint.tensor_file import CheckpointError
 
 class Adapter(Protocol):
     """What an adapter folder can do; see `daq_lightning.checkpoint.adapter_folder`."""
+
+    path: Path
 
     def merged(self, name: str, weight: Tensor) -> Tensor | None:
         """The merged tensor, or None where the adapter leaves it alone."""
@@ -64,6 +67,11 @@ class AdaptedCheckpoint(Checkpoint):
                 "in the same way: the two can no longer be one tensor. Merge it with PEFT into a model with "
                 "tie_word_embeddings=False, save that, and pass it as the fine-tuned model."
             )
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The folder, and that of the adapter."""
+        return (self.path, self._adapter.path)
 
     def __getitem__(self, name: str) -> Tensor:
         weight = super().__getitem__(name)

@@ -15,10 +15,8 @@ executed. Whatever would be merged wrongly is refused by name.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,8 @@ from typing import Any
 
 from torch import Tensor
 
+from daq_lightning.checkpoint.folder import read_json
+from daq_lightning.checkpoint.patterns import BoundedMatcher
 from daq_lightning.checkpoint.tensor_file import (
     CheckpointError,
     TensorEntry,
@@ -111,6 +111,7 @@ class AdapterFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.config = _read_config(self.path)
+        self._matcher = BoundedMatcher(str(self.path / CONFIG))
         entries = {name.removeprefix(PREFIX): entry for name, entry in read_header(self.path / WEIGHTS).items()}
         self._replaced: dict[str, TensorEntry] = {}
         parts: dict[str, dict[str, TensorEntry]] = {}
@@ -212,9 +213,9 @@ class AdapterFolder:
                 f"{', '.join(f'{part[1:]} {entry.shape}' for part, entry in found.items())}. Convolutions are not "
                 f"merged. {_MERGE}"
             )
-        rank = _by_pattern(self.config.get("rank_pattern"), target, self.config.get("r"))
-        alpha = _by_pattern(self.config.get("alpha_pattern"), target, self.config.get("lora_alpha"))
-        if rank != A.shape[0] or not isinstance(alpha, (int, float)):
+        rank = self._by_pattern("rank_pattern", target, self.config.get("r"))
+        alpha = self._by_pattern("alpha_pattern", target, self.config.get("lora_alpha"))
+        if rank != A.shape[0] or rank == 0 or not _is_number(alpha):
             raise CheckpointError(
                 f"{self.path}: {CONFIG} gives {target} the rank {rank!r} and lora_alpha {alpha!r}, {WEIGHTS} has rank "
                 f"{A.shape[0]}: the two files are not of one adapter. Save it again."
@@ -233,6 +234,13 @@ class AdapterFolder:
             scaling=alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank,
             transposed=embedding or bool(self.config.get("fan_in_fan_out")),
         )
+
+    def _by_pattern(self, field: str, target: str, default: Any) -> Any:
+        """The value of the first pattern that matches the end of a layer's name."""
+        for pattern, value in (self.config.get(field) or {}).items():
+            if self._matcher.matches(rf"(.*\.)?({pattern})$", target):
+                return value
+        return default
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFolder:
@@ -261,14 +269,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no {WEIGHTS} (found {found}): save the adapter with save_pretrained(..., "
             "safe_serialization=True)."
         )
-    try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / CONFIG} is not an object.")
+    config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder} is an adapter of kind {config.get('peft_type')!r}, expected 'LORA'. {_MERGE}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+            raise CheckpointError(
+                f"{folder / CONFIG}: expected {field} from patterns to numbers, got {patterns!r:.80}."
+            )
     for field in _OTHER_UPDATES:
         if config.get(field):
             raise CheckpointError(f"{folder / CONFIG} has {field}, which is not supported without the model. {_MERGE}")
@@ -281,12 +290,5 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _by_pattern(patterns: Any, target: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a layer's name."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", target):
-                return value
-        except re.error as error:
-            raise CheckpointError(f"{CONFIG} has the pattern {pattern!r}, which is no regular expression.") from error
-    return default
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

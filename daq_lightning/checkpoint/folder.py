@@ -34,7 +34,7 @@ class RawCheckpoint(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         if not self.path.exists():
             raise CheckpointError(
                 f"{self.path} does not exist: expected a folder with safetensors files (or one such file)."
@@ -82,9 +82,38 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a JSON object, got {type(content).__name__}.")
     return content
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a folder: `weight_map` from tensor names to files, and `metadata`; empty if there is none.
+
+    Raises:
+        CheckpointError: It is of another shape, or names something else than safetensors files of the folder.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        return {}
+    index = read_json(path)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata") or {}
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        raise CheckpointError(f"{path} has no weight_map from names to files.")
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} should have metadata in a JSON object, got {type(metadata).__name__}.")
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file or Path(file).suffix != ".safetensors" or "\0" in file:
+            raise CheckpointError(
+                f"{path} names the file {file!r}: expected the plain name of a safetensors file in this folder."
+            )
+    return {"weight_map": weight_map, "metadata": metadata}
 
 
 def companion_files(folder: Path) -> list[Path]:
@@ -107,15 +136,9 @@ def _weight_files(path: Path) -> list[Path]:
                 "read: save the checkpoint with safe_serialization."
             )
         return [path]
-    if (path / INDEX).exists():
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(file, str) for file in weight_map.values())
-        ):
-            raise CheckpointError(f"{path / INDEX} has no weight_map from names to files.")
-        return [_shard(path, file) for file in sorted(set(weight_map.values()))]
+    index = read_index(path)
+    if index:
+        return [_inside(path, file) for file in sorted(set(index["weight_map"].values()))]
     if (path / SINGLE).exists():
         return [_inside(path, SINGLE)]
     files = sorted(file.name for file in path.glob("*.safetensors"))
@@ -129,14 +152,6 @@ def _weight_files(path: Path) -> list[Path]:
         )
         raise CheckpointError(f"{path} has no safetensors files: expected {SINGLE} or shards with {INDEX}.{hint}")
     return [_inside(path, file) for file in files]
-
-
-def _shard(folder: Path, file: str) -> Path:
-    if Path(file).name != file or Path(file).suffix != ".safetensors":
-        raise CheckpointError(
-            f"{folder / INDEX} names the file {file!r}: expected the plain name of a safetensors file in this folder."
-        )
-    return _inside(folder, file)
 
 
 def _inside(folder: Path, file: str) -> Path:
@@ -153,7 +168,7 @@ def _inside(folder: Path, file: str) -> Path:
 
 
 def _check_index(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
-    weight_map = read_json(folder / INDEX)["weight_map"]
+    weight_map = read_index(folder)["weight_map"]
     wrong = [name for name, file in weight_map.items() if name not in entries or entries[name].path.name != file]
     unlisted = [name for name in entries if name not in weight_map]
     if wrong or unlisted:

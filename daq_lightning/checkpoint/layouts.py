@@ -154,7 +154,7 @@ def read_layout(quantization: Mapping[str, Any]) -> Layout:
     """
     method = quantization.get("quant_method")
     if method == "fp8":
-        size = list(quantization.get("weight_block_size") or ())
+        size = quantization.get("weight_block_size")
         if size != [128, 128] or quantization.get("activation_scheme") != "dynamic":
             raise CheckpointError(
                 "quantization_config of the fp8 container should have weight_block_size [128, 128] and dynamic "
@@ -162,19 +162,34 @@ def read_layout(quantization: Mapping[str, Any]) -> Layout:
             )
         scale_format: ScaleFormat | None = "ue8m0" if quantization.get("scale_fmt") == "ue8m0" else None
         return make_layout("FP8_BLOCK", container="fp8", scale_format=scale_format)
-    groups = list((quantization.get("config_groups") or {}).values())
+    groups = quantization.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, Mapping) else []
     if method != "compressed-tensors" or len(groups) != 1:
         raise CheckpointError(
             "config.json should have a quantization_config with quant_method 'fp8' or 'compressed-tensors' (and one "
             f"config group), got {method!r} with {len(groups)} groups"
         )
-    weights, container = groups[0].get("weights") or {}, "compressed-tensors"
-    block = weights.get("strategy") == "block" and list(weights.get("block_structure") or ()) == [128, 128]
+    group = groups[0] if isinstance(groups[0], Mapping) else {}
+    weights = group.get("weights") if isinstance(group.get("weights"), Mapping) else {}
+    block = weights.get("strategy") == "block" and weights.get("block_structure") == [128, 128]
     if (weights.get("num_bits"), weights.get("type")) != (8, "float") or not (
         block or weights.get("strategy") == "channel"
     ):
         raise CheckpointError(
             f"weights should be 8-bit floats with a scale per channel or 128 x 128 block, got {weights}"
         )
-    scheme = "FP8_BLOCK" if block else "FP8_DYNAMIC" if groups[0].get("input_activations") else "FP8A16"
-    return make_layout(scheme, container=container)
+    scheme = "FP8_BLOCK" if block else "FP8_DYNAMIC" if group.get("input_activations") else "FP8A16"
+    return make_layout(scheme, container="compressed-tensors")
+
+
+def listed_modules(quantization: Mapping[str, Any]) -> list[str]:
+    """The modules that a `quantization_config` says are not quantized: names, and patterns after `re:`.
+
+    Raises:
+        CheckpointError: The list is none.
+    """
+    field = "modules_to_not_convert" if quantization.get("quant_method") == "fp8" else "ignore"
+    listed = quantization.get(field) or []
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise CheckpointError(f"quantization_config should have a list of names in {field}, got {listed!r:.80}")
+    return listed

@@ -18,12 +18,14 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
-from daq_lightning.checkpoint.folder import MANIFEST, read_json
-from daq_lightning.checkpoint.tensor_file import CheckpointError
+import torch
+
+from daq_lightning.checkpoint.folder import INDEX, MANIFEST, SINGLE, read_index, read_json
+from daq_lightning.checkpoint.tensor_file import CheckpointError, read_header
 
 FORMAT_VERSION = 1
 ChainFrom: TypeAlias = Literal["weights", "deployed"]
@@ -88,6 +90,13 @@ class Manifest:
         """SHA-256 of the content."""
         return _fingerprint(self._content())
 
+    def stored(self) -> dict[str, str]:
+        """Name -> fingerprint of every tensor in the files: kept ones, codes and scales."""
+        suffix = "_scale_inv" if self.quantization_config.get("quant_method") == "fp8" else "_scale"
+        codes = {name: prints["codes"] for name, prints in self.tensors.items()}
+        scales = {name + suffix: prints["scale"] for name, prints in self.tensors.items()}
+        return {**self.kept, **codes, **scales}
+
     def to_dict(self) -> dict[str, Any]:
         """The content of the file."""
         content = self._content()
@@ -110,15 +119,83 @@ class Manifest:
         claimed = content.pop("fingerprint", "")
         if _fingerprint(content) != claimed:
             raise CheckpointError(f"{path} was altered: its content does not have the fingerprint it claims.")
-        try:
-            del content["format_version"]
-            content["lineage"] = Lineage(**content["lineage"])
-            return cls(**content)
-        except (TypeError, KeyError) as error:
-            raise CheckpointError(f"{path} lacks fields or has unknown ones: {error}.") from error
+        del content["format_version"]
+        _check_shape(content, path)
+        return cls(**content | {"lineage": Lineage(**content["lineage"])})
 
     def _content(self) -> dict[str, Any]:
         return json.loads(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}))
+
+
+def _check_shape(content: Mapping[str, Any], path: Path) -> None:
+    """Refuses a manifest whose fields are not what `Manifest` and `Lineage` say; anybody may have written it."""
+
+    def check(holds: bool, what: str) -> None:
+        if not holds:
+            raise CheckpointError(f"{path} is not the manifest of an export: expected {what}.")
+
+    for kind, level in ((Manifest, content), (Lineage, content.get("lineage"))):
+        names = {field.name for field in fields(kind)}
+        found = set(level) if isinstance(level, dict) else {type(level).__name__}
+        check(found == names, f"the fields {sorted(names)}, got {sorted(found)}")
+    lineage = content["lineage"]
+    for name in ("parent", "parent_fingerprint", "base_kind", "base_path", "base_fingerprint", "root"):
+        check(_is_text(lineage[name]), f"text in lineage {name}")
+    check(type(lineage["stage"]) is int and lineage["stage"] > 0, "a positive stage")
+    check(lineage["chain_from"] in (None, "weights", "deployed"), "chain_from 'weights', 'deployed' or null")
+    check(_is_text(content["scheme"]) and _is_text(content["dtype"]), "text in scheme and dtype")
+    for name in ("quantization_config", "settings", "versions", "tensors", "kept", "files", "training"):
+        check(isinstance(content[name], dict), f"an object in {name}")
+    check(all(map(_is_text, content["kept"].values())), "a fingerprint for every kept tensor")
+    for name, prints in content["tensors"].items():
+        described = isinstance(prints, dict) and set(prints) == {"base", "weights", "codes", "scale"}
+        check(described, f"base, weights, codes and scale of {name}")
+        check(all(_is_text(prints[key]) for key in ("base", "codes", "scale")), f"fingerprints of {name}")
+        forms = prints["weights"]
+        check(isinstance(forms, dict) and all(map(_is_text, forms.values())), f"fingerprints of the weights of {name}")
+    for name, described in content["files"].items():
+        inside = _is_text(name) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+        check(inside, f"files inside the folder, got {name!r}")
+        check(isinstance(described, dict) and _is_text(described.get("sha256")), f"size and sha256 of {name}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """The files of an export's folder that the export did not write, by the lists of its manifest.
+
+    A link is foreign unless the manifest lists it; a weight file is the export's own if it has the name of one and
+    holds its tensors in their dtypes.
+
+    Raises:
+        CheckpointError: The folder has no valid manifest.
+    """
+    manifest = Manifest.load(folder)
+    found = []
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        found += [(Path(place) / name).relative_to(folder).as_posix() for name in (*files, *links)]
+    index = read_index(folder)
+    shards = set(index["weight_map"].values()) if index else {SINGLE}
+    known = {*manifest.files, MANIFEST, INDEX}
+    return sorted(
+        name for name in found if name not in known and not (name in shards and _holds_only(folder / name, manifest))
+    )
+
+
+def _holds_only(file: Path, manifest: Manifest) -> bool:
+    """Whether a safetensors file holds only tensors of an export; a damaged one does, nothing in it can be lost."""
+    try:
+        entries = read_header(file)
+    except CheckpointError:
+        return file.suffix == ".safetensors"
+    stored = manifest.stored()
+    return all(
+        name in stored and (name not in manifest.tensors or entry.dtype == torch.float8_e4m3fn)
+        for name, entry in entries.items()
+    )
 
 
 def relative_to(path: str, folder: Path) -> str:

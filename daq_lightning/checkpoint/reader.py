@@ -59,6 +59,11 @@ class Checkpoint(Mapping[str, Tensor]):
         }
 
     @property
+    def places(self) -> tuple[Path, ...]:
+        """The folders or files that the tensors come from."""
+        return (self.path,)
+
+    @property
     def quantized(self) -> bool:
         """Whether any weight is stored in FP8."""
         return bool(self._scales)

@@ -5,10 +5,12 @@ the moment it is ready, by any thread, without a buffer. Everything goes into a 
 
     out/../.out.partial-<random>/      shards, other files, index and config.json last; all fsynced
     out/../.out.partial-<random>.lock  held while that folder exists
+    out/../.out.lock                   held while folders are renamed or leftovers are removed
     rename -> out
 
 A kill at any moment leaves at most those siblings, which the next export to the same place removes (it knows by the
-lock that no living process owns them). An earlier export at the destination stays until the new one is complete.
+locks that no living process owns them). An earlier export at the destination stays until the new one is complete, and
+is replaced only if every file in it is its own.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from typing import Any
 
 from torch import Tensor
 
-from daq_lightning.checkpoint.folder import INDEX, REPORT, SINGLE
+from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE
+from daq_lightning.checkpoint.manifest import foreign_files
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, TensorSpec, make_header, tensor_bytes
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -57,22 +60,94 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int = DEFAULT_SHAR
 def check_destination(out: Path) -> None:
     """Refuses a destination that holds something else than an earlier export, before any work is done.
 
+    Nothing is created.
+
     Raises:
-        CheckpointError: The destination is a file, a folder that is not an export, or cannot be created.
+        CheckpointError: The destination is a file, a folder that is not an export or holds files of others, or cannot
+            be written.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out} exists and is not a folder: choose another destination.")
-    if out.is_dir() and any(out.iterdir()) and not (out / REPORT).is_file():
+    while out.is_dir():
+        looked_at = out.stat()
+        try:
+            if any(out.iterdir()):
+                _check_replaceable(out)
+            break
+        except (CheckpointError, OSError):  # unless another export has replaced the folder while it was looked at
+            if out.is_dir() and os.path.samestat(out.stat(), looked_at):
+                raise
+    parent = out.absolute().parent
+    try:
+        while not parent.exists():
+            parent = parent.parent
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    if not parent.is_dir():
+        raise _cannot_write(out, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent)))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{out} cannot be written: no permission for {parent}.")
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuses a folder of which any file was not written by the export that made it: replacing would delete it."""
+    if not (out / REPORT).is_file():
         raise CheckpointError(
             f"{out} exists and was not written by this package (it has no {REPORT}): choose another destination, or "
             "remove the folder yourself."
         )
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(out, error) from error
-    if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{out} cannot be written: no permission for {out.absolute().parent}.")
+        foreign = foreign_files(out)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{out} exists and cannot be replaced, because its {MANIFEST} does not say which files are its own: "
+            f"{str(error).rstrip('.')}. Choose another destination, or remove the folder yourself."
+        ) from error
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise CheckpointError(
+            f"{out} is an earlier export, but {', '.join(foreign[:3])}{more} in it is not listed in its {MANIFEST}, so "
+            "replacing it would delete what is not of that export: move it away, or choose another destination."
+        )
+
+
+def check_inputs(out: Path, inputs: Iterable[tuple[str, Path]]) -> None:
+    """Refuses a destination that an input of the export would not survive, through links and mounts too.
+
+    Args:
+        out: The destination.
+        inputs: What is read, as (role, folder or file).
+
+    Raises:
+        CheckpointError: An input lies at or below the destination (or one of its leftovers, which are removed), or the
+            destination lies in an input that is an export, whose manifest would no longer hold.
+    """
+    removed = [out, *_leftovers(out)]
+    for role, path in inputs:
+        for place in removed:
+            if any(_is_within(part, place) for part in _parts(path)):
+                raise CheckpointError(
+                    f"The {role} {path} is in {place}, which this export would replace: choose another destination."
+                )
+        if (path / MANIFEST).is_file() and _is_within(out, path):
+            raise CheckpointError(
+                f"{out} is in the {role} {path}, an export that would no longer be what its {MANIFEST} says: choose "
+                "another destination."
+            )
+
+
+def _parts(path: Path) -> list[Path]:
+    """An input and the files that it only links to, as the hub's cache does."""
+    links = [entry for entry in path.iterdir() if entry.is_symlink()] if path.is_dir() else []
+    return [path, *links]
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it; by what the folders are, not by how they are called."""
+    if not folder.exists():
+        return False
+    real = path.resolve()
+    return any(parent.exists() and parent.samefile(folder) for parent in (real, *real.parents))
 
 
 class CheckpointWriter:
@@ -108,7 +183,9 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         with self._explained():
-            remove_leftovers(self.out)
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(self.out):
+                remove_leftovers(self.out)
             self.folder, self._lock = _reserve(self.out)
             try:
                 self.folder.mkdir()
@@ -145,7 +222,9 @@ class CheckpointWriter:
     def write_json(self, file: str, content: Any) -> None:
         """Writes a JSON file into the folder."""
         with self._explained():
-            (self.folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            # of a path that is no UTF-8, JSON keeps the bytes as escapes
+            (self.folder / file).write_bytes(text.encode("utf-8", "backslashreplace"))
 
     def add_files(self, put: Callable[[Path], None]) -> None:
         """Lets a function put other files (tokenizer and so on) into the folder."""
@@ -191,20 +270,21 @@ class CheckpointWriter:
 
     def _replace(self) -> None:
         """Gives the finished folder its name; an earlier export steps aside and is removed afterwards."""
-        check_destination(self.out)
-        earlier = self.out.parent / f".{self.out.name}.earlier-{secrets.token_hex(4)}"
-        replaced = self.out.exists()
-        if replaced:
-            os.rename(self.out, earlier)
-        try:
-            os.rename(self.folder, self.out)
-        except BaseException:
+        with _alone(self.out):
+            check_destination(self.out)
+            earlier = self.out.parent / f".{self.out.name}.earlier-{secrets.token_hex(4)}"
+            replaced = self.out.exists()
             if replaced:
-                os.rename(earlier, self.out)
-            raise
-        _fsync(self.out.parent)
-        if replaced:
-            shutil.rmtree(earlier, ignore_errors=True)
+                os.rename(self.out, earlier)
+            try:
+                os.rename(self.folder, self.out)
+            except BaseException:
+                if replaced:
+                    os.rename(earlier, self.out)
+                raise
+            _fsync(self.out.parent)
+            if replaced:
+                shutil.rmtree(earlier, ignore_errors=True)
 
     def _discard(self) -> None:
         for descriptor in self._files.values():
@@ -224,7 +304,10 @@ class CheckpointWriter:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Removes what killed exports to this destination left behind; puts back an export that was being replaced."""
+    """Removes what killed exports to this destination left behind; puts back an export that was being replaced.
+
+    To be called while no other export to this destination renames folders; see `_alone`.
+    """
     for path in out.parent.glob(f".{_escape(out.name)}.earlier-*"):
         if out.exists():
             shutil.rmtree(path, ignore_errors=True)
@@ -241,6 +324,35 @@ def remove_leftovers(out: Path) -> None:
                 path.unlink()
             finally:
                 os.close(lock)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keeps other exports to this destination, in any process, from renaming folders there until the end.
+
+    Between two renames a living export's earlier folder looks like the leftover of a killed one.
+    """
+    path = out.parent / f".{out.name}.lock"
+    while True:
+        lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock).st_nlink:  # else the one before has removed this file: make it anew
+                break
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _leftovers(out: Path) -> list[Path]:
+    names = (f".{_escape(out.name)}.earlier-*", f".{_escape(out.name)}.partial-*")
+    return [path for name in names for path in out.absolute().parent.glob(name) if path.is_dir()]
 
 
 def _reserve(out: Path) -> tuple[Path, int]:
