@@ -10,6 +10,7 @@ adapters.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWrite
 from daq_lightning.numerics.batch import search_batch
 from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.formats import ScaleFormat
+from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.pipeline import WriteBehind, read_ahead, with_progress
 from daq_lightning.plan import ExportPlan, TensorPlan
 from daq_lightning.preparation import (
@@ -38,6 +40,7 @@ from daq_lightning.preparation import (
     make_plan,
     match_base,
 )
+from daq_lightning.readers import dequantized_stats
 from daq_lightning.record import as_searched, make_config, make_fingerprints, make_manifest, make_notes, make_report
 from daq_lightning.report import ExportReport, TensorReport, settings
 from daq_lightning.source import Source
@@ -135,6 +138,7 @@ def export(
     base_names, without_base = match_base(plan, base, source, choices)
     reports: dict[str, TensorReport] = {}
     prints: dict[str, dict[str, Any]] = {}
+    dequantized: dict[str, DeltaStats] = {}
     with CheckpointWriter(out, plan.stored, choices.max_shard_bytes) as writer, WriteBehind() as behind:
 
         def finish(tensor: TensorPlan, stored: tuple[Tensor, ...], weight: Tensor, reference: Tensor | None) -> None:
@@ -143,6 +147,10 @@ def export(
             prints[tensor.spec.name] = make_fingerprints(stored, weight, reference) if tensor.quantize else {
                 "stored": fingerprint(stored[0])
             }  # fmt: skip
+            if tensor.quantize:
+                known = weight if reference is None else reference
+                stats = dequantized_stats(weight, known, stored[0], stored[1], plan.layout.granularity, plan.dtype)
+                dequantized[tensor.spec.name] = stats.map(Tensor.cpu)
 
         batches = _batches(plan, choices.search)
         order = [tensor for batch in batches for tensor in batch]
@@ -181,9 +189,13 @@ def export(
             path=str(out),
             scheme=plan.layout.scheme,
             search=settings(choices.search),
-            tensors=tuple(reports[tensor.spec.name] for tensor in plan.quantized),
+            tensors=tuple(
+                dataclasses.replace(reports[tensor.spec.name], dequantized=dequantized[tensor.spec.name])
+                for tensor in plan.quantized
+            ),
             kept={tensor.spec.name: tensor.reason for tensor in plan.tensors if not tensor.quantize},
             notes=(*plan.notes, *make_notes(plan, without_base, reports)),
+            dtype=str(plan.dtype).removeprefix("torch."),
         )
         writer.add_files(source.copy_files)
         quantization = plan.layout.quantization_config(plan.ignore)

@@ -24,6 +24,7 @@ from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import DeltaStats, cosine, measure
 from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
 from daq_lightning.numerics.tiling import bands
+from daq_lightning.readers import dequantized_stats
 from daq_lightning.report import ExportReport, TensorReport, figures
 
 TOLERANCE = 1e-5
@@ -53,7 +54,7 @@ def recompute(
     files = Checkpoint(report.path)
     layout = read_layout(files.raw.quantization)
     scale_format = _scale_format(files, layout)
-    names = _base_names(report, base)
+    names, dtype = _base_names(report, base), getattr(torch, report.dtype)
     tensors = []
     for tensor in _with_progress(report.tensors, progress):
         weight = _read(post, tensor.name, tensor, "fine-tuned model")
@@ -63,7 +64,10 @@ def recompute(
         written = files.raw[tensor.name], files.raw[layout.scale_name(tensor.name)]
         plain = absmax_scale(weight, layout.granularity, scale_format=scale_format)
         searched, absmax = _measure(weight, reference, *written, plain, layout)
-        tensors.append(dataclasses.replace(tensor, searched=searched, absmax=absmax))
+        rounded = None
+        if tensor.dequantized is not None:
+            rounded = dequantized_stats(weight, reference, *written, layout.granularity, dtype)
+        tensors.append(dataclasses.replace(tensor, searched=searched, absmax=absmax, dequantized=rounded))
     return dataclasses.replace(report, tensors=tuple(tensors))
 
 
@@ -71,8 +75,10 @@ def differences(report: ExportReport, other: ExportReport) -> dict[str, list[str
     """Tensor name -> the sums in which two reports of the same tensors differ by more than `TOLERANCE`."""
     found: dict[str, list[str]] = {}
     for mine, theirs in zip(report.tensors, other.tensors, strict=True):
-        for side in ("searched", "absmax"):
+        for side in ("searched", "absmax", "dequantized"):
             one, two = getattr(mine, side), getattr(theirs, side)
+            if one is None or two is None:
+                continue
             for field, limit in _limits(one)._asdict().items():
                 left, right = float(getattr(one, field)), float(getattr(two, field))
                 if not abs(left - right) <= TOLERANCE * float(limit):
@@ -105,6 +111,7 @@ def table(report: ExportReport, limit: int | None = None) -> str:
         "absmax: that cosine under plain scales; gain: strength of the update along its own direction, 1 is full;",
         "sign: share of elements whose change keeps its sign; lost: share whose change became zero; moved: share of",
         "scales that the search moved away from plain ones.",
+        "Figures are those of FP8 kernels (vLLM, SGLang); the last line is for readers that dequantize (transformers).",
         "",
         f"{'weight':{width}} {'shape':>14} {'cosine':>8} {'absmax':>8} {'gain':>8} {'sign':>7} {'mse':>10} {'lost':>8} "
         f"{'moved':>7}",
@@ -119,6 +126,9 @@ def table(report: ExportReport, limit: int | None = None) -> str:
     if len(tensors) < len(report.tensors):
         lines.append(f"and {len(report.tensors) - len(tensors)} more")
     lines.append(f"{'all weights':{width}} {'':>14} {_row(kept, plain)}")
+    if all(tensor.dequantized is not None for tensor in report.tensors):
+        rounded = f"dequantized to {report.dtype}"
+        lines.append(f"{rounded:{width + 15}} {_row(report.metrics('dequantized'), plain)}")
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
 
 

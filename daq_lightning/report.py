@@ -1,7 +1,9 @@
 """What an export did to every tensor, as numbers that can be recomputed from the files.
 
 Each quantized tensor is listed with the sums of the scales that were written ("searched") and of plain absmax scales
-("absmax"), and the figures that follow from them. Totals are the figures of the added sums.
+("absmax"), and the figures that follow from them. Both are those of float32 products of code and scale, which FP8
+kernels compute with; "dequantized" are the written scales for a reader that rounds the product to 16 bit, see
+`daq_lightning.readers`. Totals are the figures of the added sums.
 """
 
 from __future__ import annotations
@@ -20,7 +22,11 @@ from daq_lightning.checkpoint.folder import REPORT, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
 
-Side: TypeAlias = Literal["searched", "absmax", "root"]
+Side: TypeAlias = Literal["searched", "dequantized", "absmax", "root"]
+_READ_AS = {
+    "searched": "float32 product of code and scale, as FP8 kernels compute (vLLM, SGLang)",
+    "dequantized": "that product rounded to {dtype}, as transformers dequantizes; of evenly spread rows of each weight",
+}
 FORMAT_VERSION = 1
 _FLOAT_SUMS = ("dot", "delta_sq", "delta_q_sq", "error_sq")
 
@@ -38,6 +44,8 @@ class TensorReport:
         searched: Sums over the tensor under the written scales.
         absmax: Sums under plain absmax scales.
         root: Sums of the written scales against the first base of a chain, if the tensor is part of one.
+        dequantized: Sums of the written scales for a reader that dequantizes to 16 bit, over sampled rows; None in
+            reports of a version that did not look at it.
         note: Anything unusual, such as a missing base.
     """
 
@@ -49,6 +57,7 @@ class TensorReport:
     searched: DeltaStats
     absmax: DeltaStats
     root: DeltaStats | None = None
+    dequantized: DeltaStats | None = None
     note: str = ""
 
 
@@ -63,6 +72,7 @@ class ExportReport:
         tensors: The quantized tensors, in file order.
         kept: Name -> why it was not quantized.
         notes: What the user should know: fallbacks, casts, missing bases.
+        dtype: What a reader dequantizes to: the dtype of the kept tensors.
     """
 
     path: str
@@ -71,6 +81,7 @@ class ExportReport:
     tensors: tuple[TensorReport, ...]
     kept: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
 
     def totals(self, side: Side = "searched") -> DeltaStats:
         """Sums over all quantized tensors whose base is known."""
@@ -84,14 +95,18 @@ class ExportReport:
         return figures(self.totals(side))
 
     def _sides(self) -> list[Side]:
-        chained = bool(self.tensors) and all(tensor.root is not None for tensor in self.tensors)
-        return ["searched", "absmax", "root"] if chained else ["searched", "absmax"]
+        sides: tuple[Side, ...] = ("searched", "dequantized", "absmax", "root")
+        return [side for side in sides if all(getattr(tensor, side) is not None for tensor in self.tensors)]
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `daq_report.json`."""
         return {
             "format_version": FORMAT_VERSION,
             "scheme": self.scheme,
+            "dtype": self.dtype,
+            "read_as": {
+                side: text.format(dtype=self.dtype) for side, text in _READ_AS.items() if side in self._sides()
+            },
             "search": dict(self.search),
             "totals": {side: _with_sums(self.totals(side)) for side in self._sides()},
             "notes": list(self.notes),
@@ -102,6 +117,7 @@ class ExportReport:
                     "dtype": tensor.dtype,
                     "alpha": dict(tensor.alpha),
                     "searched": _with_sums(tensor.searched),
+                    **({"dequantized": _with_sums(tensor.dequantized)} if tensor.dequantized is not None else {}),
                     "absmax": _with_sums(tensor.absmax),
                     **({"root": _with_sums(tensor.root)} if tensor.root is not None else {}),
                     **({"note": tensor.note} if tensor.note else {}),
@@ -135,23 +151,27 @@ class ExportReport:
             tensors=tuple(_tensor_from(name, entry) for name, entry in content["tensors"].items()),
             kept=content["kept"],
             notes=tuple(content["notes"]),
+            dtype=content.get("dtype", "bfloat16"),
         )
 
     def summary(self) -> str:
-        """At most ten lines for a person: where it is, what was kept of the update, what to know."""
+        """At most eleven lines for a person: where it is, what was kept of the update, what to know."""
         count = len(self.tensors)
         lines = [
             f"FP8 export: {self.path}",
             f"  {count} weights as {self.scheme}, {len(self.kept)} tensors kept; "
             f"search for {self.search.get('metric', '?')}",
-            f"  {'':10}{'sign rate':>10}{'cosine':>10}{'gain':>10}{'mse':>12}{'lost':>9}",
+            f"  {'':12}{'sign rate':>10}{'cosine':>10}{'gain':>10}{'mse':>12}{'lost':>9}",
         ]
-        for side in ("absmax", "searched"):
+        sides: tuple[Side, ...] = ("absmax", "searched", "dequantized")
+        for side in sides:
+            if side not in self._sides():
+                continue
             values = self.metrics(side)
             direction = f"{values['sign_rate']:>10.4f}{values['cosine']:>10.4f}{values['gain']:>10.4f}"
             if values["delta_norm"] == 0:  # nothing to keep: figures of a direction would be those of rounding noise
                 direction = f"{'-':>10}{'-':>10}{'-':>10}"
-            lines.append(f"  {side:10}{direction}{values['mse']:>12.3e}{values['lost']:>9.2%}")
+            lines.append(f"  {side:12}{direction}{values['mse']:>12.3e}{values['lost']:>9.2%}")
         notes = list(self.notes)
         if len(notes) > 4:
             notes = [*notes[:3], f"and {len(notes) - 3} more in daq_report.json"]
@@ -207,6 +227,7 @@ def _tensor_from(name: str, entry: Mapping[str, Any]) -> TensorReport:
         searched=_stats_from(entry["searched"]["sums"]),
         absmax=_stats_from(entry["absmax"]["sums"]),
         root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
+        dequantized=_stats_from(entry["dequantized"]["sums"]) if "dequantized" in entry else None,
         note=entry.get("note", ""),
     )
 
@@ -229,6 +250,7 @@ def _check_shape(content: Mapping[str, Any], file: Path) -> None:
 
     check(isinstance(content.get("scheme"), str), "text in scheme")
     check(isinstance(content.get("search"), dict), "an object in search")
+    check(content.get("dtype", "bfloat16") in ("bfloat16", "float16"), "bfloat16 or float16 in dtype")
     kept, notes, tensors = content.get("kept"), content.get("notes"), content.get("tensors")
     check(isinstance(kept, dict) and all(isinstance(reason, str) for reason in kept.values()), "reasons in kept")
     check(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "a list of text in notes")
@@ -242,7 +264,7 @@ def _check_shape(content: Mapping[str, Any], file: Path) -> None:
         check(all(isinstance(text, str) for text in texts), f"text in dtype, scheme and note of {name}")
         is_alpha = isinstance(alpha, dict) and {"min", "mean", "max", "moved"} <= set(alpha)
         check(is_alpha and all(map(_is_number, alpha.values())), f"min, mean, max and moved in alpha of {name}")
-        for side in ("searched", "absmax", *(["root"] if "root" in entry else [])):
+        for side in ("searched", "absmax", *(side for side in ("dequantized", "root") if side in entry)):
             sums = entry[side].get("sums") if isinstance(entry.get(side), dict) else None
             listed = ", ".join(DeltaStats._fields)
             check(isinstance(sums, dict) and _are_sums(sums), f"the sums {listed} in {side} of {name}")
