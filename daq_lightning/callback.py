@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import TQDMProgressBar, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -34,12 +34,14 @@ from daq_lightning.export import export
 from daq_lightning.metrics import delta_metrics
 from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.objectives import Metric
-from daq_lightning.preparation import Context, ExportSettings, make_plan, match_base
+from daq_lightning.preparation import Context, make_plan, match_base
 from daq_lightning.report import ExportReport
 from daq_lightning.source import Source
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.model import LiveModel, owners_of_files
-from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, check_choice, free_name
+from daq_lightning.training.other_callbacks import best_saver, check_savers
+from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, free_name
+from daq_lightning.training.settings_check import check_chain, check_choice, check_path, make_settings, require
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
 
 
@@ -61,9 +63,11 @@ class DeltaAwareQuantization(Callback):
         export_on: "train_end", or "checkpoint": whenever ModelCheckpoint saves, the same weights.
         every_n_train_steps: Also export every so many optimizer steps.
         every_n_epochs: Also export every so many epochs.
-        which: What the export at the end of training holds: the "last" weights, or the "best" checkpoint.
+        which: What the export at the end of training holds: the "last" weights, or the "best" checkpoint of the first
+            ModelCheckpoint that has a monitor.
         keep_last: How many exports of this run to keep; None keeps all.
-        filename: Name of an export, as ModelCheckpoint's: "{epoch}-{step}-{val_loss:.2f}".
+        filename: Name of an export, as ModelCheckpoint's: "{epoch}-{step}-{val_loss:.2f}". A metric that was not
+            logged yet is 0, a slash in the name of one becomes an underscore.
         merge_adapters: Whether PEFT adapters are merged into the export. If not, the export holds the frozen model, and
             its subfolder `adapter` the adapters, as PEFT and servers load them.
         reference: "initial": every export is measured against the base. "previous_checkpoint": against the weights
@@ -112,9 +116,15 @@ class DeltaAwareQuantization(Callback):
         export_on_exception: bool = False,
     ) -> None:
         super().__init__()
-        self.dirpath, self.base, self.module, self.reference = str(dirpath), str(base), module, reference
+        require(module is None or isinstance(module, str), "module", module, "None or a str, the name of a submodule")
+        check_choice("reference", reference, ("initial", "previous_checkpoint"))
+        require(isinstance(merge_adapters, bool), "merge_adapters", merge_adapters, "True or False")
+        require(isinstance(export_on_exception, bool), "export_on_exception", export_on_exception, "True or False")
+        self.dirpath = check_path("dirpath", dirpath, "a path, such as 'exports'")
+        self.base = check_path("base", base, "'auto', 'snapshot', 'memory' or a path")
+        self.module, self.reference = module, reference
         self.export_on_exception, self.merge_adapters = export_on_exception, merge_adapters
-        self.parent: str | None = parent
+        self.parent = check_chain(parent, chain_from, self.base)
         self.chain_from: ChainFrom | None = chain_from
         self.schedule = Schedule(
             export_on=export_on,
@@ -124,13 +134,12 @@ class DeltaAwareQuantization(Callback):
             keep_last=keep_last,
             filename=filename,
         )
-        check_choice("reference", reference, ("initial", "previous_checkpoint"))
         if "://" in self.dirpath:
             raise MisconfigurationException(
                 f"dirpath={self.dirpath!r}: exports are renamed into place, which needs a local file system. Export to "
                 "a local folder and upload it afterwards."
             )
-        self._choices = _make_settings(scheme, metric, alpha_range, search, ignore, scale_format)
+        self._choices = make_settings(scheme, metric, alpha_range, search, ignore, scale_format)
         self.metrics: dict[str, float] = {}
         self.report: ExportReport | None = None
         self._kept = Kept(keep_last)
@@ -169,6 +178,7 @@ class DeltaAwareQuantization(Callback):
                 f"DeltaAwareQuantization reads whole weights, which {type(trainer.strategy).__name__} does not keep on "
                 "one device. Train with a single device or DDP, or save a checkpoint and run `daq-lightning quantize`."
             )
+        check_savers(trainer, self.schedule)
         if trainer.is_global_zero:
             check_destination(Path(self.dirpath) / "step=0")
         averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
@@ -285,13 +295,13 @@ class DeltaAwareQuantization(Callback):
         """Exports the file that ModelCheckpoint holds for the best."""
         if self._base is None:
             return
-        callback = trainer.checkpoint_callback
-        path = callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
+        saver = best_saver(trainer)
+        path = "" if saver is None else saver.best_model_path
         if not path:
             self._keep_error(
                 MisconfigurationException(
-                    "which='best' exports ModelCheckpoint's best_model_path, and there is none: add a ModelCheckpoint "
-                    "with a monitor, or use which='last'."
+                    "which='best' exports the best checkpoint of ModelCheckpoint, but it saved none in this run: check "
+                    "how often it saves, or use which='last'."
                 )
             )
             return
@@ -383,22 +393,3 @@ class DeltaAwareQuantization(Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics, step=trainer.global_step)
-
-
-def _make_settings(
-    scheme: Scheme,
-    metric: Metric | None,
-    alpha_range: tuple[float, float] | None,
-    search: ScaleSearch | None,
-    ignore: list[str] | None,
-    scale_format: Literal["ue8m0"] | None,
-) -> ExportSettings:
-    if search is not None and (metric is not None or alpha_range is not None):
-        raise MisconfigurationException("search=... already holds metric and range: leave metric and alpha_range out.")
-    try:
-        if search is None:
-            low, high = alpha_range or (ScaleSearch.alpha_min, ScaleSearch.alpha_max)
-            search = ScaleSearch(metric=metric or ScaleSearch.metric, alpha_min=low, alpha_max=high)
-        return ExportSettings(scheme=scheme, search=search, ignore=tuple(ignore or ()), scale_format=scale_format)
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from error

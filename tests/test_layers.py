@@ -33,7 +33,7 @@ INSIDE = {
     "report": {"numerics.objectives"},
     "selection": {"architecture", "checkpoint.tensor_file"},
     "source": {"architecture", "checkpoint"},
-    "training": {"architecture", "checkpoint", "numerics", "training"},
+    "training": {"architecture", "checkpoint", "metrics", "numerics", "preparation", "report", "training"},
     "verify": {"checkpoint", "contract"},
 }
 """Module or wing -> modules or wings of the package that it may import, at its top or inside a function."""

@@ -149,6 +149,18 @@ def test_steps_epochs_names_and_keep_last(tmp_path):
     assert [path.name for path in by_epoch.exports] == ["step=4", "step=8"]
 
 
+def test_a_slash_in_the_name_of_a_metric_makes_no_folder(tmp_path):
+    class Slashed(Tuning):
+        def training_step(self, batch, batch_idx):
+            self.log("train/steps", float(self.global_step + 1))
+            return super().training_step(batch, batch_idx)
+
+    callback = quantization(tmp_path, filename="{step}-{train/steps:.2f}-{not/logged}")
+    fit(tmp_path, callback, module=Slashed())
+    assert [path.name for path in callback.exports] == ["step=4-train_steps=4.00-not_logged=0.0"]
+    assert (tmp_path / "exports" / callback.exports[0].name / "config.json").exists()
+
+
 def test_previous_checkpoint_measures_each_export_against_the_one_before(tmp_path):
     callback = quantization(tmp_path, every_n_train_steps=1, reference="previous_checkpoint", keep_last=1)
     reports = []
@@ -176,12 +188,13 @@ def test_best_exports_the_best_checkpoint_after_model_checkpoint_is_done(tmp_pat
     assert kept_tensors_equal(callback.exports[0], tmp_path / "checkpoints" / "step=2.ckpt")
 
 
-def test_best_without_a_monitor_is_an_error_after_training(tmp_path):
+def test_best_is_an_error_after_training_if_no_checkpoint_was_saved(tmp_path):
+    best = saver(tmp_path, monitor="train_loss", save_top_k=1, every_n_train_steps=100)
     with (
         pytest.warns(UserWarning, match="FP8 export failed"),
-        pytest.raises(MisconfigurationException, match="add a ModelCheckpoint"),
+        pytest.raises(MisconfigurationException, match="saved none in this run"),
     ):
-        fit(tmp_path, quantization(tmp_path, which="best"))
+        fit(tmp_path, quantization(tmp_path, which="best"), best)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -11,6 +13,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from daq_lightning.training.settings_check import check_choice, check_count, require
 
 ExportOn: TypeAlias = Literal["train_end", "checkpoint"]
 Which: TypeAlias = Literal["last", "best"]
@@ -35,18 +40,13 @@ class Schedule:
         check_choice("export_on", self.export_on, ("train_end", "checkpoint"))
         check_choice("which", self.which, ("last", "best"))
         for name in ("every_n_train_steps", "every_n_epochs", "keep_last"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise MisconfigurationException(f"{name}={value}: expected a number of at least 1, or None.")
+            check_count(name, getattr(self, name))
         if self.export_on == "checkpoint" and self.which == "best":
             raise MisconfigurationException(
                 "which='best' exports one checkpoint at the end of training; with export_on='checkpoint' every "
                 "checkpoint is exported. Leave one of them out."
             )
-        if self.filename == "" or Path(self.filename).name != self.filename:
-            raise MisconfigurationException(
-                f"filename={self.filename!r}: expected the name of a folder, such as '{{epoch}}-{{step}}'."
-            )
+        check_filename(self.filename)
 
     def due_after_step(self, step: int) -> bool:
         """Whether to export after this many optimizer steps."""
@@ -61,11 +61,39 @@ class Schedule:
         return self.export_on == "train_end" and self.which == which
 
     def name(self, trainer: Trainer) -> str:
-        """The name of an export now, by ModelCheckpoint's own rules."""
+        """The name of an export now."""
         metrics = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
         metrics |= {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
-        formatter = ModelCheckpoint(filename=self.filename)
-        return Path(formatter.format_checkpoint_name(metrics)).name.removesuffix(ModelCheckpoint.FILE_EXTENSION)
+        return format_name(self.filename, metrics)
+
+
+def format_name(template: str, metrics: Mapping[str, Tensor]) -> str:
+    """The name of a folder, by ModelCheckpoint's rules but for two.
+
+    A slash in the name of a metric becomes an underscore, where ModelCheckpoint makes a folder. A metric that was not
+    logged yet is 0.0, a number like any metric, where ModelCheckpoint puts the integer 0, which ".2" cannot format.
+
+    Args:
+        template: Such as "{epoch}-{step}-{val/loss:.2f}", which becomes "epoch=1-step=20-val_loss=0.12".
+        metrics: Name -> scalar.
+    """
+    missing = {name: torch.tensor(0.0) for name in re.findall(r"\{(.*?)[:}]", template)}
+    name = ModelCheckpoint(filename=template).format_checkpoint_name(missing | dict(metrics))
+    return name.removesuffix(ModelCheckpoint.FILE_EXTENSION).replace("/", "_")
+
+
+def check_filename(template: str) -> None:
+    """Raises MisconfigurationException for what cannot be formatted, or would be no name of a folder."""
+    expected = "the name of a folder, such as '{epoch}-{step}'"
+    require(isinstance(template, str) and template not in ("", ".", ".."), "filename", template, expected)
+    require("/" not in re.sub(r"\{.*?\}", "", template), "filename", template, expected)
+    try:
+        format_name(template, {"epoch": torch.tensor(0), "step": torch.tensor(0)})
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise MisconfigurationException(
+            f"filename={template!r}: cannot be formatted: {error}. Expected names in braces, each with a number format "
+            "or without one, such as '{epoch}-{step}-{val_loss:.2f}'; metrics are numbers with a fraction."
+        ) from error
 
 
 @dataclass
@@ -98,9 +126,3 @@ def free_name(out: Path) -> Path:
         version += 1
         free = out.with_name(f"{out.name}-v{version}")
     return free
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises MisconfigurationException for a value that is none of the choices."""
-    if value not in choices:
-        raise MisconfigurationException(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.")
