@@ -31,7 +31,6 @@ from daq_lightning.checkpoint.lineage import make_lineage
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.writer import check_destination
 from daq_lightning.export import export
-from daq_lightning.metrics import delta_metrics
 from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.preparation import Context, make_plan, match_base
@@ -40,6 +39,8 @@ from daq_lightning.source import Source
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.model import LiveModel, owners_of_files
 from daq_lightning.training.other_callbacks import best_saver, check_savers
+from daq_lightning.training.published import Published
+from daq_lightning.training.ranks import agreed, raise_on_all
 from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, free_name
 from daq_lightning.training.settings_check import check_chain, check_choice, check_path, make_settings, require
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
@@ -80,6 +81,8 @@ class DeltaAwareQuantization(Callback):
     Attributes:
         metrics: Figures of the last export, also logged to every logger of the Trainer.
         report: The `ExportReport` of the last export.
+        exports: Folders of all exports of this run that are kept, oldest first. These three are the same on every
+            rank, from the end of the epoch on, and in the process that started the ranks, once the fit is over.
         schedule: When it exports, and under which name.
 
     Raises:
@@ -140,8 +143,7 @@ class DeltaAwareQuantization(Callback):
                 "a local folder and upload it afterwards."
             )
         self._choices = make_settings(scheme, metric, alpha_range, search, ignore, scale_format)
-        self.metrics: dict[str, float] = {}
-        self.report: ExportReport | None = None
+        self._published = Published()
         self._kept = Kept(keep_last)
         self._base: Base | None = None
         self._lineage, self._root = Lineage(), None
@@ -152,9 +154,19 @@ class DeltaAwareQuantization(Callback):
         self._error: Exception | None = None
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last export."""
+        return self._published.known().metrics
+
+    @property
+    def report(self) -> ExportReport | None:
+        """The report of the last export."""
+        return self._published.known().report
+
+    @property
     def exports(self) -> list[Path]:
         """Folders of all exports of this run that are kept, oldest first."""
-        return self._kept.exports
+        return self._published.known().exports
 
     @property
     def state_key(self) -> str:
@@ -179,8 +191,7 @@ class DeltaAwareQuantization(Callback):
                 "one device. Train with a single device or DDP, or save a checkpoint and run `daq-lightning quantize`."
             )
         check_savers(trainer, self.schedule)
-        if trainer.is_global_zero:
-            check_destination(Path(self.dirpath) / "step=0")
+        raise_on_all(trainer, lambda: check_destination(Path(self.dirpath) / "step=0"))
         averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
         if averaging and trainer.callbacks.index(averaging[-1]) > trainer.callbacks.index(self):  # type: ignore[attr-defined]
             # WeightAveraging puts the averaged weights into the model in its on_train_end: this one must come after
@@ -194,15 +205,8 @@ class DeltaAwareQuantization(Callback):
         self._error, self._base, self._retaken, self._exported_step = None, None, None, -1
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        problem = None
-        if trainer.is_global_zero:
-            try:
-                self._prepare(trainer, pl_module)
-            except (ValueError, MisconfigurationException) as error:
-                problem = error
-        problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
-            raise problem
+        self._published.begin(trainer)
+        raise_on_all(trainer, lambda: self._prepare(trainer, pl_module))
         if self.schedule.export_on == "checkpoint" and trainer.is_global_zero:
             trainer.strategy.checkpoint_io = WatchedCheckpointIO(
                 trainer.strategy.checkpoint_io,
@@ -221,6 +225,7 @@ class DeltaAwareQuantization(Callback):
         """Exports every `every_n_epochs` epochs."""
         if self.schedule.due_after_epoch(trainer.current_epoch):
             self._export_live(trainer, pl_module)
+        self._published.synchronize(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the last weights. An error is kept until Lightning has saved its own checkpoints."""
@@ -231,12 +236,13 @@ class DeltaAwareQuantization(Callback):
         """Exports the best checkpoint if that was asked for, then raises what went wrong in an export."""
         if self.schedule.due_at_end("best"):
             self._export_best(trainer, pl_module)
+        self._published.synchronize(trainer)
         if self._base is not None and not self.exports and self._error is None:
             rank_zero_warn(
                 "DeltaAwareQuantization exported nothing: training ended before a first export was due (a resumed run "
                 "that was finished already, or no training steps)."
             )
-        error = self._error
+        error = agreed(trainer, self._error)
         self._release(trainer)
         if error is not None:
             if sys.version_info >= (3, 11):
@@ -355,13 +361,11 @@ class DeltaAwareQuantization(Callback):
             root=self._root,
             training=training | ({"checkpoint": str(checkpoint.absolute())} if checkpoint else {}),
         )
-        self.report = export(
-            source, self._base.weights, out, self._choices, context=context, device=device, progress=bar
-        )
-        self.exports.append(out)
+        report = export(source, self._base.weights, out, self._choices, context=context, device=device, progress=bar)
+        self._kept.exports.append(out)
         self._exported_step = trainer.global_step
-        self._publish_metrics(trainer, self.report)
-        rank_zero_info(self.report.summary())
+        self._published.publish(trainer, report, self._kept.exports)
+        rank_zero_info(report.summary())
         if self.reference == "previous_checkpoint":
             self._base = self._retaken or self._snapshot(trainer, model)
         self._kept.forget_old()
@@ -382,14 +386,3 @@ class DeltaAwareQuantization(Callback):
         self._base = self._retaken = self._error = None
         if isinstance(trainer.strategy.checkpoint_io, WatchedCheckpointIO):
             trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner
-
-    def _publish_metrics(self, trainer: Trainer, report: ExportReport) -> None:
-        """The metrics of the written and of plain absmax scales: to the attribute, the Trainer and its loggers."""
-        self.metrics = {}
-        for side, prefix in (("searched", "daq/"), ("absmax", "daq/absmax_")):
-            collection = delta_metrics(prefix=prefix, sync=False)  # rank 0 exports, alone
-            collection.update(report.totals(side))  # type: ignore[arg-type]
-            self.metrics |= {name: float(value) for name, value in collection.compute().items()}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(self.metrics, step=trainer.global_step)

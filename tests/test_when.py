@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live import Tuning, data, fit, folder_bytes, make_trainer
 
@@ -164,10 +164,9 @@ def test_a_slash_in_the_name_of_a_metric_makes_no_folder(tmp_path):
 def test_previous_checkpoint_measures_each_export_against_the_one_before(tmp_path):
     callback = quantization(tmp_path, every_n_train_steps=1, reference="previous_checkpoint", keep_last=1)
     reports = []
-    publish = callback._publish_metrics
-    callback._publish_metrics = lambda trainer, report: (reports.append(report), publish(trainer, report))  # type: ignore[method-assign]
+    listener = LambdaCallback(on_train_batch_end=lambda *args: reports.append(callback.report))
     initial = quantization(tmp_path, every_n_train_steps=1, dirpath=str(tmp_path / "initial"))
-    fit(tmp_path, callback, initial, max_steps=3)
+    fit(tmp_path, callback, initial, listener, max_steps=3)
     norms = [report.metrics()["delta_norm"] for report in reports]
     assert len(norms) == 3
     assert norms[-1] < initial.report.metrics()["delta_norm"]
