@@ -37,10 +37,11 @@ from daq_lightning.preparation import Context, make_plan, match_base
 from daq_lightning.report import ExportReport
 from daq_lightning.source import Source
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
-from daq_lightning.training.model import LiveModel, owners_of_files
+from daq_lightning.training.model import LiveModel, find_model, owners_of_files
 from daq_lightning.training.other_callbacks import best_saver, check_savers
 from daq_lightning.training.published import Published
 from daq_lightning.training.ranks import agreed, raise_on_all
+from daq_lightning.training.resume import own_state, reference_of, states_in
 from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, free_name
 from daq_lightning.training.settings_check import check_chain, check_choice, check_path, make_settings, require
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
@@ -147,8 +148,9 @@ class DeltaAwareQuantization(Callback):
         self._kept = Kept(keep_last)
         self._base: Base | None = None
         self._lineage, self._root = Lineage(), None
-        self._saved_base: dict[str, Any] | None = None
-        self._saved_root: str | None = None
+        self._place: int | None = None  # among the callbacks of this class in the Trainer
+        self._state: dict[str, Any] | None = None
+        self._states: list[dict[str, Any]] = []
         self._retaken: Base | None = None
         self._exported_step = -1
         self._error: Exception | None = None
@@ -170,19 +172,25 @@ class DeltaAwareQuantization(Callback):
 
     @property
     def state_key(self) -> str:
-        """Differs between two callbacks of different settings, so that both keep their state."""
-        return self._generate_state_key(dirpath=self.dirpath, base=self.base, settings=repr(self._choices))
+        """The class, numbered from the second of a Trainer on: it stays when settings change, see `resume.py`."""
+        name = type(self).__qualname__
+        if self._place is None:  # no Trainer yet: only the settings tell two callbacks apart
+            return self._generate_state_key(**self._description(model=self.module))
+        return f"{name}[{self._place}]" if self._place else name
 
-    def state_dict(self) -> dict[str, Any]:
-        """The reference to the base, in primitives."""
-        return {} if self._base is None else {"base": self._base.state(), "root": self._lineage.root}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the reference to the base, in primitives."""
+        if self._state is not None:
+            checkpoint.setdefault("callbacks", {})[self.state_key] = dict(self._state)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the reference; it is resolved in `on_fit_start`."""
-        self._saved_base, self._saved_root = state_dict.get("base"), state_dict.get("root")
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the references that the checkpoint holds; the own one is found in `on_fit_start`."""
+        self._states = states_in(checkpoint.get("callbacks", {}))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses strategies and destinations that could not be exported, before anything is trained."""
+        alike = [callback for callback in trainer.callbacks if isinstance(callback, DeltaAwareQuantization)]  # type: ignore[attr-defined]
+        self._place = alike.index(self)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
@@ -202,7 +210,7 @@ class DeltaAwareQuantization(Callback):
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the export and takes the base, so that whatever does not fit is known before the first step."""
-        self._error, self._base, self._retaken, self._exported_step = None, None, None, -1
+        self._error, self._base, self._retaken, self._state, self._exported_step = None, None, None, None, -1
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._published.begin(trainer)
@@ -262,21 +270,47 @@ class DeltaAwareQuantization(Callback):
         model = self._model(pl_module, None)
         source = self._source(trainer, model)
         plan = make_plan(source, self._choices)
+        names = tuple(tensor.spec.name for tensor in plan.quantized)
+        resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path is not None else None
+        own = self._description(model=find_model(pl_module, self.module)[0])
+        state = own_state(self._states, own) if resumed_from else None
+        where, saved = reference_of(state, self.base, names)
         request = BaseRequest(
-            base=self.base,
-            names=tuple(tensor.spec.name for tensor in plan.quantized),
-            dirpath=Path(self.dirpath).absolute(),
-            resumed_from=str(trainer.ckpt_path) if trainer.ckpt_path is not None else None,
-            saved=self._saved_base,
+            base=where, names=names, dirpath=Path(self.dirpath).absolute(), resumed_from=resumed_from, saved=saved
         )
         base = resolve_base(request, model)
         match_base(plan, base.weights, source, self._choices)
-        root = self._saved_root if request.resumed_from and self._saved_root else base.path
+        root = (state or {}).get("root") or base.path
         lineage = Lineage(base_kind=base.kind, base_path=base.path, root=root)
         self._lineage, self._root = make_lineage(
-            lineage, base.weights, request.names, parent=self.parent, chain_from=self.chain_from
+            lineage, base.weights, names, parent=self.parent, chain_from=self.chain_from
         )
-        self._base, self._kept = base, Kept(self.schedule.keep_last)
+        self._kept, self._states = Kept(self.schedule.keep_last), []
+        self._state = {"root": self._lineage.root, "callback": own}
+        self._use_base(base)
+
+    def _description(self, model: str | None) -> dict[str, Any]:
+        """What a resumed run knows this callback by, in primitives.
+
+        Args:
+            model: Name of the model in the LightningModule.
+        """
+        return {
+            "model": model,
+            "place": self._place,
+            "dirpath": self.dirpath,
+            "base": self.base,
+            "reference": self.reference,
+            "merge_adapters": self.merge_adapters,
+            "scheme": self._choices.scheme,
+            "settings": repr(self._choices),
+            **dataclasses.asdict(self.schedule),
+        }
+
+    def _use_base(self, base: Base) -> None:
+        self._base = base
+        if self._state is not None:
+            self._state["base"] = base.state()
 
     def _source(self, trainer: Trainer, model: LiveModel) -> Source:
         def copy_files(folder: Path) -> None:
@@ -367,7 +401,7 @@ class DeltaAwareQuantization(Callback):
         self._published.publish(trainer, report, self._kept.exports)
         rank_zero_info(report.summary())
         if self.reference == "previous_checkpoint":
-            self._base = self._retaken or self._snapshot(trainer, model)
+            self._use_base(self._retaken or self._snapshot(trainer, model))
         self._kept.forget_old()
 
     def _snapshot(self, trainer: Trainer, model: LiveModel) -> Base:

@@ -112,7 +112,7 @@ def test_exports_of_a_run_that_failed_reach_the_process_that_started_the_workers
     ("scenario", "kind", "message"),
     [
         ("spoiled", "ValueError", "1 NaN"),
-        ("spoiled_strangely", "RuntimeError", "Stubborn: one and two"),
+        ("spoiled_strangely", "RuntimeError", "StubbornError: one and two"),
         ("destination", "CheckpointError", "exports"),
         ("broken_base", "OSError", "the disk is gone"),
     ],
@@ -122,7 +122,7 @@ def test_an_error_of_the_rank_that_exports_is_raised_on_all_ranks(tmp_path, scen
     assert result.returncode == 0, result.stdout
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     if scenario == "spoiled_strangely":  # an error that cannot be sent is told in words
-        assert ranks[0]["kind"] == "Stubborn"
+        assert ranks[0]["kind"] == "StubbornError"
         assert (ranks[1]["kind"], ranks[1]["message"]) == (kind, message)
         return
     assert [rank["kind"] for rank in ranks] == [kind, kind]
@@ -223,7 +223,7 @@ def _spoiled(folder: Path) -> None:
     _error(folder, quantization(folder), LambdaCallback(on_train_end=spoil))
 
 
-class Stubborn(Exception):
+class StubbornError(Exception):
     """Cannot be unpickled: its arguments are not those of Exception."""
 
     def __init__(self, one, two):
@@ -236,7 +236,7 @@ def _spoiled_strangely(folder: Path) -> None:
     callback = quantization(folder)
 
     def fail(*args, **kwargs):
-        raise Stubborn("one", "two")
+        raise StubbornError("one", "two")
 
     callback._write = fail
     _error(folder, callback)

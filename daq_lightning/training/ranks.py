@@ -1,7 +1,7 @@
 """One rank prepares and exports; what it could not do is raised on all ranks, so that none waits for another.
 
-Every function here is a collective: all ranks call it, in the same order. So none may be called in `on_exception`, which
-a single rank may reach.
+Every function here is a collective: all ranks call it, in the same order. So none may be called in `on_exception`,
+which a single rank may reach.
 """
 
 from __future__ import annotations
