@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -38,7 +38,7 @@ from daq_lightning.report import ExportReport
 from daq_lightning.source import Source
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.model import LiveModel, find_model, owners_of_files
-from daq_lightning.training.other_callbacks import best_saver, check_savers
+from daq_lightning.training.other_callbacks import averaged_state, best_saver, check_savers, place_after_averaging
 from daq_lightning.training.published import Published
 from daq_lightning.training.ranks import agreed, raise_on_all
 from daq_lightning.training.resume import own_state, reference_of, states_in
@@ -78,6 +78,8 @@ class DeltaAwareQuantization(Callback):
         chain_from: With a parent: whether the run began with its high-precision "weights" or with its "deployed",
             dequantized ones. It is checked, never guessed.
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
+
+    With WeightAveraging, every export holds the averaged weights, as ModelCheckpoint's files do.
 
     Attributes:
         metrics: Figures of the last export, also logged to every logger of the Trainer.
@@ -200,12 +202,7 @@ class DeltaAwareQuantization(Callback):
             )
         check_savers(trainer, self.schedule)
         raise_on_all(trainer, lambda: check_destination(Path(self.dirpath) / "step=0"))
-        averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
-        if averaging and trainer.callbacks.index(averaging[-1]) > trainer.callbacks.index(self):  # type: ignore[attr-defined]
-            # WeightAveraging puts the averaged weights into the model in its on_train_end: this one must come after
-            others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-            place = others.index(averaging[-1]) + 1
-            trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
+        place_after_averaging(trainer, self)
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -326,10 +323,10 @@ class DeltaAwareQuantization(Callback):
         )
 
     def _export_live(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the weights as they are now."""
+        """Exports the weights as a checkpoint would hold them now."""
         if self._base is None or self._exported_step == trainer.global_step:
             return
-        self._export(trainer, pl_module, state=None, checkpoint=None)
+        self._export(trainer, pl_module, averaged_state(trainer), checkpoint=None)
 
     def _export_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the file that ModelCheckpoint holds for the best."""

@@ -1,4 +1,4 @@
-"""The state of a callback in a training checkpoint: found whatever changed since, and never that of another callback."""
+"""The state of a callback in a training checkpoint: found whatever changed since, and never that of another one."""
 
 from __future__ import annotations
 

@@ -206,6 +206,41 @@ def test_averaged_weights_are_exported_whatever_the_order_of_callbacks(tmp_path,
     assert kept_tensors_equal(callback.exports[0], tmp_path / "checkpoints" / "step=4.ckpt")
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_exports_during_training_hold_the_averaged_weights_as_the_checkpoints_do(tmp_path, first):
+    class Watching(Tuning):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.seen = getattr(self, "seen", [])
+            self.seen.append({name: tensor.clone() for name, tensor in self.state_dict().items()})
+
+    averaging = EMAWeightAveraging(decay=0.5)
+    callback = quantization(tmp_path, every_n_train_steps=2)
+    callbacks = (callback, averaging) if first else (averaging, callback)
+    module = fit(tmp_path, *callbacks, saver(tmp_path), module=Watching())
+    for step in (2, 4):
+        assert kept_tensors_equal(tmp_path / f"exports/step={step}", tmp_path / f"checkpoints/step={step}.ckpt")
+    assert not kept_tensors_equal(tmp_path / "exports/step=2", tmp_path / "checkpoints/step=4.ckpt")
+    # and training went on with its own weights
+    without = fit(tmp_path, EMAWeightAveraging(decay=0.5), module=Watching())
+    for one, two in zip(module.seen, without.seen, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_export_of_a_run_that_fails_in_validation_holds_the_averaged_weights(tmp_path):
+    class Failing(Tuning):
+        def validation_step(self, batch, batch_idx):
+            if self.global_step == 2:
+                self.averaged = self.model.lm_head.weight.detach().clone()
+                raise RuntimeError("the disk is gone")
+
+    callback, module = quantization(tmp_path, export_on_exception=True), Failing()
+    trainer = make_trainer(tmp_path, EMAWeightAveraging(decay=0.5), callback, val_check_interval=2)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        trainer.fit(module, data(), data())
+    exported = load_checkpoint(callback.exports[0])["lm_head.weight"]
+    assert torch.equal(exported, module.averaged.bfloat16())
+
+
 def test_two_callbacks_live_side_by_side(tmp_path):
     one, two = quantization(tmp_path), quantization(tmp_path, dirpath=str(tmp_path / "other"), scheme="FP8_DYNAMIC")
     fit(tmp_path, one, two)

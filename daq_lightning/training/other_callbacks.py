@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from daq_lightning.training.schedule import Schedule
 
@@ -38,3 +39,27 @@ def check_savers(trainer: Trainer, schedule: Schedule) -> None:
             f"export_on='checkpoint' exports what ModelCheckpoint saves, but {found}, which saves nothing. Add one, "
             "such as ModelCheckpoint(every_n_train_steps=1000), or use export_on='train_end'."
         )
+
+
+def place_after_averaging(trainer: Trainer, callback: Callback) -> None:
+    """Moves a callback behind the last WeightAveraging, so that it sees each step's average, and the last one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = [other for other in callbacks if isinstance(other, WeightAveraging)]
+    if averaging and callbacks.index(averaging[-1]) > callbacks.index(callback):
+        others = [other for other in callbacks if other is not callback]
+        place = others.index(averaging[-1]) + 1
+        trainer.callbacks = [*others[:place], callback, *others[place:]]  # type: ignore[attr-defined]
+
+
+def averaged_state(trainer: Trainer) -> dict[str, Tensor] | None:
+    """The averaged weights under the names of the LightningModule, as a checkpoint would hold them now; not a copy.
+
+    None if there are none, and in validation: WeightAveraging swaps the weights then, and the module has the average.
+    """
+    averaging = [other for other in trainer.callbacks if isinstance(other, WeightAveraging)]  # type: ignore[attr-defined]
+    model = averaging[-1]._average_model if averaging and not trainer.validating else None  # it has no public name
+    if model is None:
+        return None
+    prefix = "module."
+    state = model.state_dict()
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
