@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -95,6 +96,37 @@ def test_metrics_reach_loggers_the_trainer_and_a_short_summary(tmp_path, caplog)
     summary = callback.report.summary()
     assert summary in caplog.text
     assert len(summary.splitlines()) <= 10
+
+
+def test_a_run_that_changes_no_weight_says_so_and_logs_no_nan(tmp_path):
+    callback = quantization(tmp_path)
+    trainer = make_trainer(tmp_path, callback, logger=CSVLogger(tmp_path))
+    with pytest.warns(UserWarning, match=r"No weight changed: .* equals the base"):
+        trainer.fit(Tuning(learning_rate=0.0), data())
+    assert math.isnan(callback.metrics["daq/gain"])  # what was measured stays there
+    told = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("daq/")}
+    assert told == {name: value for name, value in callback.metrics.items() if math.isfinite(value)}
+    assert "daq/mse" in told
+    assert "nan" not in Path(trainer.logger.experiment.metrics_file_path).read_text().lower()
+
+
+def test_a_metric_that_is_no_number_any_more_leaves_the_trainer(tmp_path):
+    class Stalling(Tuning):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = 0.0
+
+    callback = quantization(tmp_path, every_n_train_steps=1, reference="previous_checkpoint")
+    trainer = make_trainer(tmp_path, callback, max_steps=2)
+    with pytest.warns(UserWarning, match="No weight changed"):
+        trainer.fit(Stalling(), data())
+    assert math.isnan(callback.metrics["daq/gain"])
+    assert "daq/gain" not in trainer.callback_metrics
+
+
+def test_a_run_that_changes_weights_warns_of_nothing(tmp_path, recwarn):
+    fit(tmp_path, quantization(tmp_path))
+    assert [str(warning.message) for warning in recwarn if "No weight changed" in str(warning.message)] == []
 
 
 @pytest.mark.parametrize("action", ["fast_dev_run", "validate", "test", "predict"])

@@ -17,6 +17,7 @@ Source: lightning 2.6 `_MultiProcessingLauncher._recover_results_in_main_process
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from uuid import uuid4
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from daq_lightning.metrics import delta_metrics
 from daq_lightning.report import ExportReport
@@ -42,7 +44,7 @@ class Published:
 
     Attributes:
         exports: Folders, oldest first.
-        metrics: Figures of the last export.
+        metrics: Figures of the last export, as they are; where nothing changed some are NaN, which nobody else is told.
         report: Report of the last export.
         record: The file that tells the process that started the ranks.
         in_worker: Whether this process is such a rank.
@@ -70,9 +72,11 @@ class Published:
             exports: All that are kept; the list may change later.
         """
         self.report, self.exports, self.metrics, self.unsent = report, exports, metrics_of(report), True
+        warn_if_unchanged(report)
         share(trainer, self.metrics)
+        numbers = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
         for logger in trainer.loggers:
-            logger.log_metrics(self.metrics, step=trainer.global_step)
+            logger.log_metrics(numbers, step=trainer.global_step)
         if self.in_worker:
             content = {"exports": [str(path.absolute()) for path in exports], "metrics": self.metrics}
             part = self.record.with_suffix(f".{os.getpid()}")
@@ -113,5 +117,20 @@ def metrics_of(report: ExportReport) -> dict[str, float]:
 
 
 def share(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Puts metrics where callbacks such as EarlyStopping look for them."""
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    """Puts metrics where callbacks such as EarlyStopping look for them, and takes away what is no number any more."""
+    for name, value in metrics.items():
+        if math.isfinite(value):
+            trainer.callback_metrics[name] = torch.tensor(value)
+        else:
+            trainer.callback_metrics.pop(name, None)
+
+
+def warn_if_unchanged(report: ExportReport) -> None:
+    """Says what it means if every weight equals its base: nothing to keep, and figures that are NaN."""
+    compared = [tensor for tensor in report.tensors if not tensor.note]
+    if compared and not any(tensor.searched.n_changed for tensor in compared):
+        rank_zero_warn(
+            f"No weight changed: each of the {len(compared)} quantized weights equals the base, so there is no update "
+            "to preserve, and its figures are NaN. Is the base the model before training, and was anything trained "
+            "(requires_grad, learning rate)?"
+        )
