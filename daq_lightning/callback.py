@@ -42,8 +42,15 @@ from daq_lightning.training.other_callbacks import averaged_state, best_saver, c
 from daq_lightning.training.published import Published
 from daq_lightning.training.ranks import agreed, raise_on_all
 from daq_lightning.training.resume import own_state, reference_of, states_in
-from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, free_name
-from daq_lightning.training.settings_check import check_chain, check_choice, check_path, make_settings, require
+from daq_lightning.training.schedule import ExportOn, Kept, Moment, Schedule, Which, free_name
+from daq_lightning.training.settings_check import (
+    MissingBase,
+    check_chain,
+    check_choice,
+    check_path,
+    make_settings,
+    require,
+)
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
 
 
@@ -78,6 +85,8 @@ class DeltaAwareQuantization(Callback):
         chain_from: With a parent: whether the run began with its high-precision "weights" or with its "deployed",
             dequantized ones. It is checked, never guessed.
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
+        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or "absmax" to
+            quantize it without a search.
 
     With WeightAveraging, every export holds the averaged weights, as ModelCheckpoint's files do.
 
@@ -87,15 +96,26 @@ class DeltaAwareQuantization(Callback):
         exports: Folders of all exports of this run that are kept, oldest first. These three are the same on every
             rank, from the end of the epoch on, and in the process that started the ranks, once the fit is over.
         schedule: When it exports, and under which name.
+        moment: What `should_export` is asked about: "step", "epoch", "checkpoint" or "end".
 
     Raises:
         MisconfigurationException: Settings that contradict each other, a strategy whose weights cannot be read, or a
             base that does not fit the model; always before the first training step.
 
     Example:
-        >>> callback = DeltaAwareQuantization(dirpath="exports", scheme="FP8_BLOCK", metric="cosine")
-        >>> callback.metrics
-        {}
+        >>> import lightning.pytorch as L
+        >>> from daq_lightning import DeltaAwareQuantization
+        >>> export = DeltaAwareQuantization(dirpath="exports", scheme="FP8_BLOCK")
+        >>> trainer = L.Trainer(max_steps=1000, callbacks=[export])
+        >>> trainer.fit(module, data)  # doctest: +SKIP
+        >>> print(export.exports[-1])  # doctest: +SKIP
+        exports/step=1000
+
+    When to export can be decided in a method: ``should_export`` is asked after every optimizer step and epoch.
+
+        >>> class WhenItImproves(DeltaAwareQuantization):
+        ...     def should_export(self, trainer):
+        ...         return self.moment == "end" or trainer.callback_metrics.get("val_loss", 9.0) < 2.0
     """
 
     def __init__(
@@ -120,6 +140,7 @@ class DeltaAwareQuantization(Callback):
         parent: str | None = None,
         chain_from: ChainFrom | None = None,
         export_on_exception: bool = False,
+        missing_base: MissingBase = "error",
     ) -> None:
         super().__init__()
         require(module is None or isinstance(module, str), "module", module, "None or a str, the name of a submodule")
@@ -145,7 +166,7 @@ class DeltaAwareQuantization(Callback):
                 f"dirpath={self.dirpath!r}: exports are renamed into place, which needs a local file system. Export to "
                 "a local folder and upload it afterwards."
             )
-        self._choices = make_settings(scheme, metric, alpha_range, search, ignore, scale_format)
+        self._choices = make_settings(scheme, metric, alpha_range, search, ignore, scale_format, missing_base)
         self._published = Published()
         self._kept = Kept(keep_last)
         self._base: Base | None = None
@@ -154,7 +175,8 @@ class DeltaAwareQuantization(Callback):
         self._state: dict[str, Any] | None = None
         self._states: list[dict[str, Any]] = []
         self._retaken: Base | None = None
-        self._exported_step = -1
+        self._exported_step, self._last_step = -1, 0
+        self.moment: Moment = "end"
         self._error: Exception | None = None
 
     @property
@@ -207,7 +229,8 @@ class DeltaAwareQuantization(Callback):
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the export and takes the base, so that whatever does not fit is known before the first step."""
-        self._error, self._base, self._retaken, self._state, self._exported_step = None, None, None, None, -1
+        self._error, self._base, self._retaken, self._state = None, None, None, None
+        self._exported_step = -1
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._published.begin(trainer)
@@ -219,33 +242,37 @@ class DeltaAwareQuantization(Callback):
                 after=lambda path, content: self._after_save(trainer, pl_module, path, content),
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes where a resumed run begins."""
+        self._last_step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Exports every `every_n_train_steps` optimizer steps."""
-        if self.schedule.due_after_step(trainer.global_step):
-            self._export_live(trainer, pl_module)
+        if trainer.global_step != self._last_step:  # not in between, with accumulated gradients
+            self._last_step = trainer.global_step
+            self._consider("step", trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports every `every_n_epochs` epochs."""
-        if self.schedule.due_after_epoch(trainer.current_epoch):
-            self._export_live(trainer, pl_module)
+        self._consider("epoch", trainer, pl_module)
         self._published.synchronize(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the last weights. An error is kept until Lightning has saved its own checkpoints."""
-        if self.schedule.due_at_end("last"):
-            self._export_live(trainer, pl_module)
+        if self.schedule.which == "last":
+            self._consider("end", trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the best checkpoint if that was asked for, then raises what went wrong in an export."""
-        if self.schedule.due_at_end("best"):
+        if self.schedule.which == "best" and self._base is not None and self._asked("end", trainer):
             self._export_best(trainer, pl_module)
         self._published.synchronize(trainer)
         if self._base is not None and not self.exports and self._error is None:
             rank_zero_warn(
-                "DeltaAwareQuantization exported nothing: training ended before a first export was due (a resumed run "
-                "that was finished already, or no training steps)."
+                f"{type(self).__name__} exported nothing: training ended before a first export was due (a resumed run "
+                "that was finished already, no training steps, no file of ModelCheckpoint, or should_export said no)."
             )
         error = agreed(trainer, self._error)
         self._release(trainer)
@@ -256,9 +283,18 @@ class DeltaAwareQuantization(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Frees the base; exports only with `export_on_exception`, and never hides the error."""
-        if self.export_on_exception:
-            self._export_live(trainer, pl_module)
+        if self.export_on_exception and self._base is not None and self._exported_step != trainer.global_step:
+            self._export(trainer, pl_module, averaged_state(trainer), checkpoint=None)
         self._release(trainer)
+
+    def should_export(self, trainer: Trainer) -> bool:
+        """Whether to export now: a policy that subclasses may override. By default, what the arguments say.
+
+        It is asked on rank 0 alone, so it must not wait for other ranks: after every optimizer step (`self.moment` is
+        "step"), every epoch ("epoch"), every file of ModelCheckpoint ("checkpoint", with export_on="checkpoint"), and
+        training ("end"); not again at a step whose weights are exported already.
+        """
+        return self.schedule.due(self.moment, trainer)
 
     # what the hooks call
 
@@ -322,16 +358,19 @@ class DeltaAwareQuantization(Callback):
             copy_files=copy_files,
         )
 
-    def _export_live(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the weights as a checkpoint would hold them now."""
+    def _asked(self, moment: Moment, trainer: Trainer) -> bool:
+        self.moment = moment
+        return self.should_export(trainer)
+
+    def _consider(self, moment: Moment, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Exports the weights as a checkpoint would hold them now, if it is time; on rank 0, which has the base."""
         if self._base is None or self._exported_step == trainer.global_step:
             return
-        self._export(trainer, pl_module, averaged_state(trainer), checkpoint=None)
+        if self._asked(moment, trainer):
+            self._export(trainer, pl_module, averaged_state(trainer), checkpoint=None)
 
     def _export_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the file that ModelCheckpoint holds for the best."""
-        if self._base is None:
-            return
         saver = best_saver(trainer)
         path = "" if saver is None else saver.best_model_path
         if not path:
@@ -363,7 +402,8 @@ class DeltaAwareQuantization(Callback):
             return
         if self._exported_step == trainer.global_step:  # `last.ckpt` beside the one just exported
             return
-        self._export(trainer, pl_module, content["state_dict"], checkpoint=path)
+        if self._asked("checkpoint", trainer):
+            self._export(trainer, pl_module, content["state_dict"], checkpoint=path)
 
     def _model(self, pl_module: LightningModule, state: Mapping[str, Any] | None) -> LiveModel:
         """The model as it is, or with the weights of a saved state."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -105,7 +106,8 @@ def test_a_run_that_changes_no_weight_says_so_and_logs_no_nan(tmp_path):
         trainer.fit(Tuning(learning_rate=0.0), data())
     assert math.isnan(callback.metrics["daq/gain"])  # what was measured stays there
     told = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("daq/")}
-    assert told == {name: value for name, value in callback.metrics.items() if math.isfinite(value)}
+    finite = {name: value for name, value in callback.metrics.items() if math.isfinite(value)}
+    assert told == pytest.approx(finite, rel=1e-6)  # the Trainer's are float32
     assert "daq/mse" in told
     assert "nan" not in Path(trainer.logger.experiment.metrics_file_path).read_text().lower()
 
@@ -221,6 +223,31 @@ def test_a_base_that_does_not_fit_is_refused_before_the_first_step(tmp_path, mak
     with pytest.raises(CheckpointError, match=message):
         fit(tmp_path, quantization(tmp_path, base=str(tmp_path / "base")), module=module)
     assert module.steps == 0
+
+
+def test_weights_that_the_base_lacks_are_quantized_without_a_search_if_that_was_asked_for(tmp_path):
+    _base_that_lacks_tensors(tmp_path / "base")
+    callback = quantization(tmp_path, base=str(tmp_path / "base"), missing_base="absmax")
+    fit(tmp_path, callback)
+    lacking = [tensor for tensor in callback.report.tensors if tensor.note]
+    assert [tensor.name for tensor in lacking] == ["model.layers.0.mlp.up_proj.weight"]
+    assert lacking[0].alpha["moved"] == 0
+    with pytest.raises(MisconfigurationException, match="missing_base='ignore': expected one of 'error', 'absmax'"):
+        quantization(tmp_path, missing_base="ignore")
+
+
+def test_the_example_in_the_docstring_can_be_copied(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = DeltaAwareQuantization.__doc__.partition("Example:")[2]
+    lines = [line.strip()[4:] for line in example.splitlines() if line.strip().startswith((">>>", "..."))]
+    code = "\n".join(lines)
+    assert "trainer.fit(" in code
+    small = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    monkeypatch.setattr(L, "Trainer", functools.partial(L.Trainer, **small))
+    names = {"module": Tuning(), "data": data(4000)}
+    exec(code, names)
+    assert names["export"].exports == [Path("exports/step=1000")]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "exports" / "step=1000")
 
 
 @pytest.mark.parametrize(

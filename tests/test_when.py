@@ -149,6 +149,61 @@ def test_steps_epochs_names_and_keep_last(tmp_path):
     assert [path.name for path in by_epoch.exports] == ["step=4", "step=8"]
 
 
+class Chosen(DeltaAwareQuantization):
+    """Exports when its function says so, and notes when it was asked."""
+
+    def __init__(self, decide, **settings) -> None:
+        super().__init__(**settings)
+        self.decide, self.asked = decide, []
+
+    def should_export(self, trainer) -> bool:
+        self.asked.append((self.moment, trainer.global_step))
+        return self.decide(self, trainer)
+
+
+def chosen(folder: Path, decide, **changes) -> Chosen:
+    return Chosen(decide, **({"dirpath": str(folder / "exports"), "search": QUICK} | changes))
+
+
+def test_a_user_decides_when_to_export(tmp_path):
+    callback = chosen(tmp_path, lambda self, trainer: trainer.global_step in (1, 3))
+    fit(tmp_path, callback, max_steps=-1, max_epochs=1)
+    assert [path.name for path in callback.exports] == ["step=1", "step=3"]
+    assert callback.asked == [*(("step", step) for step in (1, 2, 3, 4)), ("epoch", 4), ("end", 4)]
+
+
+def test_a_user_can_add_to_the_schedule_and_veto_it(tmp_path):
+    def decide(self, trainer):
+        return trainer.global_step == 1 or (trainer.global_step != 4 and super(Chosen, self).should_export(trainer))
+
+    callback = chosen(tmp_path, decide, every_n_train_steps=2)
+    fit(tmp_path, callback, max_steps=6)
+    assert [path.name for path in callback.exports] == ["step=1", "step=2", "step=6"]
+
+
+def test_a_user_is_asked_once_for_each_optimizer_step_and_each_checkpoint(tmp_path):
+    callback = chosen(tmp_path, lambda self, trainer: self.moment == "checkpoint" and trainer.global_step == 1,
+                      export_on="checkpoint")  # fmt: skip
+    fit(tmp_path, callback, saver(tmp_path, every_n_train_steps=1), accumulate_grad_batches=2, max_steps=2)
+    assert [path.name for path in callback.exports] == ["step=1"]
+    assert callback.asked == [("step", 1), ("checkpoint", 1), ("step", 2), ("checkpoint", 2), ("epoch", 2), ("end", 2)]
+
+
+def test_a_resumed_run_is_not_asked_before_its_first_step(tmp_path):
+    fit(
+        tmp_path, saver(tmp_path, every_n_train_steps=1), quantization(tmp_path), accumulate_grad_batches=2, max_steps=1
+    )
+    callback = chosen(tmp_path, lambda self, trainer: True)
+    ckpt = tmp_path / "checkpoints" / "step=1.ckpt"
+    fit(tmp_path, callback, ckpt=ckpt, accumulate_grad_batches=2, max_steps=2)
+    assert [path.name for path in callback.exports] == ["step=2"]
+
+
+def test_a_user_who_always_says_no_is_told_that_nothing_was_exported(tmp_path):
+    with pytest.warns(UserWarning, match="exported nothing: .*should_export"):
+        fit(tmp_path, chosen(tmp_path, lambda self, trainer: False))
+
+
 def test_a_slash_in_the_name_of_a_metric_makes_no_folder(tmp_path):
     class Slashed(Tuning):
         def training_step(self, batch, batch_idx):

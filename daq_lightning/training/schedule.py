@@ -19,6 +19,8 @@ from daq_lightning.training.settings_check import check_choice, check_count, req
 
 ExportOn: TypeAlias = Literal["train_end", "checkpoint"]
 Which: TypeAlias = Literal["last", "best"]
+Moment: TypeAlias = Literal["step", "epoch", "checkpoint", "end"]
+"""After an optimizer step, an epoch, a file of ModelCheckpoint, and training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +50,13 @@ class Schedule:
             )
         check_filename(self.filename)
 
-    def due_after_step(self, step: int) -> bool:
-        """Whether to export after this many optimizer steps."""
-        return bool(self.every_n_train_steps and step and step % self.every_n_train_steps == 0)
-
-    def due_after_epoch(self, epoch: int) -> bool:
-        """Whether to export after the epoch of this number; the first is 0."""
-        return bool(self.every_n_epochs and (epoch + 1) % self.every_n_epochs == 0)
-
-    def due_at_end(self, which: Which) -> bool:
-        """Whether to export these weights when training ends."""
-        return self.export_on == "train_end" and self.which == which
+    def due(self, moment: Moment, trainer: Trainer) -> bool:
+        """Whether to export at this moment of a run."""
+        if moment == "step":
+            return bool(self.every_n_train_steps) and trainer.global_step % self.every_n_train_steps == 0
+        if moment == "epoch":
+            return bool(self.every_n_epochs) and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return self.export_on == ("checkpoint" if moment == "checkpoint" else "train_end")
 
     def name(self, trainer: Trainer) -> str:
         """The name of an export now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -13,6 +13,8 @@ from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.preparation import ExportSettings
+
+MissingBase: TypeAlias = Literal["error", "absmax"]
 
 
 def require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -69,6 +71,7 @@ def make_settings(
     search: ScaleSearch | None,
     ignore: Sequence[str] | None,
     scale_format: ScaleFormat | None,
+    missing_base: MissingBase,
 ) -> ExportSettings:
     """The settings of an export from the arguments of `DeltaAwareQuantization`.
 
@@ -86,6 +89,7 @@ def make_settings(
         "ignore", ignore, "a list of names, such as ['lm_head']",
     )  # fmt: skip
     check_choice("scale_format", scale_format, (None, "ue8m0"))
+    check_choice("missing_base", missing_base, ("error", "absmax"))
     if alpha_range is not None:
         two = isinstance(alpha_range, (list, tuple)) and len(alpha_range) == 2
         numbers = two and all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in alpha_range)
@@ -96,6 +100,12 @@ def make_settings(
         if search is None:
             low, high = alpha_range or (ScaleSearch.alpha_min, ScaleSearch.alpha_max)
             search = ScaleSearch(metric=metric or ScaleSearch.metric, alpha_min=low, alpha_max=high)
-        return ExportSettings(scheme=scheme, search=search, ignore=tuple(ignore or ()), scale_format=scale_format)
+        return ExportSettings(
+            scheme=scheme,
+            search=search,
+            ignore=tuple(ignore or ()),
+            scale_format=scale_format,
+            missing_base=missing_base,
+        )
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
