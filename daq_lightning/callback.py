@@ -13,44 +13,30 @@ Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, 
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
 
 from daq_lightning.checkpoint.layouts import Scheme
-from daq_lightning.checkpoint.lineage import make_lineage
-from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
+from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.writer import check_destination
-from daq_lightning.export import export
 from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.objectives import Metric
-from daq_lightning.preparation import Context, make_plan, match_base
 from daq_lightning.report import ExportReport
-from daq_lightning.source import Source
-from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
-from daq_lightning.training.model import LiveModel, find_model, owners_of_files
-from daq_lightning.training.other_callbacks import averaged_state, best_saver, check_savers, place_after_averaging
+from daq_lightning.training import settings_check as check
+from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging
 from daq_lightning.training.published import Published
 from daq_lightning.training.ranks import agreed, raise_on_all
-from daq_lightning.training.resume import own_state, reference_of, states_in
-from daq_lightning.training.schedule import ExportOn, Kept, Moment, Schedule, Which, free_name
-from daq_lightning.training.settings_check import (
-    MissingBase,
-    check_chain,
-    check_choice,
-    check_path,
-    make_settings,
-    require,
-)
+from daq_lightning.training.resume import states_in
+from daq_lightning.training.run import Run, RunSettings
+from daq_lightning.training.schedule import ExportOn, Moment, Schedule, Which
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
 
 
@@ -140,18 +126,23 @@ class DeltaAwareQuantization(Callback):
         parent: str | None = None,
         chain_from: ChainFrom | None = None,
         export_on_exception: bool = False,
-        missing_base: MissingBase = "error",
+        missing_base: check.MissingBase = "error",
     ) -> None:
         super().__init__()
-        require(module is None or isinstance(module, str), "module", module, "None or a str, the name of a submodule")
-        check_choice("reference", reference, ("initial", "previous_checkpoint"))
-        require(isinstance(merge_adapters, bool), "merge_adapters", merge_adapters, "True or False")
-        require(isinstance(export_on_exception, bool), "export_on_exception", export_on_exception, "True or False")
-        self.dirpath = check_path("dirpath", dirpath, "a path, such as 'exports'")
-        self.base = check_path("base", base, "'auto', 'snapshot', 'memory' or a path")
-        self.module, self.reference = module, reference
+        check.require(
+            module is None or isinstance(module, str), "module", module, "None or a str, the name of a submodule"
+        )
+        check.choice("reference", reference, ("initial", "previous_checkpoint"))
+        check.require(isinstance(merge_adapters, bool), "merge_adapters", merge_adapters, "True or False")
+        check.require(
+            isinstance(export_on_exception, bool), "export_on_exception", export_on_exception, "True or False"
+        )
+        self.dirpath = check.local_path("dirpath", dirpath, "a path, such as 'exports'")
+        self.base = check.path("base", base, "'auto', 'snapshot', 'memory' or a path")
+        self.module: str | None = module
+        self.reference: Literal["initial", "previous_checkpoint"] = reference
         self.export_on_exception, self.merge_adapters = export_on_exception, merge_adapters
-        self.parent = check_chain(parent, chain_from, self.base)
+        self.parent = check.chain(parent, chain_from, self.base)
         self.chain_from: ChainFrom | None = chain_from
         self.schedule = Schedule(
             export_on=export_on,
@@ -161,23 +152,14 @@ class DeltaAwareQuantization(Callback):
             keep_last=keep_last,
             filename=filename,
         )
-        if "://" in self.dirpath:
-            raise MisconfigurationException(
-                f"dirpath={self.dirpath!r}: exports are renamed into place, which needs a local file system. Export to "
-                "a local folder and upload it afterwards."
-            )
-        self._choices = make_settings(scheme, metric, alpha_range, search, ignore, scale_format, missing_base)
+        self._choices = check.make_settings(scheme, metric, alpha_range, search, ignore, scale_format, missing_base)
         self._published = Published()
-        self._kept = Kept(keep_last)
-        self._base: Base | None = None
-        self._lineage, self._root = Lineage(), None
+        self._run: Run | None = None
         self._place: int | None = None  # among the callbacks of this class in the Trainer
         self._state: dict[str, Any] | None = None
         self._states: list[dict[str, Any]] = []
-        self._retaken: Base | None = None
-        self._exported_step, self._last_step = -1, 0
+        self._last_step = 0
         self.moment: Moment = "end"
-        self._error: Exception | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -195,22 +177,26 @@ class DeltaAwareQuantization(Callback):
         return self._published.known().exports
 
     @property
+    @override
     def state_key(self) -> str:
         """The class, numbered from the second of a Trainer on: it stays when settings change, see `resume.py`."""
         name = type(self).__qualname__
         if self._place is None:  # no Trainer yet: only the settings tell two callbacks apart
-            return self._generate_state_key(**self._description(model=self.module))
+            return self._generate_state_key(**self._settings().description(model=self.module, place=None))
         return f"{name}[{self._place}]" if self._place else name
 
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the reference to the base, in primitives."""
         if self._state is not None:
             checkpoint.setdefault("callbacks", {})[self.state_key] = dict(self._state)
 
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps the references that the checkpoint holds; the own one is found in `on_fit_start`."""
         self._states = states_in(checkpoint.get("callbacks", {}))
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses strategies and destinations that could not be exported, before anything is trained."""
         alike = [callback for callback in trainer.callbacks if isinstance(callback, DeltaAwareQuantization)]  # type: ignore[attr-defined]
@@ -226,11 +212,11 @@ class DeltaAwareQuantization(Callback):
         raise_on_all(trainer, lambda: check_destination(Path(self.dirpath) / "step=0"))
         place_after_averaging(trainer, self)
 
+    @override
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the export and takes the base, so that whatever does not fit is known before the first step."""
-        self._error, self._base, self._retaken, self._state = None, None, None, None
-        self._exported_step = -1
+        self._run, self._state = None, None
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._published.begin(trainer)
@@ -238,53 +224,60 @@ class DeltaAwareQuantization(Callback):
         if self.schedule.export_on == "checkpoint" and trainer.is_global_zero:
             trainer.strategy.checkpoint_io = WatchedCheckpointIO(
                 trainer.strategy.checkpoint_io,
-                before=lambda path, content: self._before_save(trainer, pl_module, path, content),
-                after=lambda path, content: self._after_save(trainer, pl_module, path, content),
+                before=lambda path, content: self._before_save(trainer, path, content),
+                after=lambda path, content: self._after_save(trainer, path, content),
             )
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes where a resumed run begins."""
         self._last_step = trainer.global_step
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Exports every `every_n_train_steps` optimizer steps."""
         if trainer.global_step != self._last_step:  # not in between, with accumulated gradients
             self._last_step = trainer.global_step
-            self._consider("step", trainer, pl_module)
+            self._consider("step", trainer)
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports every `every_n_epochs` epochs."""
-        self._consider("epoch", trainer, pl_module)
+        self._consider("epoch", trainer)
         self._published.synchronize(trainer)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the last weights. An error is kept until Lightning has saved its own checkpoints."""
         if self.schedule.which == "last":
-            self._consider("end", trainer, pl_module)
+            self._consider("end", trainer)
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the best checkpoint if that was asked for, then raises what went wrong in an export."""
-        if self.schedule.which == "best" and self._base is not None and self._asked("end", trainer):
-            self._export_best(trainer, pl_module)
+        run = self._run
+        if run is not None and self.schedule.which == "best" and self._is_time("end", trainer):
+            run.export_best()
         self._published.synchronize(trainer)
-        if self._base is not None and not self.exports and self._error is None:
+        if run is not None and not self.exports and run.error is None:
             rank_zero_warn(
                 f"{type(self).__name__} exported nothing: training ended before a first export was due (a resumed run "
                 "that was finished already, no training steps, no file of ModelCheckpoint, or should_export said no)."
             )
-        error = agreed(trainer, self._error)
+        error = agreed(trainer, None if run is None else run.error)
         self._release(trainer)
         if error is not None:
             if sys.version_info >= (3, 11):
                 error.add_note("Training itself has finished: the checkpoints that Lightning wrote are complete.")
             raise error
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Frees the base; exports only with `export_on_exception`, and never hides the error."""
-        if self.export_on_exception and self._base is not None and self._exported_step != trainer.global_step:
-            self._export(trainer, pl_module, averaged_state(trainer), checkpoint=None)
+        if self.export_on_exception and self._run is not None and self._run.step != trainer.global_step:
+            self._run.export(averaged_state(trainer))
         self._release(trainer)
 
     def should_export(self, trainer: Trainer) -> bool:
@@ -296,164 +289,44 @@ class DeltaAwareQuantization(Callback):
         """
         return self.schedule.due(self.moment, trainer)
 
-    # what the hooks call
+    # what the hooks call; only rank 0 has a run
+
+    def _settings(self) -> RunSettings:
+        return RunSettings(
+            dirpath=self.dirpath,
+            base=self.base,
+            module=self.module,
+            reference=self.reference,
+            merge_adapters=self.merge_adapters,
+            parent=self.parent,
+            chain_from=self.chain_from,
+            choices=self._choices,
+            schedule=self.schedule,
+        )
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Plan and base of the run; raises before the first step."""
-        model = self._model(pl_module, None)
-        source = self._source(trainer, model)
-        plan = make_plan(source, self._choices)
-        names = tuple(tensor.spec.name for tensor in plan.quantized)
-        resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path is not None else None
-        own = self._description(model=find_model(pl_module, self.module)[0])
-        state = own_state(self._states, own) if resumed_from else None
-        where, saved = reference_of(state, self.base, names)
-        request = BaseRequest(
-            base=where, names=names, dirpath=Path(self.dirpath).absolute(), resumed_from=resumed_from, saved=saved
-        )
-        base = resolve_base(request, model)
-        match_base(plan, base.weights, source, self._choices)
-        root = (state or {}).get("root") or base.path
-        lineage = Lineage(base_kind=base.kind, base_path=base.path, root=root)
-        self._lineage, self._root = make_lineage(
-            lineage, base.weights, names, parent=self.parent, chain_from=self.chain_from
-        )
-        self._kept, self._states = Kept(self.schedule.keep_last), []
-        self._state = {"root": self._lineage.root, "callback": own}
-        self._use_base(base)
+        self._run = Run(trainer, pl_module, self._settings(), self._published, self._states, self._place)
+        self._state, self._states = self._run.state, []
 
-    def _description(self, model: str | None) -> dict[str, Any]:
-        """What a resumed run knows this callback by, in primitives.
-
-        Args:
-            model: Name of the model in the LightningModule.
-        """
-        return {
-            "model": model,
-            "place": self._place,
-            "dirpath": self.dirpath,
-            "base": self.base,
-            "reference": self.reference,
-            "merge_adapters": self.merge_adapters,
-            "scheme": self._choices.scheme,
-            "settings": repr(self._choices),
-            **dataclasses.asdict(self.schedule),
-        }
-
-    def _use_base(self, base: Base) -> None:
-        self._base = base
-        if self._state is not None:
-            self._state["base"] = base.state()
-
-    def _source(self, trainer: Trainer, model: LiveModel) -> Source:
-        def copy_files(folder: Path) -> None:
-            model.copy_files(folder, *owners_of_files(trainer))
-
-        return Source(
-            weights=model.weights,
-            specs=model.specs,
-            keys=model.keys,
-            architecture=model.architecture,
-            config=model.config(),
-            copy_files=copy_files,
-        )
-
-    def _asked(self, moment: Moment, trainer: Trainer) -> bool:
+    def _is_time(self, moment: Moment, trainer: Trainer) -> bool:
         self.moment = moment
-        return self.should_export(trainer)
+        return self._run is not None and self._run.step != trainer.global_step and self.should_export(trainer)
 
-    def _consider(self, moment: Moment, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the weights as a checkpoint would hold them now, if it is time; on rank 0, which has the base."""
-        if self._base is None or self._exported_step == trainer.global_step:
-            return
-        if self._asked(moment, trainer):
-            self._export(trainer, pl_module, averaged_state(trainer), checkpoint=None)
+    def _consider(self, moment: Moment, trainer: Trainer) -> None:
+        """Exports the weights as a checkpoint would hold them now, if it is time."""
+        if self._run is not None and self._is_time(moment, trainer):
+            self._run.export(averaged_state(trainer))
 
-    def _export_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the file that ModelCheckpoint holds for the best."""
-        saver = best_saver(trainer)
-        path = "" if saver is None else saver.best_model_path
-        if not path:
-            self._keep_error(
-                MisconfigurationException(
-                    "which='best' exports the best checkpoint of ModelCheckpoint, but it saved none in this run: check "
-                    "how often it saves, or use which='last'."
-                )
-            )
-            return
-        self._export(trainer, pl_module, read_lightning_checkpoint(path), checkpoint=Path(path))
+    def _before_save(self, trainer: Trainer, path: Path, content: dict[str, Any]) -> None:
+        if self._run is not None and saved_by_model_checkpoint(trainer, path):
+            self._run.retake_base(content, self.state_key)
 
-    def _before_save(self, trainer: Trainer, pl_module: LightningModule, path: Path, content: dict[str, Any]) -> None:
-        """Re-takes the base from what is about to be saved, so that a run resumed from the file goes on from there."""
-        self._retaken = None
-        if self.reference == "initial" or self._base is None or not saved_by_model_checkpoint(trainer, path):
-            return
-        try:
-            self._retaken = self._snapshot(trainer, self._model(pl_module, content["state_dict"]))
-            state = content.get("callbacks", {}).get(self.state_key)
-            if state is not None:
-                state["base"] = self._retaken.state()
-        except Exception as error:
-            self._keep_error(error)
-
-    def _after_save(self, trainer: Trainer, pl_module: LightningModule, path: Path, content: dict[str, Any]) -> None:
-        """Exports what was saved."""
-        if self._base is None or not saved_by_model_checkpoint(trainer, path):
-            return
-        if self._exported_step == trainer.global_step:  # `last.ckpt` beside the one just exported
-            return
-        if self._asked("checkpoint", trainer):
-            self._export(trainer, pl_module, content["state_dict"], checkpoint=path)
-
-    def _model(self, pl_module: LightningModule, state: Mapping[str, Any] | None) -> LiveModel:
-        """The model as it is, or with the weights of a saved state."""
-        return LiveModel(pl_module, self.module, state, merge=self.merge_adapters)
-
-    @torch.no_grad()
-    def _export(
-        self, trainer: Trainer, pl_module: LightningModule, state: Mapping[str, Any] | None, checkpoint: Path | None
-    ) -> None:
-        """One export and all that follows it; an error is kept for the end of training."""
-        assert self._base is not None
-        try:
-            self._write(trainer, self._model(pl_module, state), checkpoint)
-        except Exception as error:
-            self._keep_error(error)
-
-    def _write(self, trainer: Trainer, model: LiveModel, checkpoint: Path | None) -> None:
-        assert self._base is not None
-        out = free_name(Path(self.dirpath) / self.schedule.name(trainer))
-        bar = isinstance(trainer.progress_bar_callback, TQDMProgressBar) and trainer.progress_bar_callback.is_enabled
-        source = self._source(trainer, model)
-        device = trainer.strategy.root_device
-        training = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
-        context = Context(
-            lineage=dataclasses.replace(self._lineage, base_kind=self._base.kind, base_path=self._base.path),
-            root=self._root,
-            training=training | ({"checkpoint": str(checkpoint.absolute())} if checkpoint else {}),
-        )
-        report = export(source, self._base.weights, out, self._choices, context=context, device=device, progress=bar)
-        self._kept.exports.append(out)
-        self._exported_step = trainer.global_step
-        self._published.publish(trainer, report, self._kept.exports)
-        rank_zero_info(report.summary())
-        if self.reference == "previous_checkpoint":
-            self._use_base(self._retaken or self._snapshot(trainer, model))
-        self._kept.forget_old()
-
-    def _snapshot(self, trainer: Trainer, model: LiveModel) -> Base:
-        assert self._base is not None
-        folder = Path(self.dirpath).absolute() / f"base-step={trainer.global_step}"
-        base = take_snapshot(model.weights, self._base.fingerprints, folder)
-        self._kept.snapshots.append(Path(base.path))
-        return base
-
-    def _keep_error(self, error: Exception) -> None:
-        if self._error is None:
-            self._error = error
-            rank_zero_warn(f"FP8 export failed, training goes on: {error}")
+    def _after_save(self, trainer: Trainer, path: Path, content: dict[str, Any]) -> None:
+        """Exports what was saved; not again for the `last.ckpt` beside it."""
+        if self._run is not None and saved_by_model_checkpoint(trainer, path) and self._is_time("checkpoint", trainer):
+            self._run.export(content["state_dict"], checkpoint=path)
 
     def _release(self, trainer: Trainer) -> None:
-        self._base = self._retaken = self._error = None
+        self._run = None
         if isinstance(trainer.strategy.checkpoint_io, WatchedCheckpointIO):
             trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner

@@ -115,6 +115,7 @@ def test_exports_of_a_run_that_failed_reach_the_process_that_started_the_workers
         ("spoiled_strangely", "RuntimeError", "StubbornError: one and two"),
         ("destination", "CheckpointError", "exports"),
         ("broken_base", "OSError", "the disk is gone"),
+        ("lost_best", "CheckpointError", "step=4.ckpt"),
     ],
 )
 def test_an_error_of_the_rank_that_exports_is_raised_on_all_ranks(tmp_path, scenario, kind, message):
@@ -233,13 +234,13 @@ class StubbornError(Exception):
 def _spoiled_strangely(folder: Path) -> None:
     from test_when import quantization
 
-    callback = quantization(folder)
+    from daq_lightning.training.run import Run
 
     def fail(*args, **kwargs):
         raise StubbornError("one", "two")
 
-    callback._write = fail
-    _error(folder, callback)
+    Run._write = fail
+    _error(folder, quantization(folder))
 
 
 def _destination(folder: Path) -> None:
@@ -262,6 +263,20 @@ def _broken_base(folder: Path) -> None:
     _error(folder, callback)
 
 
+def _lost_best(folder: Path) -> None:
+    import shutil
+
+    from lightning.pytorch.callbacks import LambdaCallback
+    from test_when import quantization, saver
+
+    def lose(trainer, module):
+        trainer.strategy.barrier()
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    best = saver(folder, monitor="train_loss", save_top_k=1, every_n_train_steps=4)
+    _error(folder, quantization(folder, which="best"), best, LambdaCallback(on_train_end=lose))
+
+
 SCENARIOS = {
     "resume": _resume,
     "bad_base": _bad_base,
@@ -275,6 +290,7 @@ SCENARIOS = {
     "spoiled_strangely": _spoiled_strangely,
     "destination": _destination,
     "broken_base": _broken_base,
+    "lost_best": _lost_best,
 }
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ INSIDE = {
     "": {"callback", "chain", "checkpoint", "cli", "export", "metrics", "numerics", "plan", "report", "training"},
     "architecture": {"checkpoint.tensor_file"},
     "arguments": set(),
-    "callback": {"checkpoint", "export", "metrics", "numerics", "preparation", "report", "source", "training"},
+    "callback": {"checkpoint", "numerics", "report", "training"},
     "chain": {"checkpoint"},
     "checkpoint": {"checkpoint", "numerics"},
     "cli": {
@@ -33,17 +33,20 @@ INSIDE = {
     "report": {"numerics.objectives"},
     "selection": {"architecture", "checkpoint.tensor_file"},
     "source": {"architecture", "checkpoint"},
-    "training": {"architecture", "checkpoint", "metrics", "numerics", "preparation", "report", "training"},
+    "training": {
+        *("architecture", "checkpoint", "export", "metrics", "numerics", "preparation", "report", "source"),
+        "training",
+    },
     "verify": {"checkpoint", "contract"},
 }
 """Module or wing -> modules or wings of the package that it may import, at its top or inside a function."""
 
 AT_TOP = {
-    "callback": {"lightning"},
+    "callback": {"lightning", "typing_extensions"},
     "checkpoint": {"safetensors"},
     "metrics": {"torchmetrics"},
     "numerics.kernels.fused": {"triton"},
-    "training": {"lightning", "safetensors"},
+    "training": {"lightning", "safetensors", "typing_extensions"},
 }
 """Module or wing -> packages besides torch that it may import when it is imported itself."""
 

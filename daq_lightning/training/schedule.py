@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from daq_lightning.training.settings_check import check_choice, check_count, require
+from daq_lightning.training import settings_check as check
 
 ExportOn: TypeAlias = Literal["train_end", "checkpoint"]
 Which: TypeAlias = Literal["last", "best"]
@@ -39,10 +39,10 @@ class Schedule:
     filename: str
 
     def __post_init__(self) -> None:
-        check_choice("export_on", self.export_on, ("train_end", "checkpoint"))
-        check_choice("which", self.which, ("last", "best"))
+        check.choice("export_on", self.export_on, ("train_end", "checkpoint"))
+        check.choice("which", self.which, ("last", "best"))
         for name in ("every_n_train_steps", "every_n_epochs", "keep_last"):
-            check_count(name, getattr(self, name))
+            check.count(name, getattr(self, name))
         if self.export_on == "checkpoint" and self.which == "best":
             raise MisconfigurationException(
                 "which='best' exports one checkpoint at the end of training; with export_on='checkpoint' every "
@@ -83,8 +83,8 @@ def format_name(template: str, metrics: Mapping[str, Tensor]) -> str:
 def check_filename(template: str) -> None:
     """Raises MisconfigurationException for what cannot be formatted, or would be no name of a folder."""
     expected = "the name of a folder, such as '{epoch}-{step}'"
-    require(isinstance(template, str) and template not in ("", ".", ".."), "filename", template, expected)
-    require("/" not in re.sub(r"\{.*?\}", "", template), "filename", template, expected)
+    check.require(isinstance(template, str) and template not in ("", ".", ".."), "filename", template, expected)
+    check.require("/" not in re.sub(r"\{.*?\}", "", template), "filename", template, expected)
     try:
         format_name(template, {"epoch": torch.tensor(0), "step": torch.tensor(0)})
     except (ValueError, LookupError, AttributeError, TypeError) as error:

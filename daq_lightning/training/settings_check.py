@@ -23,24 +23,40 @@ def require(ok: bool, name: str, value: object, expected: str) -> None:
         raise MisconfigurationException(f"{name}={value!r}: expected {expected}.")
 
 
-def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+def choice(name: str, value: object, choices: Sequence[str | None]) -> None:
     """Raises MisconfigurationException for a value that is none of the choices."""
     require(value in choices, name, value, f"one of {', '.join(map(repr, choices))}")
 
 
-def check_count(name: str, value: object) -> None:
+def flag(name: str, value: object) -> None:
+    """Raises MisconfigurationException for what is neither True nor False: the text "no" would count as true."""
+    require(isinstance(value, bool), name, value, "True or False")
+
+
+def count(name: str, value: object) -> None:
     """Raises MisconfigurationException for what is no whole number of at least 1, nor None; True is no number."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     require(value is None or whole, name, value, "a whole number of at least 1, or None")
 
 
-def check_path(name: str, value: Any, expected: str) -> str:
+def path(name: str, value: Any, expected: str) -> str:
     """The path as a string; anything that is no path (None would become a folder "None") is refused."""
     require(isinstance(value, (str, os.PathLike)) and str(value) != "", name, value, expected)
     return str(value)
 
 
-def check_chain(parent: Any, chain_from: Any, base: str) -> str | None:
+def local_path(name: str, value: Any, expected: str) -> str:
+    """The path as a string; one on another machine is refused."""
+    value = path(name, value, expected)
+    if "://" in value:
+        raise MisconfigurationException(
+            f"{name}={value!r}: exports are renamed into place, which needs a local file system. Export to a local "
+            "folder and upload it afterwards."
+        )
+    return value
+
+
+def chain(parent: Any, chain_from: Any, base: str) -> str | None:
     """The parent as a string; a parent and what the run began with belong together.
 
     Args:
@@ -48,8 +64,8 @@ def check_chain(parent: Any, chain_from: Any, base: str) -> str | None:
         chain_from: None, "weights" or "deployed".
         base: The base of the run; a folder may be the parent itself.
     """
-    parent = None if parent is None else check_path("parent", parent, "None or a path")
-    check_choice("chain_from", chain_from, (None, "weights", "deployed"))
+    parent = None if parent is None else path("parent", parent, "None or a path")
+    choice("chain_from", chain_from, (None, "weights", "deployed"))
     if parent is not None and chain_from is None:
         raise MisconfigurationException(
             f"parent={parent!r}: say what this stage was trained from with chain_from='deployed' (the parent's "
@@ -78,7 +94,7 @@ def make_settings(
     Raises:
         MisconfigurationException: A value of a wrong kind, or values that contradict each other.
     """
-    check_choice("scheme", scheme, SCHEMES)
+    choice("scheme", scheme, SCHEMES)
     require(metric is None or isinstance(metric, str), "metric", metric, "None or a str, such as 'cosine'")
     require(
         search is None or isinstance(search, ScaleSearch), "search", search,
@@ -88,8 +104,8 @@ def make_settings(
         ignore is None or (isinstance(ignore, (list, tuple)) and all(isinstance(name, str) for name in ignore)),
         "ignore", ignore, "a list of names, such as ['lm_head']",
     )  # fmt: skip
-    check_choice("scale_format", scale_format, (None, "ue8m0"))
-    check_choice("missing_base", missing_base, ("error", "absmax"))
+    choice("scale_format", scale_format, (None, "ue8m0"))
+    choice("missing_base", missing_base, ("error", "absmax"))
     if alpha_range is not None:
         two = isinstance(alpha_range, (list, tuple)) and len(alpha_range) == 2
         numbers = two and all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in alpha_range)
