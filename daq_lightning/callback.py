@@ -58,11 +58,11 @@ class DeltaAwareQuantization(Callback):
         export_on: "train_end", or "checkpoint": whenever ModelCheckpoint saves, the same weights.
         every_n_train_steps: Also export every so many optimizer steps.
         every_n_epochs: Also export every so many epochs.
-        which: What the export at the end of training holds: the "last" weights, or the "best" checkpoint of the first
-            ModelCheckpoint that has a monitor.
+        which: What the export at the end of training holds: the "last" weights, or the "best" checkpoint of the
+            first ModelCheckpoint that has a monitor.
         keep_last: How many exports of this run to keep; None keeps all.
-        filename: Name of an export, as ModelCheckpoint's: "{epoch}-{step}-{val_loss:.2f}". A metric that was not
-            logged yet is 0, a slash in the name of one becomes an underscore.
+        filename: Name of an export, as ModelCheckpoint's: "{epoch}-{step}-{val_loss:.2f}". A metric that was
+            not logged yet is 0, a slash in the name of one becomes an underscore.
         merge_adapters: Whether PEFT adapters are merged into the export. If not, the export holds the frozen model, and
             its subfolder `adapter` the adapters, as PEFT and servers load them.
         reference: "initial": every export is measured against the base. "previous_checkpoint": against the weights
@@ -71,16 +71,16 @@ class DeltaAwareQuantization(Callback):
         chain_from: With a parent: whether the run began with its high-precision "weights" or with its "deployed",
             dequantized ones. It is checked, never guessed.
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
-        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or "absmax" to
-            quantize it without a search.
+        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or "absmax"
+            to quantize it without a search.
 
     With WeightAveraging, every export holds the averaged weights, as ModelCheckpoint's files do.
 
     Attributes:
         metrics: Figures of the last export, also logged to every logger of the Trainer.
         report: The `ExportReport` of the last export.
-        exports: Folders of all exports of this run that are kept, oldest first. These three are the same on every
-            rank, from the end of the epoch on, and in the process that started the ranks, once the fit is over.
+        exports: Folders of all exports of this run that are kept, oldest first. These three are the same on
+            every rank, from the end of the epoch on, and after the fit in the process that started the ranks.
         schedule: When it exports, and under which name.
         moment: What `should_export` is asked about: "step", "epoch", "checkpoint" or "end".
 
@@ -97,7 +97,7 @@ class DeltaAwareQuantization(Callback):
         >>> print(export.exports[-1])  # doctest: +SKIP
         exports/step=1000
 
-    When to export can be decided in a method: ``should_export`` is asked after every optimizer step and epoch.
+    When to export can be decided in a method, which is asked after every optimizer step and epoch:
 
         >>> class WhenItImproves(DeltaAwareQuantization):
         ...     def should_export(self, trainer):
@@ -129,14 +129,11 @@ class DeltaAwareQuantization(Callback):
         missing_base: check.MissingBase = "error",
     ) -> None:
         super().__init__()
-        check.require(
-            module is None or isinstance(module, str), "module", module, "None or a str, the name of a submodule"
-        )
+        named = module is None or isinstance(module, str)
+        check.require(named, "module", module, "None or a str, the name of a submodule")
         check.choice("reference", reference, ("initial", "previous_checkpoint"))
-        check.require(isinstance(merge_adapters, bool), "merge_adapters", merge_adapters, "True or False")
-        check.require(
-            isinstance(export_on_exception, bool), "export_on_exception", export_on_exception, "True or False"
-        )
+        check.flag("merge_adapters", merge_adapters)
+        check.flag("export_on_exception", export_on_exception)
         self.dirpath = check.local_path("dirpath", dirpath, "a path, such as 'exports'")
         self.base = check.path("base", base, "'auto', 'snapshot', 'memory' or a path")
         self.module: str | None = module
@@ -179,7 +176,7 @@ class DeltaAwareQuantization(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """The class, numbered from the second of a Trainer on: it stays when settings change, see `resume.py`."""
+        """The class, numbered from the second of a Trainer on; settings may change, see `resume.py`."""
         name = type(self).__qualname__
         if self._place is None:  # no Trainer yet: only the settings tell two callbacks apart
             return self._generate_state_key(**self._settings().description(model=self.module, place=None))
@@ -199,8 +196,8 @@ class DeltaAwareQuantization(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses strategies and destinations that could not be exported, before anything is trained."""
-        alike = [callback for callback in trainer.callbacks if isinstance(callback, DeltaAwareQuantization)]  # type: ignore[attr-defined]
-        self._place = alike.index(self)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._place = [one for one in callbacks if isinstance(one, DeltaAwareQuantization)].index(self)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
@@ -263,8 +260,8 @@ class DeltaAwareQuantization(Callback):
         self._published.synchronize(trainer)
         if run is not None and not self.exports and run.error is None:
             rank_zero_warn(
-                f"{type(self).__name__} exported nothing: training ended before a first export was due (a resumed run "
-                "that was finished already, no training steps, no file of ModelCheckpoint, or should_export said no)."
+                f"{type(self).__name__} exported nothing: no export was due before training ended (no training "
+                "steps, as in a resumed run that was finished; no file of ModelCheckpoint; should_export said no)."
             )
         error = agreed(trainer, None if run is None else run.error)
         self._release(trainer)
@@ -283,9 +280,9 @@ class DeltaAwareQuantization(Callback):
     def should_export(self, trainer: Trainer) -> bool:
         """Whether to export now: a policy that subclasses may override. By default, what the arguments say.
 
-        It is asked on rank 0 alone, so it must not wait for other ranks: after every optimizer step (`self.moment` is
-        "step"), every epoch ("epoch"), every file of ModelCheckpoint ("checkpoint", with export_on="checkpoint"), and
-        training ("end"); not again at a step whose weights are exported already.
+        It is asked on rank 0 alone, so it must not wait for other ranks: after every optimizer step
+        (`self.moment` is "step"), every epoch ("epoch"), every file of ModelCheckpoint ("checkpoint", with
+        export_on="checkpoint"), and training ("end"); not again at a step whose weights are exported already.
         """
         return self.schedule.due(self.moment, trainer)
 

@@ -8,8 +8,9 @@ Rank 0 exports, and others want to know:
 | the other ranks | a broadcast | at the end of each epoch, and of training |
 | the process that started the ranks (`ddp_spawn`) | a file in the folder for temporary files | when it asks |
 
-A process that starts ranks hands them copies of the callbacks, runs none of the hooks, and gets nothing back but the
-metrics of the Trainer. So the name of the file is made with the callback, and goes to the ranks inside it.
+A process that starts ranks hands them copies of the callbacks, runs none of the hooks, and gets nothing back
+but the metrics of the Trainer. So the name of the file is made with the callback, and goes to the ranks
+inside it.
 
 Source: lightning 2.6 `_MultiProcessingLauncher._recover_results_in_main_process`.
 """
@@ -44,7 +45,8 @@ class Published:
 
     Attributes:
         exports: Folders, oldest first.
-        metrics: Figures of the last export, as they are; where nothing changed some are NaN, which nobody else is told.
+        metrics: Figures of the last export, as they are: where nothing changed some are NaN, which loggers and the
+            Trainer are not told.
         report: Report of the last export.
         record: The file that tells the process that started the ranks.
         in_worker: Whether this process is such a rank.
@@ -117,7 +119,7 @@ def metrics_of(report: ExportReport) -> dict[str, float]:
 
 
 def share(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Puts metrics where callbacks such as EarlyStopping look for them, and takes away what is no number any more."""
+    """Puts metrics where EarlyStopping and others look for them; what is no number any more is taken away."""
     for name, value in metrics.items():
         if math.isfinite(value):
             trainer.callback_metrics[name] = torch.tensor(value)
@@ -130,7 +132,7 @@ def warn_if_unchanged(report: ExportReport) -> None:
     compared = [tensor for tensor in report.tensors if not tensor.note]
     if compared and not any(tensor.searched.n_changed for tensor in compared):
         rank_zero_warn(
-            f"No weight changed: each of the {len(compared)} quantized weights equals the base, so there is no update "
-            "to preserve, and its figures are NaN. Is the base the model before training, and was anything trained "
-            "(requires_grad, learning rate)?"
+            f"No weight changed: each of the {len(compared)} quantized weights equals the base, so there is no "
+            "update to preserve, and its figures are NaN. Is the base the model before training, and was anything "
+            "trained (requires_grad, learning rate)?"
         )

@@ -1,7 +1,7 @@
 """One rank prepares and exports; what it could not do is raised on all ranks, so that none waits for another.
 
-Every function here is a collective: all ranks call it, in the same order. So none may be called in `on_exception`,
-which a single rank may reach.
+Every function here is a collective: all ranks call it, in the same order. So none may be called in
+`on_exception`, which a single rank may reach.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def agreed(trainer: Trainer, error: Exception | None) -> Exception | None:
 
 
 def _copied(error: Exception | None) -> Exception | None:
-    try:  # some errors cannot be pickled, others not unpickled, which would leave the other ranks in the broadcast
+    try:  # some errors cannot be pickled, others not unpickled: the other ranks would wait in the broadcast
         copy = pickle.loads(pickle.dumps(error))
     except Exception:
         copy = None

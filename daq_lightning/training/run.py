@@ -36,7 +36,7 @@ from daq_lightning.training.schedule import Kept, Schedule, free_name
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What a run exports, where to, and against what; the fields are arguments of `DeltaAwareQuantization`."""
+    """What a run exports, where to, against what; the fields are arguments of `DeltaAwareQuantization`."""
 
     dirpath: str
     base: str
@@ -146,8 +146,8 @@ class Run:
         try:
             if not path:
                 raise MisconfigurationException(
-                    "which='best' exports the best checkpoint of ModelCheckpoint, but it saved none in this run: check "
-                    "how often it saves, or use which='last'."
+                    "which='best' exports the best checkpoint of ModelCheckpoint, but it saved none in this run: "
+                    "check how often it saves, or use which='last'."
                 )
             state = read_lightning_checkpoint(path)
         except Exception as error:
@@ -157,7 +157,7 @@ class Run:
 
     @torch.no_grad()
     def retake_base(self, content: dict[str, Any], state_key: str) -> None:
-        """Re-takes the base from a checkpoint that is about to be saved, so that a run resumed from it goes on there.
+        """Re-takes the base from a checkpoint about to be saved, so that a run resumed from it goes on there.
 
         Args:
             content: Of the checkpoint; the state of the callback in it is changed.

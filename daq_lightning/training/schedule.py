@@ -68,8 +68,9 @@ class Schedule:
 def format_name(template: str, metrics: Mapping[str, Tensor]) -> str:
     """The name of a folder, by ModelCheckpoint's rules but for two.
 
-    A slash in the name of a metric becomes an underscore, where ModelCheckpoint makes a folder. A metric that was not
-    logged yet is 0.0, a number like any metric, where ModelCheckpoint puts the integer 0, which ".2" cannot format.
+    A slash in the name of a metric becomes an underscore, where ModelCheckpoint makes a folder. A metric that was
+    not logged yet is 0.0, a number like any metric, where ModelCheckpoint puts the integer 0, which ".2" cannot
+    format.
 
     Args:
         template: Such as "{epoch}-{step}-{val/loss:.2f}", which becomes "epoch=1-step=20-val_loss=0.12".
@@ -89,8 +90,8 @@ def check_filename(template: str) -> None:
         format_name(template, {"epoch": torch.tensor(0), "step": torch.tensor(0)})
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise MisconfigurationException(
-            f"filename={template!r}: cannot be formatted: {error}. Expected names in braces, each with a number format "
-            "or without one, such as '{epoch}-{step}-{val_loss:.2f}'; metrics are numbers with a fraction."
+            f"filename={template!r}: cannot be formatted: {error}. Expected names in braces, each with a number "
+            "format or without one, such as '{epoch}-{step}-{val_loss:.2f}'; metrics are numbers with a fraction."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a user passes to the callback, checked when the callback is made: each error names argument and remedy."""
+"""What a user passes to the callback, checked when it is made: each error says what was expected instead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MissingBase: TypeAlias = Literal["error", "absmax"]
 
 
 def require(ok: bool, name: str, value: object, expected: str) -> None:
-    """Raises MisconfigurationException, with what was expected of an argument and what came, unless it is ok."""
+    """Raises MisconfigurationException, with what was expected of an argument and what came, if not ok."""
     if not ok:
         raise MisconfigurationException(f"{name}={value!r}: expected {expected}.")
 
@@ -29,12 +29,12 @@ def choice(name: str, value: object, choices: Sequence[str | None]) -> None:
 
 
 def flag(name: str, value: object) -> None:
-    """Raises MisconfigurationException for what is neither True nor False: the text "no" would count as true."""
+    """Raises MisconfigurationException for what is neither True nor False: "no" would count as true."""
     require(isinstance(value, bool), name, value, "True or False")
 
 
 def count(name: str, value: object) -> None:
-    """Raises MisconfigurationException for what is no whole number of at least 1, nor None; True is no number."""
+    """Raises MisconfigurationException for what is neither None nor a whole number >= 1; True is no number."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     require(value is None or whole, name, value, "a whole number of at least 1, or None")
 
@@ -50,8 +50,8 @@ def local_path(name: str, value: Any, expected: str) -> str:
     value = path(name, value, expected)
     if "://" in value:
         raise MisconfigurationException(
-            f"{name}={value!r}: exports are renamed into place, which needs a local file system. Export to a local "
-            "folder and upload it afterwards."
+            f"{name}={value!r}: exports are renamed into place, which needs a local file system. Export to a "
+            "local folder and upload it afterwards."
         )
     return value
 
@@ -74,8 +74,8 @@ def chain(parent: Any, chain_from: Any, base: str) -> str | None:
     folder = base not in ("auto", "snapshot", "memory") and not base.endswith(".ckpt")
     if chain_from is not None and parent is None and not folder:
         raise MisconfigurationException(
-            f"chain_from={chain_from!r}: needs parent='<folder of the export before>'; leave chain_from out for a run "
-            "that goes on from none."
+            f"chain_from={chain_from!r}: needs parent='<folder of the export before>'; leave chain_from out for "
+            "a run that goes on from none."
         )
     return parent
 
