@@ -13,35 +13,28 @@ Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, 
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, TQDMProgressBar, WeightAveraging
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
 
 from daq_lightning.checkpoint.layouts import Scheme
-from daq_lightning.checkpoint.lineage import make_lineage
-from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
+from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.writer import check_destination
-from daq_lightning.export import export
-from daq_lightning.metrics import delta_metrics
 from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.objectives import Metric
-from daq_lightning.preparation import Context, ExportSettings, make_plan, match_base
 from daq_lightning.report import ExportReport
-from daq_lightning.source import Source
-from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
-from daq_lightning.training.claims import free_name, remove_own
-from daq_lightning.training.complete import check_complete
-from daq_lightning.training.model import LiveModel, owners_of_files
-from daq_lightning.training.schedule import ExportOn, Kept, Schedule, Which, check_choice
+from daq_lightning.training import settings_check as check
+from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging
+from daq_lightning.training.published import Published
+from daq_lightning.training.ranks import agreed, raise_on_all
+from daq_lightning.training.resume import states_in
+from daq_lightning.training.run import Run, RunSettings
+from daq_lightning.training.schedule import ExportOn, Moment, Schedule, Which
 from daq_lightning.training.strategies import check_strategy
 from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
 
@@ -64,9 +57,11 @@ class DeltaAwareQuantization(Callback):
         export_on: "train_end", or "checkpoint": whenever ModelCheckpoint saves, the same weights.
         every_n_train_steps: Also export every so many optimizer steps.
         every_n_epochs: Also export every so many epochs.
-        which: What the export at the end of training holds: the "last" weights, or the "best" checkpoint.
+        which: What the export at the end of training holds: the "last" weights, or the "best" checkpoint of the
+            first ModelCheckpoint that has a monitor.
         keep_last: How many exports of this run to keep; None keeps all.
-        filename: Name of an export, as ModelCheckpoint's: "{epoch}-{step}-{val_loss:.2f}".
+        filename: Name of an export, as ModelCheckpoint's: "{epoch}-{step}-{val_loss:.2f}". A metric that was
+            not logged yet is 0, a slash in the name of one becomes an underscore.
         merge_adapters: Whether PEFT adapters are merged into the export. If not, the export holds the frozen model, and
             its subfolder `adapter` the adapters, as PEFT and servers load them.
         reference: "initial": every export is measured against the base. "previous_checkpoint": against the weights
@@ -75,20 +70,37 @@ class DeltaAwareQuantization(Callback):
         chain_from: With a parent: whether the run began with its high-precision "weights" or with its "deployed",
             dequantized ones. It is checked, never guessed.
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
+        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or "absmax"
+            to quantize it without a search.
+
+    With WeightAveraging, every export holds the averaged weights, as ModelCheckpoint's files do.
 
     Attributes:
         metrics: Figures of the last export, also logged to every logger of the Trainer.
         report: The `ExportReport` of the last export.
+        exports: Folders of all exports of this run that are kept, oldest first. These three are the same on
+            every rank, from the end of the epoch on, and after the fit in the process that started the ranks.
         schedule: When it exports, and under which name.
+        moment: What `should_export` is asked about: "step", "epoch", "checkpoint" or "end".
 
     Raises:
         MisconfigurationException: Settings that contradict each other, a strategy whose weights cannot be read, or a
             base that does not fit the model; always before the first training step.
 
     Example:
-        >>> callback = DeltaAwareQuantization(dirpath="exports", scheme="FP8_BLOCK", metric="cosine")
-        >>> callback.metrics
-        {}
+        >>> import lightning.pytorch as L
+        >>> from daq_lightning import DeltaAwareQuantization
+        >>> export = DeltaAwareQuantization(dirpath="exports", scheme="FP8_BLOCK")
+        >>> trainer = L.Trainer(max_steps=1000, callbacks=[export])
+        >>> trainer.fit(module, data)  # doctest: +SKIP
+        >>> print(export.exports[-1])  # doctest: +SKIP
+        exports/step=1000
+
+    When to export can be decided in a method, which is asked after every optimizer step and epoch:
+
+        >>> class WhenItImproves(DeltaAwareQuantization):
+        ...     def should_export(self, trainer):
+        ...         return self.moment == "end" or trainer.callback_metrics.get("val_loss", 9.0) < 2.0
     """
 
     def __init__(
@@ -113,12 +125,20 @@ class DeltaAwareQuantization(Callback):
         parent: str | None = None,
         chain_from: ChainFrom | None = None,
         export_on_exception: bool = False,
+        missing_base: check.MissingBase = "error",
     ) -> None:
         super().__init__()
-        self.dirpath, self.base = os.path.expanduser(str(dirpath)), os.path.expanduser(str(base))
-        self.module, self.reference = module, reference
+        named = module is None or isinstance(module, str)
+        check.require(named, "module", module, "None or a str, the name of a submodule")
+        check.choice("reference", reference, ("initial", "previous_checkpoint"))
+        check.flag("merge_adapters", merge_adapters)
+        check.flag("export_on_exception", export_on_exception)
+        self.dirpath = check.local_path("dirpath", dirpath, "a path, such as 'exports'")
+        self.base = check.path("base", base, "'auto', 'snapshot', 'memory' or a path")
+        self.module: str | None = module
+        self.reference: Literal["initial", "previous_checkpoint"] = reference
         self.export_on_exception, self.merge_adapters = export_on_exception, merge_adapters
-        self.parent: str | None = None if parent is None else os.path.expanduser(parent)
+        self.parent = check.chain(parent, chain_from, self.base)
         self.chain_from: ChainFrom | None = chain_from
         self.schedule = Schedule(
             export_on=export_on,
@@ -128,293 +148,181 @@ class DeltaAwareQuantization(Callback):
             keep_last=keep_last,
             filename=filename,
         )
-        check_choice("reference", reference, ("initial", "previous_checkpoint"))
-        if "://" in self.dirpath:
-            raise MisconfigurationException(
-                f"dirpath={self.dirpath!r}: exports are renamed into place, which needs a local file system. Export to "
-                "a local folder and upload it afterwards."
-            )
-        self._choices = _make_settings(scheme, metric, alpha_range, search, ignore, scale_format)
-        self.metrics: dict[str, float] = {}
-        self.report: ExportReport | None = None
-        self._kept = Kept(keep_last)
-        self._base: Base | None = None
-        self._lineage, self._root = Lineage(), None
-        self._saved_base: dict[str, Any] | None = None
-        self._saved_root: str | None = None
-        self._retaken: Base | None = None
-        self._reference: dict[str, Any] = {}
-        self._referenced = False
-        self._exported_step = -1
-        self._error: Exception | None = None
+        self._choices = check.make_settings(scheme, metric, alpha_range, search, ignore, scale_format, missing_base)
+        self._published = Published()
+        self._run: Run | None = None
+        self._place: int | None = None  # among the callbacks of this class in the Trainer
+        self._state: dict[str, Any] | None = None
+        self._states: list[dict[str, Any]] = []
+        self._referenced = False  # by a checkpoint, which needs the base to be resumed
+        self._last_step = 0
+        self.moment: Moment = "end"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last export."""
+        return self._published.known().metrics
+
+    @property
+    def report(self) -> ExportReport | None:
+        """The report of the last export."""
+        return self._published.known().report
 
     @property
     def exports(self) -> list[Path]:
         """Folders of all exports of this run that are kept, oldest first."""
-        return self._kept.exports
+        return self._published.known().exports
 
     @property
+    @override
     def state_key(self) -> str:
-        """Differs between two callbacks of different settings, so that both keep their state."""
-        return self._generate_state_key(dirpath=self.dirpath, base=self.base, settings=repr(self._choices))
+        """The class, numbered from the second of a Trainer on; settings may change, see `resume.py`."""
+        name = type(self).__qualname__
+        if self._place is None:  # no Trainer yet: only the settings tell two callbacks apart
+            return self._generate_state_key(**self._settings().description(model=self.module, place=None))
+        return f"{name}[{self._place}]" if self._place else name
 
-    def state_dict(self) -> dict[str, Any]:
-        """The reference to the base, in primitives; also when the fit is over, for a checkpoint that is saved then."""
-        self._referenced = True  # a checkpoint is being saved
-        return dict(self._reference) if self._base is None else {"base": self._base.state(), "root": self._lineage.root}
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the reference to the base, in primitives."""
+        self._referenced = True
+        if self._state is not None:
+            checkpoint.setdefault("callbacks", {})[self.state_key] = dict(self._state)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the reference; it is resolved in `on_fit_start`."""
-        self._saved_base, self._saved_root = state_dict.get("base"), state_dict.get("root")
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the references that the checkpoint holds; the own one is found in `on_fit_start`."""
+        self._states = states_in(checkpoint.get("callbacks", {}))
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses strategies and destinations that could not be exported, before anything is trained."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._place = [one for one in callbacks if isinstance(one, DeltaAwareQuantization)].index(self)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         check_strategy(trainer.strategy)
-        if trainer.is_global_zero:
-            check_destination(Path(self.dirpath) / "step=0")
-        averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
-        if averaging and trainer.callbacks.index(averaging[-1]) > trainer.callbacks.index(self):  # type: ignore[attr-defined]
-            # WeightAveraging puts the averaged weights into the model in its on_train_end: this one must come after
-            others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-            place = others.index(averaging[-1]) + 1
-            trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
+        check_savers(trainer, self.schedule)
+        raise_on_all(trainer, lambda: check_destination(Path(self.dirpath) / "step=0"))
+        place_after_averaging(trainer, self)
 
+    @override
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the export and takes the base, so that whatever does not fit is known before the first step."""
-        self._error, self._base, self._retaken, self._exported_step = None, None, None, -1
-        self._reference, self._referenced = {}, False
+        self._run, self._state, self._referenced = None, None, False
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        problem = None
-        if trainer.is_global_zero:
-            try:
-                self._prepare(trainer, pl_module)
-            except (ValueError, MisconfigurationException) as error:
-                problem = error
-                self._release(trainer)
-        problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
-            raise problem
+        self._published.begin(trainer)
+        raise_on_all(trainer, lambda: self._prepare(trainer, pl_module))
         if self.schedule.export_on == "checkpoint" and trainer.is_global_zero:
             trainer.strategy.checkpoint_io = WatchedCheckpointIO(
                 trainer.strategy.checkpoint_io,
-                before=lambda path, content: self._before_save(trainer, pl_module, path, content),
-                after=lambda path, content: self._after_save(trainer, pl_module, path, content),
+                before=lambda path, content: self._before_save(trainer, path, content),
+                after=lambda path, content: self._after_save(trainer, path, content),
             )
 
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes where a resumed run begins."""
+        self._last_step = trainer.global_step
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Exports every `every_n_train_steps` optimizer steps."""
-        if self.schedule.due_after_step(trainer.global_step):
-            self._export_live(trainer, pl_module)
+        if trainer.global_step != self._last_step:  # not in between, with accumulated gradients
+            self._last_step = trainer.global_step
+            self._consider("step", trainer)
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports every `every_n_epochs` epochs."""
-        if self.schedule.due_after_epoch(trainer.current_epoch):
-            self._export_live(trainer, pl_module)
+        self._consider("epoch", trainer)
+        self._published.synchronize(trainer)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the last weights. An error is kept until Lightning has saved its own checkpoints."""
-        if self.schedule.due_at_end("last"):
-            self._export_live(trainer, pl_module)
+        if self.schedule.which == "last":
+            self._consider("end", trainer)
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the best checkpoint if that was asked for, then raises what went wrong in an export."""
-        if self.schedule.due_at_end("best"):
-            self._export_best(trainer, pl_module)
-        if self._base is not None and not self.exports and self._error is None:
+        run = self._run
+        if run is not None and self.schedule.which == "best" and self._is_time("end", trainer):
+            run.export_best()
+        self._published.synchronize(trainer)
+        if run is not None and not self.exports and run.error is None:
             rank_zero_warn(
-                "DeltaAwareQuantization exported nothing: training ended before a first export was due (a resumed run "
-                "that was finished already, or no training steps)."
+                f"{type(self).__name__} exported nothing: no export was due before training ended (no training "
+                "steps, as in a resumed run that was finished; no file of ModelCheckpoint; should_export said no)."
             )
-        error = self._error
+        error = agreed(trainer, None if run is None else run.error)
         self._release(trainer)
         if error is not None:
             if sys.version_info >= (3, 11):
                 error.add_note("Training itself has finished: the checkpoints that Lightning wrote are complete.")
             raise error
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Frees the base; exports only with `export_on_exception`, and never hides the error."""
-        if self.export_on_exception:
-            self._export_live(trainer, pl_module)
+        if self.export_on_exception and self._run is not None and self._run.step != trainer.global_step:
+            self._run.export(averaged_state(trainer))
         self._release(trainer)
 
-    # what the hooks call
+    def should_export(self, trainer: Trainer) -> bool:
+        """Whether to export now: a policy that subclasses may override. By default, what the arguments say.
+
+        It is asked on rank 0 alone, so it must not wait for other ranks: after every optimizer step
+        (`self.moment` is "step"), every epoch ("epoch"), every file of ModelCheckpoint ("checkpoint", with
+        export_on="checkpoint"), and training ("end"); not again at a step whose weights are exported already.
+        """
+        return self.schedule.due(self.moment, trainer)
+
+    # what the hooks call; only rank 0 has a run
+
+    def _settings(self) -> RunSettings:
+        return RunSettings(
+            dirpath=self.dirpath,
+            base=self.base,
+            module=self.module,
+            reference=self.reference,
+            merge_adapters=self.merge_adapters,
+            parent=self.parent,
+            chain_from=self.chain_from,
+            choices=self._choices,
+            schedule=self.schedule,
+        )
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Plan and base of the run; raises before the first step."""
-        self._kept = Kept(self.schedule.keep_last)
-        model = self._model(pl_module, None)
-        check_complete(model)
-        source = self._source(trainer, model)
-        plan = make_plan(source, self._choices)
-        request = BaseRequest(
-            base=self.base,
-            names=tuple(tensor.spec.name for tensor in plan.quantized),
-            dirpath=Path(self.dirpath).absolute(),
-            resumed_from=str(trainer.ckpt_path) if trainer.ckpt_path is not None else None,
-            saved=self._saved_base,
-        )
-        base = self._base = resolve_base(request, model)  # released if what follows fails
-        match_base(plan, base.weights, source, self._choices)
-        root = self._saved_root if request.resumed_from and self._saved_root else base.path
-        lineage = Lineage(base_kind=base.kind, base_path=base.path, root=root)
-        self._lineage, self._root = make_lineage(
-            lineage, base.weights, request.names, parent=self.parent, chain_from=self.chain_from
-        )
+        self._run = Run(trainer, pl_module, self._settings(), self._published, self._states, self._place)
+        self._state, self._states = self._run.state, []
 
-    def _source(self, trainer: Trainer, model: LiveModel) -> Source:
-        def copy_files(folder: Path) -> None:
-            model.copy_files(folder, *owners_of_files(trainer))
+    def _is_time(self, moment: Moment, trainer: Trainer) -> bool:
+        self.moment = moment
+        return self._run is not None and self._run.step != trainer.global_step and self.should_export(trainer)
 
-        return Source(
-            weights=model.weights,
-            specs=model.specs,
-            keys=model.keys,
-            architecture=model.architecture,
-            config=model.config(),
-            copy_files=copy_files,
-        )
+    def _consider(self, moment: Moment, trainer: Trainer) -> None:
+        """Exports the weights as a checkpoint would hold them now, if it is time."""
+        if self._run is not None and self._is_time(moment, trainer):
+            self._run.export(averaged_state(trainer))
 
-    def _export_live(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the weights as they are now."""
-        if self._base is None or self._exported_step == trainer.global_step:
-            return
-        self._export(trainer, pl_module, state=None, checkpoint=None)
+    def _before_save(self, trainer: Trainer, path: Path, content: dict[str, Any]) -> None:
+        if self._run is not None and saved_by_model_checkpoint(trainer, path):
+            self._run.retake_base(content, self.state_key)
 
-    def _export_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the file that ModelCheckpoint holds for the best."""
-        if self._base is None:
-            return
-        callback = trainer.checkpoint_callback
-        path = callback.best_model_path if isinstance(callback, ModelCheckpoint) else ""
-        if not path:
-            self._keep_error(
-                MisconfigurationException(
-                    "which='best' exports ModelCheckpoint's best_model_path, and there is none: add a ModelCheckpoint "
-                    "with a monitor, or use which='last'."
-                )
-            )
-            return
-        self._export(trainer, pl_module, read_lightning_checkpoint(path), checkpoint=Path(path))
-
-    def _before_save(self, trainer: Trainer, pl_module: LightningModule, path: Path, content: dict[str, Any]) -> None:
-        """Re-takes the base from what is about to be saved, so that a run resumed from the file goes on from there."""
-        self._retaken = None
-        if self.reference == "initial" or self._base is None or not saved_by_model_checkpoint(trainer, path):
-            return
-        try:
-            self._retaken = self._snapshot(trainer, self._model(pl_module, content["state_dict"]))
-            state = content.get("callbacks", {}).get(self.state_key)
-            if state is not None:
-                state["base"] = self._retaken.state()
-        except Exception as error:
-            self._keep_error(error)
-
-    def _after_save(self, trainer: Trainer, pl_module: LightningModule, path: Path, content: dict[str, Any]) -> None:
-        """Exports what was saved."""
-        if self._base is None or not saved_by_model_checkpoint(trainer, path):
-            return
-        if self._exported_step == trainer.global_step:  # `last.ckpt` beside the one just exported
-            return
-        self._export(trainer, pl_module, content["state_dict"], checkpoint=path)
-
-    def _model(self, pl_module: LightningModule, state: Mapping[str, Any] | None) -> LiveModel:
-        """The model as it is, or with the weights of a saved state."""
-        return LiveModel(pl_module, self.module, state, merge=self.merge_adapters)
-
-    @torch.no_grad()
-    def _export(
-        self, trainer: Trainer, pl_module: LightningModule, state: Mapping[str, Any] | None, checkpoint: Path | None
-    ) -> None:
-        """One export and all that follows it; an error is kept for the end of training."""
-        assert self._base is not None
-        try:
-            self._write(trainer, self._model(pl_module, state), checkpoint)
-        except Exception as error:
-            self._keep_error(error)
-
-    def _write(self, trainer: Trainer, model: LiveModel, checkpoint: Path | None) -> None:
-        assert self._base is not None
-        bar = isinstance(trainer.progress_bar_callback, TQDMProgressBar) and trainer.progress_bar_callback.is_enabled
-        source = self._source(trainer, model)
-        device = trainer.strategy.root_device
-        training = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
-        context = Context(
-            lineage=dataclasses.replace(self._lineage, base_kind=self._base.kind, base_path=self._base.path),
-            root=self._root,
-            training=training | ({"checkpoint": str(checkpoint.absolute())} if checkpoint else {}),
-        )
-        with free_name(Path(self.dirpath) / self.schedule.name(trainer)) as out:
-            self.report = export(
-                source, self._base.weights, out, self._choices, context=context, device=device, progress=bar
-            )
-        self.exports.append(out)
-        self._exported_step = trainer.global_step
-        self._publish_metrics(trainer, self.report)
-        rank_zero_info(self.report.summary())
-        if self.reference == "previous_checkpoint":
-            self._base = self._retaken or self._snapshot(trainer, model)
-        self._kept.forget_old()
-
-    def _snapshot(self, trainer: Trainer, model: LiveModel) -> Base:
-        assert self._base is not None
-        folder = Path(self.dirpath).absolute() / f"base-step={trainer.global_step}"
-        base = take_snapshot(model.weights, self._base.fingerprints, folder, own=self._kept.snapshots)
-        if base.created:
-            self._kept.snapshots.append(Path(base.path))
-        return base
-
-    def _keep_error(self, error: Exception) -> None:
-        if self._error is None:
-            self._error = error
-            rank_zero_warn(f"FP8 export failed, training goes on: {error}")
+    def _after_save(self, trainer: Trainer, path: Path, content: dict[str, Any]) -> None:
+        """Exports what was saved; not again for the `last.ckpt` beside it."""
+        if self._run is not None and saved_by_model_checkpoint(trainer, path) and self._is_time("checkpoint", trainer):
+            self._run.export(content["state_dict"], checkpoint=path)
 
     def _release(self, trainer: Trainer) -> None:
-        """Frees the base, and removes a snapshot of this run if it ended before its first step and left nothing."""
-        if self._base is not None:
-            saves = self._referenced or any(isinstance(other, OnExceptionCheckpoint) for other in trainer.callbacks)  # type: ignore[attr-defined]
-            if self._base.created and not self.exports and not saves and trainer.global_step == 0:
-                remove_own(Path(self._base.path))
-            else:
-                self._reference = {"base": self._base.state(), "root": self._lineage.root}
-        self._base = self._retaken = self._error = None
+        if self._run is not None and not self._referenced:
+            self._run.remove_unused_base()
+        self._run = None
         if isinstance(trainer.strategy.checkpoint_io, WatchedCheckpointIO):
             trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner
-
-    def _publish_metrics(self, trainer: Trainer, report: ExportReport) -> None:
-        """The metrics of the written and of plain absmax scales: to the attribute, the Trainer and its loggers."""
-        self.metrics = {}
-        for side, prefix in (("searched", "daq/"), ("absmax", "daq/absmax_")):
-            collection = delta_metrics(prefix=prefix, sync=False)  # rank 0 exports, alone
-            collection.update(report.totals(side))  # type: ignore[arg-type]
-            self.metrics |= {name: float(value) for name, value in collection.compute().items()}
-        trainer.callback_metrics.update(
-            {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in self.metrics.items()}
-        )
-        for logger in trainer.loggers:
-            logger.log_metrics(self.metrics, step=trainer.global_step)
-
-
-def _make_settings(
-    scheme: Scheme,
-    metric: Metric | None,
-    alpha_range: tuple[float, float] | None,
-    search: ScaleSearch | None,
-    ignore: list[str] | None,
-    scale_format: Literal["ue8m0"] | None,
-) -> ExportSettings:
-    if search is not None and (metric is not None or alpha_range is not None):
-        raise MisconfigurationException("search=... already holds metric and range: leave metric and alpha_range out.")
-    try:
-        if search is None:
-            low, high = alpha_range or (ScaleSearch.alpha_min, ScaleSearch.alpha_max)
-            search = ScaleSearch(metric=metric or ScaleSearch.metric, alpha_min=low, alpha_max=high)
-        return ExportSettings(scheme=scheme, search=search, ignore=tuple(ignore or ()), scale_format=scale_format)
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -95,6 +97,38 @@ def test_metrics_reach_loggers_the_trainer_and_a_short_summary(tmp_path, caplog)
     summary = callback.report.summary()
     assert summary in caplog.text
     assert len(summary.splitlines()) <= 10
+
+
+def test_a_run_that_changes_no_weight_says_so_and_logs_no_nan(tmp_path):
+    callback = quantization(tmp_path)
+    trainer = make_trainer(tmp_path, callback, logger=CSVLogger(tmp_path))
+    with pytest.warns(UserWarning, match=r"No weight changed: .* equals the base"):
+        trainer.fit(Tuning(learning_rate=0.0), data())
+    assert math.isnan(callback.metrics["daq/gain"])  # what was measured stays there
+    told = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("daq/")}
+    finite = {name: value for name, value in callback.metrics.items() if math.isfinite(value)}
+    assert told == pytest.approx(finite, rel=1e-6)  # the Trainer's are float32
+    assert "daq/mse" in told
+    assert "nan" not in Path(trainer.logger.experiment.metrics_file_path).read_text().lower()
+
+
+def test_a_metric_that_is_no_number_any_more_leaves_the_trainer(tmp_path):
+    class Stalling(Tuning):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = 0.0
+
+    callback = quantization(tmp_path, every_n_train_steps=1, reference="previous_checkpoint")
+    trainer = make_trainer(tmp_path, callback, max_steps=2)
+    with pytest.warns(UserWarning, match="No weight changed"):
+        trainer.fit(Stalling(), data())
+    assert math.isnan(callback.metrics["daq/gain"])
+    assert "daq/gain" not in trainer.callback_metrics
+
+
+def test_a_run_that_changes_weights_warns_of_nothing(tmp_path, recwarn):
+    fit(tmp_path, quantization(tmp_path))
+    assert [str(warning.message) for warning in recwarn if "No weight changed" in str(warning.message)] == []
 
 
 @pytest.mark.parametrize("action", ["fast_dev_run", "validate", "test", "predict"])
@@ -191,19 +225,40 @@ def test_a_base_that_does_not_fit_is_refused_before_the_first_step(tmp_path, mak
     assert module.steps == 0
 
 
+def test_weights_that_the_base_lacks_are_quantized_without_a_search_if_that_was_asked_for(tmp_path):
+    _base_that_lacks_tensors(tmp_path / "base")
+    callback = quantization(tmp_path, base=str(tmp_path / "base"), missing_base="absmax")
+    fit(tmp_path, callback)
+    lacking = [tensor for tensor in callback.report.tensors if tensor.note]
+    assert [tensor.name for tensor in lacking] == ["model.layers.0.mlp.up_proj.weight"]
+    assert lacking[0].alpha["moved"] == 0
+    with pytest.raises(MisconfigurationException, match="missing_base='ignore': expected one of 'error', 'absmax'"):
+        quantization(tmp_path, missing_base="ignore")
+
+
+def test_the_example_in_the_docstring_can_be_copied(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = DeltaAwareQuantization.__doc__.partition("Example:")[2]
+    lines = [line.strip()[4:] for line in example.splitlines() if line.strip().startswith((">>>", "..."))]
+    code = "\n".join(lines)
+    assert "trainer.fit(" in code
+    small = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    monkeypatch.setattr(L, "Trainer", functools.partial(L.Trainer, **small))
+    names = {"module": Tuning(), "data": data(4000)}
+    exec(code, names)
+    assert names["export"].exports == [Path("exports/step=1000")]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "exports" / "step=1000")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scheme": "FP4"}, "Unknown scheme 'FP4': expected one of auto, FP8_BLOCK"),
-        ({"search": None, "metric": "kl"}, "Unknown metric 'kl': expected one of sign, cosine"),
         ({"search": None, "alpha_range": (0.0, 1.0)}, "alpha_min must be a finite number > 0"),
         ({"search": None, "alpha_range": (2.0, 1.0)}, "alpha_max must be a finite number >= alpha_min"),
         ({"metric": "sign"}, "leave metric and alpha_range out"),
         ({"dirpath": "s3://bucket/exports"}, "local file system"),
         ({"export_on": "epoch"}, "export_on='epoch': expected one of"),
-        ({"keep_last": 0}, "keep_last=0: expected a number of at least 1"),
         ({"which": "best", "export_on": "checkpoint"}, "Leave one of them out"),
-        ({"filename": "a/b"}, "expected the name of a folder"),
     ],
 )
 def test_bad_settings_are_refused_when_the_callback_is_made(tmp_path, changes, message):

@@ -12,47 +12,48 @@ PACKAGE = "daq_lightning"
 
 INSIDE = {
     "": {"callback", "chain", "checkpoint", "cli", "export", "metrics", "numerics", "plan", "report", "training"},
-    "architecture": {"checkpoint.folder", "checkpoint.tensor_file"},
+    "architecture": {"checkpoint.tensor_file"},
     "arguments": set(),
-    "callback": {"checkpoint", "export", "metrics", "numerics", "preparation", "report", "source", "training"},
-    "chain": {"checkpoint", "report"},
+    "callback": {"checkpoint", "numerics", "report", "training"},
+    "chain": {"checkpoint"},
     "checkpoint": {"checkpoint", "numerics"},
     "cli": {
         *("arguments", "chain", "checkpoint", "export", "inspection", "numerics", "plan", "preparation", "report"),
         *("source", "verify"),
     },
-    "contract": {"architecture", "checkpoint", "numerics.formats", "report", "selection"},
-    "export": {"checkpoint", "numerics", "pipeline", "plan", "preparation", "readers", "record", "report", "source"},
-    "inspection": {"architecture", "checkpoint", "numerics", "readers", "report"},
+    "contract": {"architecture", "checkpoint", "numerics.formats", "selection"},
+    "export": {"checkpoint", "numerics", "pipeline", "plan", "preparation", "record", "report", "source"},
+    "inspection": {"architecture", "checkpoint", "numerics", "report"},
     "metrics": {"numerics"},
     "numerics": {"numerics"},
     "pipeline": {"checkpoint", "plan"},
     "plan": {"architecture", "checkpoint.layouts", "checkpoint.tensor_file", "numerics.formats", "selection"},
     "preparation": {"checkpoint", "numerics", "plan", "source"},
-    "readers": {"numerics"},
     "record": {"checkpoint", "numerics", "plan", "preparation", "report"},
-    "report": {"checkpoint.folder", "checkpoint.tensor_file", "numerics.objectives"},
+    "report": {"numerics.objectives"},
     "selection": {"architecture", "checkpoint.tensor_file"},
     "source": {"architecture", "checkpoint"},
-    "training": {"architecture", "checkpoint", "numerics", "training"},
+    "training": {
+        *("architecture", "checkpoint", "export", "metrics", "numerics", "preparation", "report", "source"),
+        "training",
+    },
     "verify": {"checkpoint", "contract"},
 }
 """Module or wing -> modules or wings of the package that it may import, at its top or inside a function."""
 
 AT_TOP = {
-    "callback": {"lightning"},
+    "callback": {"lightning", "typing_extensions"},
     "checkpoint": {"safetensors"},
     "metrics": {"torchmetrics"},
     "numerics.kernels.fused": {"triton"},
-    "training": {"lightning", "safetensors"},
+    "training": {"lightning", "safetensors", "typing_extensions"},
 }
 """Module or wing -> packages besides torch that it may import when it is imported itself."""
 
 LAZILY = {
-    "architecture": {"huggingface_hub", "transformers"},
+    "architecture": {"transformers"},
     "callback": {"peft", "transformers"},
     "arguments": {"jsonargparse"},
-    "checkpoint": {"regex"},
     "cli": {"jsonargparse"},
     "inspection": {"tqdm"},
     "pipeline": {"tqdm"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live import Tuning, data, fit, folder_bytes, make_trainer
 
@@ -143,13 +143,79 @@ def test_steps_epochs_names_and_keep_last(tmp_path):
     assert [path.name for path in by_epoch.exports] == ["step=4", "step=8"]
 
 
+class Chosen(DeltaAwareQuantization):
+    """Exports when its function says so, and notes when it was asked."""
+
+    def __init__(self, decide, **settings) -> None:
+        super().__init__(**settings)
+        self.decide, self.asked = decide, []
+
+    def should_export(self, trainer) -> bool:
+        self.asked.append((self.moment, trainer.global_step))
+        return self.decide(self, trainer)
+
+
+def chosen(folder: Path, decide, **changes) -> Chosen:
+    return Chosen(decide, **({"dirpath": str(folder / "exports"), "search": QUICK} | changes))
+
+
+def test_a_user_decides_when_to_export(tmp_path):
+    callback = chosen(tmp_path, lambda self, trainer: trainer.global_step in (1, 3))
+    fit(tmp_path, callback, max_steps=-1, max_epochs=1)
+    assert [path.name for path in callback.exports] == ["step=1", "step=3"]
+    assert callback.asked == [*(("step", step) for step in (1, 2, 3, 4)), ("epoch", 4), ("end", 4)]
+
+
+def test_a_user_can_add_to_the_schedule_and_veto_it(tmp_path):
+    def decide(self, trainer):
+        return trainer.global_step == 1 or (trainer.global_step != 4 and super(Chosen, self).should_export(trainer))
+
+    callback = chosen(tmp_path, decide, every_n_train_steps=2)
+    fit(tmp_path, callback, max_steps=6)
+    assert [path.name for path in callback.exports] == ["step=1", "step=2", "step=6"]
+
+
+def test_a_user_is_asked_once_for_each_optimizer_step_and_each_checkpoint(tmp_path):
+    callback = chosen(tmp_path, lambda self, trainer: self.moment == "checkpoint" and trainer.global_step == 1,
+                      export_on="checkpoint")  # fmt: skip
+    fit(tmp_path, callback, saver(tmp_path, every_n_train_steps=1), accumulate_grad_batches=2, max_steps=2)
+    assert [path.name for path in callback.exports] == ["step=1"]
+    assert callback.asked == [("step", 1), ("checkpoint", 1), ("step", 2), ("checkpoint", 2), ("epoch", 2), ("end", 2)]
+
+
+def test_a_resumed_run_is_not_asked_before_its_first_step(tmp_path):
+    fit(
+        tmp_path, saver(tmp_path, every_n_train_steps=1), quantization(tmp_path), accumulate_grad_batches=2, max_steps=1
+    )
+    callback = chosen(tmp_path, lambda self, trainer: True)
+    ckpt = tmp_path / "checkpoints" / "step=1.ckpt"
+    fit(tmp_path, callback, ckpt=ckpt, accumulate_grad_batches=2, max_steps=2)
+    assert [path.name for path in callback.exports] == ["step=2"]
+
+
+def test_a_user_who_always_says_no_is_told_that_nothing_was_exported(tmp_path):
+    with pytest.warns(UserWarning, match="exported nothing: .*should_export"):
+        fit(tmp_path, chosen(tmp_path, lambda self, trainer: False))
+
+
+def test_a_slash_in_the_name_of_a_metric_makes_no_folder(tmp_path):
+    class Slashed(Tuning):
+        def training_step(self, batch, batch_idx):
+            self.log("train/steps", float(self.global_step + 1))
+            return super().training_step(batch, batch_idx)
+
+    callback = quantization(tmp_path, filename="{step}-{train/steps:.2f}-{not/logged}")
+    fit(tmp_path, callback, module=Slashed())
+    assert [path.name for path in callback.exports] == ["step=4-train_steps=4.00-not_logged=0.0"]
+    assert (tmp_path / "exports" / callback.exports[0].name / "config.json").exists()
+
+
 def test_previous_checkpoint_measures_each_export_against_the_one_before(tmp_path):
     callback = quantization(tmp_path, every_n_train_steps=1, reference="previous_checkpoint", keep_last=1)
     reports = []
-    publish = callback._publish_metrics
-    callback._publish_metrics = lambda trainer, report: (reports.append(report), publish(trainer, report))  # type: ignore[method-assign]
+    listener = LambdaCallback(on_train_batch_end=lambda *args: reports.append(callback.report))
     initial = quantization(tmp_path, every_n_train_steps=1, dirpath=str(tmp_path / "initial"))
-    fit(tmp_path, callback, initial, max_steps=3)
+    fit(tmp_path, callback, initial, listener, max_steps=3)
     norms = [report.metrics()["delta_norm"] for report in reports]
     assert len(norms) == 3
     assert norms[-1] < initial.report.metrics()["delta_norm"]
@@ -170,12 +236,13 @@ def test_best_exports_the_best_checkpoint_after_model_checkpoint_is_done(tmp_pat
     assert kept_tensors_equal(callback.exports[0], tmp_path / "checkpoints" / "step=2.ckpt")
 
 
-def test_best_without_a_monitor_is_an_error_after_training(tmp_path):
+def test_best_is_an_error_after_training_if_no_checkpoint_was_saved(tmp_path):
+    best = saver(tmp_path, monitor="train_loss", save_top_k=1, every_n_train_steps=100)
     with (
         pytest.warns(UserWarning, match="FP8 export failed"),
-        pytest.raises(MisconfigurationException, match="add a ModelCheckpoint"),
+        pytest.raises(MisconfigurationException, match="saved none in this run"),
     ):
-        fit(tmp_path, quantization(tmp_path, which="best"))
+        fit(tmp_path, quantization(tmp_path, which="best"), best)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -186,6 +253,41 @@ def test_averaged_weights_are_exported_whatever_the_order_of_callbacks(tmp_path,
     averaged = saved_model(tmp_path / "checkpoints" / "step=4.ckpt")
     assert torch.equal(module.model.lm_head.weight, averaged["lm_head.weight"])
     assert kept_tensors_equal(callback.exports[0], tmp_path / "checkpoints" / "step=4.ckpt")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_exports_during_training_hold_the_averaged_weights_as_the_checkpoints_do(tmp_path, first):
+    class Watching(Tuning):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.seen = getattr(self, "seen", [])
+            self.seen.append({name: tensor.clone() for name, tensor in self.state_dict().items()})
+
+    averaging = EMAWeightAveraging(decay=0.5)
+    callback = quantization(tmp_path, every_n_train_steps=2)
+    callbacks = (callback, averaging) if first else (averaging, callback)
+    module = fit(tmp_path, *callbacks, saver(tmp_path), module=Watching())
+    for step in (2, 4):
+        assert kept_tensors_equal(tmp_path / f"exports/step={step}", tmp_path / f"checkpoints/step={step}.ckpt")
+    assert not kept_tensors_equal(tmp_path / "exports/step=2", tmp_path / "checkpoints/step=4.ckpt")
+    # and training went on with its own weights
+    without = fit(tmp_path, EMAWeightAveraging(decay=0.5), module=Watching())
+    for one, two in zip(module.seen, without.seen, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_export_of_a_run_that_fails_in_validation_holds_the_averaged_weights(tmp_path):
+    class Failing(Tuning):
+        def validation_step(self, batch, batch_idx):
+            if self.global_step == 2:
+                self.averaged = self.model.lm_head.weight.detach().clone()
+                raise RuntimeError("the disk is gone")
+
+    callback, module = quantization(tmp_path, export_on_exception=True), Failing()
+    trainer = make_trainer(tmp_path, EMAWeightAveraging(decay=0.5), callback, val_check_interval=2)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        trainer.fit(module, data(), data())
+    exported = load_checkpoint(callback.exports[0])["lm_head.weight"]
+    assert torch.equal(exported, module.averaged.bfloat16())
 
 
 def test_two_callbacks_live_side_by_side(tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import Trainer
+from typing_extensions import override
 
 Watcher = Callable[[Path, dict[str, Any]], None]
 
@@ -32,20 +33,24 @@ class WatchedCheckpointIO(CheckpointIO):
         super().__init__()
         self.inner, self._before, self._after = inner, before, after
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Saves, with the watchers around it."""
         self._before(Path(path), checkpoint)
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
         self._after(Path(path), checkpoint)
 
+    @override
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Passed on."""
         return self.inner.load_checkpoint(*args, **kwargs)
 
+    @override
     def remove_checkpoint(self, path: Any) -> None:
         """Passed on."""
         self.inner.remove_checkpoint(path)
 
+    @override
     def teardown(self) -> None:
         """Passed on."""
         self.inner.teardown()
@@ -53,5 +58,6 @@ class WatchedCheckpointIO(CheckpointIO):
 
 def saved_by_model_checkpoint(trainer: Trainer, path: Path) -> bool:
     """Whether a file belongs to a `ModelCheckpoint`, rather than to a tuner that saves and restores."""
-    folders = {Path(callback.dirpath).absolute() for callback in trainer.checkpoint_callbacks if callback.dirpath}  # type: ignore[attr-defined]
+    dirpaths = [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks]
+    folders = {Path(dirpath).absolute() for dirpath in dirpaths if dirpath}
     return path.absolute().parent in folders

@@ -1,0 +1,138 @@
+"""What the exports of a run gave, for everyone who asks: metrics, report, folders.
+
+Rank 0 exports, and others want to know:
+
+| who | how | when |
+| --- | --- | --- |
+| loggers, `trainer.callback_metrics` | rank 0 tells them | with each export |
+| the other ranks | a broadcast | at the end of each epoch, and of training |
+| the process that started the ranks (`ddp_spawn`) | a file in the folder for temporary files | when it asks |
+
+A process that starts ranks hands them copies of the callbacks, runs none of the hooks, and gets nothing back
+but the metrics of the Trainer. So the name of the file is made with the callback, and goes to the ranks
+inside it.
+
+Source: lightning 2.6 `_MultiProcessingLauncher._recover_results_in_main_process`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from daq_lightning.metrics import delta_metrics
+from daq_lightning.report import ExportReport
+
+
+def _new_record() -> Path:
+    return Path(tempfile.gettempdir()) / f"daq-lightning-{uuid4().hex}.json"  # a name that nobody can foresee
+
+
+@dataclass
+class Published:
+    """Metrics and report of the last export, and the folders of all that are kept.
+
+    Attributes:
+        exports: Folders, oldest first.
+        metrics: Figures of the last export, as they are: where nothing changed some are NaN, which loggers and the
+            Trainer are not told.
+        report: Report of the last export.
+        record: The file that tells the process that started the ranks.
+        in_worker: Whether this process is such a rank.
+        unsent: Whether the other ranks do not know it yet.
+    """
+
+    exports: list[Path] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    report: ExportReport | None = None
+    record: Path = field(default_factory=_new_record, compare=False)
+    in_worker: bool = field(default=False, compare=False)
+    unsent: bool = field(default=False, compare=False)
+
+    def begin(self, trainer: Trainer) -> None:
+        """A fit begins, on every rank."""
+        self.exports = []
+        self.in_worker = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+    def publish(self, trainer: Trainer, report: ExportReport, exports: list[Path]) -> None:
+        """Tells of an export what this process can tell; on rank 0.
+
+        Args:
+            trainer: Whose metrics and loggers are told.
+            report: Of the export.
+            exports: All that are kept; the list may change later.
+        """
+        self.report, self.exports, self.metrics, self.unsent = report, exports, metrics_of(report), True
+        warn_if_unchanged(report)
+        share(trainer, self.metrics)
+        numbers = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step)
+        if self.in_worker:
+            content = {"exports": [str(path.absolute()) for path in exports], "metrics": self.metrics}
+            part = self.record.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(content), "utf-8")
+            part.replace(self.record)
+
+    def synchronize(self, trainer: Trainer) -> None:
+        """Tells all ranks what rank 0 knows. A collective."""
+        news = None
+        if trainer.is_global_zero and self.unsent:
+            news = Published(list(self.exports), self.metrics, self.report, self.record)
+        news = trainer.strategy.broadcast(news)
+        self.unsent = False
+        if news is not None and not trainer.is_global_zero:
+            self.exports, self.metrics, self.report = news.exports, news.metrics, news.report
+            share(trainer, self.metrics)
+
+    def known(self) -> Published:
+        """Itself, in a process that started ranks with what they left for it."""
+        if not self.in_worker and self.record.is_file():
+            content = json.loads(self.record.read_text("utf-8"))
+            self.record.unlink()
+            # those that `keep_last` removed after the last message are left out
+            self.exports = [path for path in map(Path, content["exports"]) if path.is_dir()]
+            self.metrics = content["metrics"]
+            self.report = ExportReport.load(self.exports[-1]) if self.exports else None
+        return self
+
+
+def metrics_of(report: ExportReport) -> dict[str, float]:
+    """The metrics of the written scales ("daq/...") and of plain absmax scales ("daq/absmax_...")."""
+    metrics: dict[str, float] = {}
+    for side, prefix in (("searched", "daq/"), ("absmax", "daq/absmax_")):
+        collection = delta_metrics(prefix=prefix, sync=False)  # rank 0 exports, alone
+        collection.update(report.totals(side))  # type: ignore[arg-type]
+        metrics |= {name: float(value) for name, value in collection.compute().items()}
+    return metrics
+
+
+def share(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Puts metrics where EarlyStopping and others look for them; what is no number any more is taken away."""
+    for name, value in metrics.items():
+        if math.isfinite(value):
+            trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float32, device="cpu")
+        else:
+            trainer.callback_metrics.pop(name, None)
+
+
+def warn_if_unchanged(report: ExportReport) -> None:
+    """Says what it means if every weight equals its base: nothing to keep, and figures that are NaN."""
+    compared = [tensor for tensor in report.tensors if not tensor.note]
+    if compared and not any(tensor.searched.n_changed for tensor in compared):
+        rank_zero_warn(
+            f"No weight changed: each of the {len(compared)} quantized weights equals the base, so there is no "
+            "update to preserve, and its figures are NaN. Is the base the model before training, and was anything "
+            "trained (requires_grad, learning rate)?"
+        )

@@ -1,0 +1,246 @@
+"""The exports of one fit, on the rank that makes them: its base, where it belongs, and what was written.
+
+    Run(...)       plan, base and lineage            raises: nothing was trained yet
+    run.export     one export of the weights as they are, of a saved state, or of the best checkpoint
+    run.error      the first thing that went wrong in one, kept until training is over
+
+There are no collectives here. When to export is the callback's affair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint, TQDMProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from daq_lightning.checkpoint.lineage import make_lineage
+from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
+from daq_lightning.export import export
+from daq_lightning.preparation import Context, ExportSettings, make_plan, match_base
+from daq_lightning.source import Source
+from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
+from daq_lightning.training.claims import free_name, remove_own
+from daq_lightning.training.complete import check_complete
+from daq_lightning.training.model import LiveModel, find_model, owners_of_files
+from daq_lightning.training.other_callbacks import best_saver
+from daq_lightning.training.published import Published
+from daq_lightning.training.resume import own_state, reference_of
+from daq_lightning.training.schedule import Kept, Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a run exports, where to, against what; the fields are arguments of `DeltaAwareQuantization`."""
+
+    dirpath: str
+    base: str
+    module: str | None
+    reference: Literal["initial", "previous_checkpoint"]
+    merge_adapters: bool
+    parent: str | None
+    chain_from: ChainFrom | None
+    choices: ExportSettings
+    schedule: Schedule
+
+    def description(self, model: str | None, place: int | None) -> dict[str, Any]:
+        """What a resumed run knows its callback by, in primitives; see `resume.py`.
+
+        Args:
+            model: Name of the model in the LightningModule.
+            place: Number of the callback among those of its class in the Trainer.
+        """
+        return {
+            "model": model,
+            "place": place,
+            "dirpath": self.dirpath,
+            "base": self.base,
+            "reference": self.reference,
+            "merge_adapters": self.merge_adapters,
+            "scheme": self.choices.scheme,
+            "settings": repr(self.choices),
+            **dataclasses.asdict(self.schedule),
+        }
+
+
+class Run:
+    """The exports of one fit.
+
+    Args:
+        trainer: Whose fit it is.
+        module: What is trained.
+        settings: What to export.
+        published: Is told of every export.
+        states: The states of callbacks in the checkpoint that the run resumes from.
+        place: Number of the callback among those of its class in the Trainer.
+
+    Attributes:
+        base: The weights that exports are measured against.
+        state: The reference to the base, in primitives, for training checkpoints.
+        step: The step whose weights were exported last, or -1.
+        error: The first error of an export.
+
+    Raises:
+        MisconfigurationException: As for `resolve_base` and `find_model`.
+        ValueError: A model that cannot be exported, or a base that does not fit it.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        settings: RunSettings,
+        published: Published,
+        states: list[dict[str, Any]],
+        place: int | None,
+    ) -> None:
+        self._trainer, self._module, self._settings, self._published = trainer, module, settings, published
+        self._kept = Kept(settings.schedule.keep_last)
+        self._retaken: Base | None = None
+        self.step = -1
+        self.error: Exception | None = None
+        model = self._model(None)
+        check_complete(model)
+        source = self._source(model)
+        plan = make_plan(source, settings.choices)
+        names = tuple(tensor.spec.name for tensor in plan.quantized)
+        resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path is not None else None
+        own = settings.description(model=find_model(module, settings.module)[0], place=place)
+        state = own_state(states, own) if resumed_from else None
+        where, saved = reference_of(state, settings.base, names)
+        dirpath = Path(settings.dirpath).absolute()
+        request = BaseRequest(base=where, names=names, dirpath=dirpath, resumed_from=resumed_from, saved=saved)
+        self.base = resolve_base(request, model)
+        try:
+            match_base(plan, self.base.weights, source, settings.choices)
+            root = (state or {}).get("root") or self.base.path
+            self._lineage, self._root = make_lineage(
+                Lineage(base_kind=self.base.kind, base_path=self.base.path, root=root),
+                self.base.weights,
+                names,
+                parent=settings.parent,
+                chain_from=settings.chain_from,
+            )
+        except Exception:
+            self.remove_unused_base()
+            raise
+        self.state: dict[str, Any] = {"base": self.base.state(), "root": self._lineage.root, "callback": own}
+
+    @torch.no_grad()
+    def export(self, state: Mapping[str, Any] | None = None, checkpoint: Path | None = None) -> None:
+        """One export and all that follows it; an error is kept for the end of training.
+
+        Args:
+            state: A saved `state_dict` of the LightningModule; None exports the weights as they are.
+            checkpoint: The file that holds the same weights.
+        """
+        try:
+            self._write(self._model(state), checkpoint)
+        except Exception as error:
+            self.keep(error)
+
+    def export_best(self) -> None:
+        """One export of the file that ModelCheckpoint holds for the best."""
+        saver = best_saver(self._trainer)
+        path = "" if saver is None else saver.best_model_path
+        try:
+            if not path:
+                raise MisconfigurationException(
+                    "which='best' exports the best checkpoint of ModelCheckpoint, but it saved none in this run: "
+                    "check how often it saves, or use which='last'."
+                )
+            state = read_lightning_checkpoint(path)
+        except Exception as error:
+            self.keep(error)
+        else:
+            self.export(state, checkpoint=Path(path))
+
+    @torch.no_grad()
+    def retake_base(self, content: dict[str, Any], state_key: str) -> None:
+        """Re-takes the base from a checkpoint about to be saved, so that a run resumed from it goes on there.
+
+        Args:
+            content: Of the checkpoint; the state of the callback in it is changed.
+            state_key: Of the callback.
+        """
+        self._retaken = None
+        if self._settings.reference == "initial":
+            return
+        try:
+            self._retaken = self._snapshot(self._model(content["state_dict"]))
+            state = content.get("callbacks", {}).get(state_key)
+            if state is not None:
+                state["base"] = self._retaken.state()
+        except Exception as error:
+            self.keep(error)
+
+    def remove_unused_base(self) -> None:
+        """Removes a snapshot that this run took and left nothing of: no step, no export, no checkpoint to come."""
+        saves = any(isinstance(other, OnExceptionCheckpoint) for other in self._trainer.callbacks)  # type: ignore[attr-defined]
+        if self.base.created and not self._kept.exports and not saves and self._trainer.global_step == 0:
+            remove_own(Path(self.base.path))
+
+    def keep(self, error: Exception) -> None:
+        """Keeps the first error, and warns of it at once."""
+        if self.error is None:
+            self.error = error
+            rank_zero_warn(f"FP8 export failed, training goes on: {error}")
+
+    def _write(self, model: LiveModel, checkpoint: Path | None) -> None:
+        trainer, settings = self._trainer, self._settings
+        bar = trainer.progress_bar_callback
+        training = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
+        context = Context(
+            lineage=dataclasses.replace(self._lineage, base_kind=self.base.kind, base_path=self.base.path),
+            root=self._root,
+            training=training | ({"checkpoint": str(checkpoint.absolute())} if checkpoint else {}),
+        )
+        with free_name(Path(settings.dirpath) / settings.schedule.name(trainer)) as out:
+            report = export(
+                self._source(model),
+                self.base.weights,
+                out,
+                settings.choices,
+                context=context,
+                device=trainer.strategy.root_device,
+                progress=isinstance(bar, TQDMProgressBar) and bar.is_enabled,
+            )
+        self._kept.exports.append(out)
+        self.step = trainer.global_step
+        self._published.publish(trainer, report, self._kept.exports)
+        rank_zero_info(report.summary())
+        if settings.reference == "previous_checkpoint":
+            self.base = self._retaken or self._snapshot(model)
+            self.state["base"] = self.base.state()
+        self._kept.forget_old()
+
+    def _model(self, state: Mapping[str, Any] | None) -> LiveModel:
+        """The model as it is, or with the weights of a saved state."""
+        return LiveModel(self._module, self._settings.module, state, merge=self._settings.merge_adapters)
+
+    def _source(self, model: LiveModel) -> Source:
+        def copy_files(folder: Path) -> None:
+            model.copy_files(folder, *owners_of_files(self._trainer))
+
+        return Source(
+            weights=model.weights,
+            specs=model.specs,
+            keys=model.keys,
+            architecture=model.architecture,
+            config=model.config(),
+            copy_files=copy_files,
+        )
+
+    def _snapshot(self, model: LiveModel) -> Base:
+        folder = Path(self._settings.dirpath).absolute() / f"base-step={self._trainer.global_step}"
+        base = take_snapshot(model.weights, self.base.fingerprints, folder, own=self._kept.snapshots)
+        if base.created:
+            self._kept.snapshots.append(Path(base.path))
+        return base
