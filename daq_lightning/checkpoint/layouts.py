@@ -170,7 +170,8 @@ def read_layout(quantization: Mapping[str, Any]) -> Layout:
             f"config group), got {method!r} with {len(groups)} groups"
         )
     group = groups[0] if isinstance(groups[0], Mapping) else {}
-    weights = group.get("weights") if isinstance(group.get("weights"), Mapping) else {}
+    weights = group.get("weights")
+    weights = weights if isinstance(weights, Mapping) else {}
     block = weights.get("strategy") == "block" and weights.get("block_structure") == [128, 128]
     if (weights.get("num_bits"), weights.get("type")) != (8, "float") or not (
         block or weights.get("strategy") == "channel"

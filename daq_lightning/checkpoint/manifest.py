@@ -121,7 +121,8 @@ class Manifest:
             raise CheckpointError(f"{path} was altered: its content does not have the fingerprint it claims.")
         del content["format_version"]
         _check_shape(content, path)
-        return cls(**content | {"lineage": Lineage(**content["lineage"])})
+        content["lineage"] = Lineage(**content["lineage"])
+        return cls(**content)
 
     def _content(self) -> dict[str, Any]:
         return json.loads(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}))
