@@ -12,25 +12,26 @@ PACKAGE = "daq_lightning"
 
 INSIDE = {
     "": {"callback", "chain", "checkpoint", "cli", "export", "metrics", "numerics", "plan", "report", "training"},
-    "architecture": {"checkpoint.tensor_file"},
+    "architecture": {"checkpoint.folder", "checkpoint.tensor_file"},
     "arguments": set(),
     "callback": {"checkpoint", "numerics", "report", "training"},
-    "chain": {"checkpoint"},
+    "chain": {"checkpoint", "report"},
     "checkpoint": {"checkpoint", "numerics"},
     "cli": {
         *("arguments", "chain", "checkpoint", "export", "inspection", "numerics", "plan", "preparation", "report"),
         *("source", "verify"),
     },
-    "contract": {"architecture", "checkpoint", "numerics.formats", "selection"},
-    "export": {"checkpoint", "numerics", "pipeline", "plan", "preparation", "record", "report", "source"},
-    "inspection": {"architecture", "checkpoint", "numerics", "report"},
+    "contract": {"architecture", "checkpoint", "numerics.formats", "report", "selection"},
+    "export": {"checkpoint", "numerics", "pipeline", "plan", "preparation", "readers", "record", "report", "source"},
+    "inspection": {"architecture", "checkpoint", "numerics", "readers", "report"},
     "metrics": {"numerics"},
     "numerics": {"numerics"},
     "pipeline": {"checkpoint", "plan"},
     "plan": {"architecture", "checkpoint.layouts", "checkpoint.tensor_file", "numerics.formats", "selection"},
     "preparation": {"checkpoint", "numerics", "plan", "source"},
+    "readers": {"numerics"},
     "record": {"checkpoint", "numerics", "plan", "preparation", "report"},
-    "report": {"numerics.objectives"},
+    "report": {"checkpoint.folder", "checkpoint.tensor_file", "numerics.objectives"},
     "selection": {"architecture", "checkpoint.tensor_file"},
     "source": {"architecture", "checkpoint"},
     "training": {
@@ -51,9 +52,10 @@ AT_TOP = {
 """Module or wing -> packages besides torch that it may import when it is imported itself."""
 
 LAZILY = {
-    "architecture": {"transformers"},
+    "architecture": {"huggingface_hub", "transformers"},
     "callback": {"peft", "transformers"},
     "arguments": {"jsonargparse"},
+    "checkpoint": {"regex"},
     "cli": {"jsonargparse"},
     "inspection": {"tqdm"},
     "pipeline": {"tqdm"},
