@@ -32,8 +32,8 @@ from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.writer import check_destination
 from daq_lightning.export import export
 from daq_lightning.metrics import delta_metrics
-from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.objectives import Metric
+from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.preparation import Context, ExportSettings, make_plan, match_base
 from daq_lightning.report import ExportReport
 from daq_lightning.source import Source

@@ -25,9 +25,9 @@ from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination
-from daq_lightning.numerics.batch import search_batch
-from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.formats import ScaleFormat
+from daq_lightning.numerics.search.search import search_batch
+from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.pipeline import WriteBehind, read_ahead, with_progress
 from daq_lightning.plan import ExportPlan, TensorPlan
 from daq_lightning.preparation import Context, ExportSettings, lineage_of, make_context, make_plan, match_base
