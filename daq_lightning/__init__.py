@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from daq_lightning.metrics import DeltaMeanSquaredError as DeltaMeanSquaredError
     from daq_lightning.metrics import SignPreservationRate as SignPreservationRate
     from daq_lightning.metrics import delta_metrics as delta_metrics
-    from daq_lightning.numerics.candidates import ScaleSearch as ScaleSearch
-    from daq_lightning.numerics.candidates import SearchResult as SearchResult
     from daq_lightning.numerics.formats import PerBlock as PerBlock
     from daq_lightning.numerics.formats import PerChannel as PerChannel
     from daq_lightning.numerics.formats import PerTensor as PerTensor
     from daq_lightning.numerics.quantize import absmax_scale as absmax_scale
     from daq_lightning.numerics.quantize import dequantize as dequantize
     from daq_lightning.numerics.quantize import quantize as quantize
-    from daq_lightning.numerics.search import search_scale as search_scale
+    from daq_lightning.numerics.search.search import search_scale as search_scale
+    from daq_lightning.numerics.search.settings import ScaleSearch as ScaleSearch
+    from daq_lightning.numerics.search.stages import SearchResult as SearchResult
     from daq_lightning.report import ExportReport as ExportReport
 
 __all__ = [
@@ -72,9 +72,9 @@ _HOMES = {
     "absmax_scale": "daq_lightning.numerics.quantize",
     "dequantize": "daq_lightning.numerics.quantize",
     "quantize": "daq_lightning.numerics.quantize",
-    "ScaleSearch": "daq_lightning.numerics.candidates",
-    "SearchResult": "daq_lightning.numerics.candidates",
-    "search_scale": "daq_lightning.numerics.search",
+    "ScaleSearch": "daq_lightning.numerics.search.settings",
+    "SearchResult": "daq_lightning.numerics.search.stages",
+    "search_scale": "daq_lightning.numerics.search.search",
     "ExportReport": "daq_lightning.report",
 }
 

@@ -25,8 +25,8 @@ from typing_extensions import override
 from daq_lightning.checkpoint.layouts import Scheme
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.writer import check_destination
-from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.objectives import Metric
+from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.report import ExportReport
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging

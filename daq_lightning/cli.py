@@ -123,7 +123,7 @@ def _without_interrupts() -> Iterator[None]:
 def _quantize(options: Namespace) -> int:
     from daq_lightning.checkpoint.writer import check_destination, check_inputs
     from daq_lightning.export import check_device, export
-    from daq_lightning.numerics.candidates import ScaleSearch
+    from daq_lightning.numerics.search.settings import ScaleSearch
     from daq_lightning.preparation import ExportSettings, inputs_of, make_context, make_plan, match_base
 
     if options.base is None and options.adapter is None:

@@ -25,10 +25,10 @@ from daq_lightning.checkpoint.layouts import Container, Scheme
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination, check_inputs
-from daq_lightning.numerics.batch import search_batch
-from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import DeltaStats
+from daq_lightning.numerics.search.search import search_batch
+from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.pipeline import WriteBehind, read_ahead, with_progress
 from daq_lightning.plan import ExportPlan, TensorPlan
 from daq_lightning.preparation import (

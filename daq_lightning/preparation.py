@@ -15,8 +15,8 @@ from daq_lightning.checkpoint.manifest import ChainFrom, Lineage, Manifest
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES
-from daq_lightning.numerics.candidates import ScaleSearch
 from daq_lightning.numerics.formats import ScaleFormat
+from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.plan import ExportPlan, plan_export
 from daq_lightning.source import Source
 

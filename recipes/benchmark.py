@@ -3,7 +3,7 @@
     python recipes/benchmark.py                      # sizes 1 M to 16 M weights
     python recipes/benchmark.py --sizes 1 4 16 64 --json out.json
 
-Rows: the search that users call (`search_scale`, absmax and codes included) in each implementation; the kernel alone;
+Rows: the search that users call (`search_scale`, absmax and codes included); the kernel alone; the reference backend;
 a materializing baseline, which holds ``[groups, candidates, elements]`` in float32 at once; plain absmax quantization;
 and a copy of the bytes that must be read and written once, below which nothing can be. Ratios are to the baseline.
 """
@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from daq_lightning.numerics.candidates import ScaleSearch
+from daq_lightning.numerics.backends import choose, delta_stats, reference
 from daq_lightning.numerics.formats import Granularity, PerBlock, PerChannel
-from daq_lightning.numerics.kernels import Implementation, delta_stats
 from daq_lightning.numerics.quantize import absmax_scale, encode, quantize
-from daq_lightning.numerics.search import search_scale
+from daq_lightning.numerics.search.search import search_scale
+from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.tiling import to_groups
 
-IMPLEMENTATIONS: list[Implementation] = ["compiled", "fused"]
 GRANULARITIES: dict[str, Granularity] = {"block": PerBlock(128, 128), "channel": PerChannel()}
 
 
@@ -87,20 +86,11 @@ def measure(size: int, dtype: torch.dtype, name: str, device: torch.device, budg
     runs: dict[str, Callable[[], object]] = {}
     if size <= 4:  # the slow ones
         runs["materializing baseline, 16"] = lambda: materializing(weight, base, scale_GK, granularity)
-        runs["eager: search, 6 + 10"] = lambda: search_scale(weight, base, granularity, implementation="eager")
-    for implementation in IMPLEMENTATIONS:
-
-        def run(search: ScaleSearch, implementation: Implementation = implementation) -> object:
-            return search_scale(weight, base, granularity, search, implementation=implementation)
-
-        def kernel(implementation: Implementation = implementation) -> object:
-            return delta_stats(weight, base, scale_GK, granularity, implementation)
-
-        runs[f"{implementation}: kernel alone, 16"] = kernel
-        runs[f"{implementation}: search, 6 + 10"] = lambda run=run: run(ScaleSearch(metric="cosine"))
-        runs[f"{implementation}: search, dense 64"] = lambda run=run: run(ScaleSearch.dense(64, metric="cosine"))
-    if dtype == torch.bfloat16:
-        runs["exact search"] = lambda: search_scale(weight, base, granularity, ScaleSearch.exact(metric="cosine"))
+        runs["reference: search, 6 + 10"] = lambda: search_scale(weight, base, granularity, backend=reference)
+    coarse_to_fine, dense = ScaleSearch(metric="cosine"), ScaleSearch.dense(64, metric="cosine")
+    runs["kernel alone, 16"] = lambda: delta_stats(weight, base, scale_GK, granularity)
+    runs["search, 6 + 10"] = lambda: search_scale(weight, base, granularity, coarse_to_fine)
+    runs["search, dense 64"] = lambda: search_scale(weight, base, granularity, dense)
     runs["plain absmax and codes"] = lambda: quantize(weight, absmax_scale(weight, granularity), granularity)
     runs["copy of the bytes"] = lambda: (weight.clone(), base.clone(), codes.clone())
     rows: list[dict[str, object]] = []
@@ -131,16 +121,12 @@ def main() -> None:
     torch.manual_seed(0)
 
     small = torch.randn(64, 64, device=device)
-    ones = torch.ones(64, 2, device=device)
-    first = {}
-    for implementation in IMPLEMENTATIONS:
-        began = time.perf_counter()
-        delta_stats(small, small, ones, PerChannel(), implementation)
-        first[implementation] = time.perf_counter() - began
-    print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}. First calls (compile, or its cache):"
-    )
-    print(", ".join(f"{name} {spent:.1f} s" for name, spent in first.items()))
+    began = time.perf_counter()
+    delta_stats(small, small, torch.ones(64, 2, device=device), PerChannel())
+    first = time.perf_counter() - began
+    name = getattr(choose(device), "__name__", "").rpartition(".")[2]
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, backend {name}.")
+    print(f"First call (builds, or loads what was built): {first:.1f} s")
     print("weights    dtype     group    what                         M weights/s  to base  memory / float32 size")
     rows = [
         row

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from daq_lightning import PerBlock, PerChannel, PerTensor, ScaleSearch, search_scale
-from daq_lightning.numerics.batch import search_batch
+from daq_lightning.numerics.search.search import search_batch
 
 
 @pytest.mark.parametrize("scope", ["group", "layer"])

@@ -74,6 +74,7 @@ def numerics_job(name: str) -> None:
         search_scale,
     )
     from daq_lightning.checkpoint.fingerprint import fingerprint
+    from daq_lightning.numerics.backends import reference
     from daq_lightning.numerics.lora import LoraFactors, merge_lora
     from daq_lightning.numerics.objectives import gain, measure, score
 
@@ -105,14 +106,14 @@ def numerics_job(name: str) -> None:
                     stats = measure(w, b, read)
                     yield what, (scale, codes, read, stats, gain(stats), score(stats, "hybrid"), score(stats, "cosine"))
                 for search in searches:
-                    for implementation in ("auto", "eager"):
+                    for backend in (None, reference):
                         yield (
-                            (str(w.dtype), granularity, search, implementation),
-                            search_scale(w, b, granularity, search, implementation=implementation),
+                            (str(w.dtype), granularity, search, backend),
+                            search_scale(w, b, granularity, search, backend=backend),
                         )
             yield "fingerprint", torch.tensor(int(fingerprint(w)[:8], 16), dtype=torch.int64, device="cpu")
-        for implementation in ("auto", "eager"):
-            yield "tie", search_scale(tied, tied_base, PerTensor(), symmetric, implementation=implementation)
+        for backend in (None, reference):
+            yield "tie", search_scale(tied, tied_base, PerTensor(), symmetric, backend=backend)
         wide = torch.cat([weight] * 250, 1)[:2]  # groups beyond the cache
         yield "wide", search_scale(wide, wide.flip(1), PerChannel())
         yield "empty", absmax_scale(empty, PerChannel())

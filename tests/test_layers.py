@@ -46,7 +46,7 @@ AT_TOP = {
     "callback": {"lightning", "typing_extensions"},
     "checkpoint": {"safetensors"},
     "metrics": {"torchmetrics"},
-    "numerics.kernels.fused": {"triton"},
+    "numerics.backends.cuda": {"triton"},
     "training": {"lightning", "safetensors", "typing_extensions"},
 }
 """Module or wing -> packages besides torch that it may import when it is imported itself."""
@@ -59,7 +59,7 @@ LAZILY = {
     "cli": {"jsonargparse"},
     "inspection": {"tqdm"},
     "pipeline": {"tqdm"},
-    "numerics.kernels": {"triton"},
+    "numerics.backends": {"triton"},
     "report": {"matplotlib"},
     "training": {"deepspeed", "peft", "transformers"},
 }
@@ -172,8 +172,8 @@ def test_every_module_imports_only_what_the_table_allows(name):
         ("numerics.search", "from daq_lightning.checkpoint import reader"),
         ("numerics.search", "import safetensors"),
         ("numerics.search", "import triton"),
-        ("numerics.kernels.eager", "import triton"),
-        ("numerics.kernels.eager", "from ...checkpoint import reader"),
+        ("numerics.backends.reference", "import triton"),
+        ("numerics.backends.reference", "from ...checkpoint import reader"),
         ("export", "import lightning"),
         ("export", "from daq_lightning.training import weights"),
         ("export", "from safetensors.torch import save_file"),
@@ -195,8 +195,8 @@ def test_the_table_finds_an_import_across_the_wings(name, source):
         ("report", "from daq_lightning.numerics.objectives import DeltaStats"),
         ("report", "def plot():\n    import matplotlib.pyplot as plt"),
         ("plan", "from daq_lightning.checkpoint.layouts import FP8_BLOCK"),
-        ("numerics.search", "from . import objectives\nimport math, torch.nn"),
-        ("numerics.kernels.fused", "import triton.language as tl"),
+        ("numerics.quantize", "from . import objectives\nimport math, torch.nn"),
+        ("numerics.backends.cuda", "import triton.language as tl"),
         ("training.adapters", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import peft"),
         ("callback", "import lightning.pytorch as pl"),
         ("export", "from daq_lightning.checkpoint.writer import write"),
@@ -206,14 +206,14 @@ def test_the_table_lets_pass_what_it_names(name, source):
     assert violations(source, name) == []
 
 
-@pytest.mark.parametrize("name", ["", "numerics.search"], ids=lambda name: name or PACKAGE)
+@pytest.mark.parametrize("name", ["", "numerics.search.search"], ids=lambda name: name or PACKAGE)
 def test_no_heavy_package_is_named_on_the_way_of_the_import(name):
     assert imported_with(name) & HEAVY == set()
 
 
 def test_importing_the_package_loads_no_heavy_package():
     code = (
-        "import sys, torch; before = set(sys.modules); import daq_lightning, daq_lightning.numerics.search; "
+        "import sys, torch; before = set(sys.modules); import daq_lightning, daq_lightning.numerics.search.search; "
         "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

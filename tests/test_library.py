@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from daq_lightning.numerics.kernels import library
+from daq_lightning.numerics.backends import library
 
 COMPILER = """#!/bin/sh
 # Plays the compiler: writes down that it was called, and copies a library that is built already.
@@ -203,7 +203,7 @@ def test_without_a_cache_folder_a_process_builds_once_and_leaves_nothing(builds,
 
 def test_the_users_home_that_the_system_does_not_know(builds, tmp_path):
     """HOME unset, and no entry in the password file: as in many containers."""
-    code = "import os; os.getuid = lambda: 2**31 - 9\nfrom daq_lightning.numerics.kernels import library\n"
+    code = "import os; os.getuid = lambda: 2**31 - 9\nfrom daq_lightning.numerics.backends import library\n"
     code += "assert library.why_not() is None, library.why_not()"
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_CACHE_HOME")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
@@ -234,7 +234,7 @@ def test_a_compiler_of_several_words(builds, monkeypatch):
     [
         ("no-such-compiler -O3", r"No C\+\+ compiler found \(looked for no-such-compiler\); install one or set CXX"),
         ("g++ 'oops", r"CXX=\"g\+\+ 'oops\" is no command: No closing quotation; correct or unset it"),
-        ("false", r"false cannot build native\.cpp"),
+        ("false", r"false cannot build passes\.cpp"),
     ],
 )
 def test_a_compiler_that_is_none_is_named(builds, monkeypatch, command, message):
@@ -265,7 +265,7 @@ def test_threads_build_once(builds, monkeypatch):
 
 
 def test_processes_build_once_and_one_says_so(builds):
-    code = "from daq_lightning.numerics.kernels import library; library.library()"
+    code = "from daq_lightning.numerics.backends import library; library.library()"
     started = [
         subprocess.Popen([sys.executable, "-W", "error", "-c", code], stderr=subprocess.PIPE, text=True)
         for _ in range(3)

@@ -25,7 +25,7 @@ from daq_lightning.metrics import (
 )
 from daq_lightning.numerics.formats import PerBlock
 from daq_lightning.numerics.objectives import DeltaStats, measure
-from daq_lightning.numerics.search import search_scale
+from daq_lightning.numerics.search.search import search_scale
 
 CLASSES = [SignPreservationRate, DeltaCosineSimilarity, DeltaGain, DeltaMeanSquaredError]
 KEYS = dict(zip(("sign_rate", "cosine", "gain", "mse"), CLASSES, strict=True))

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from daq_lightning.numerics.candidates import MEDIUM_RANGE, NARROW_RANGE, WIDE_RANGE, ScaleSearch
+from daq_lightning.numerics.backends import reference
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.objectives import METRICS, DeltaStats, measure, score
 from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize, round_scale
-from daq_lightning.numerics.search import search_scale
+from daq_lightning.numerics.search.search import search_scale
+from daq_lightning.numerics.search.settings import MEDIUM_RANGE, NARROW_RANGE, WIDE_RANGE, ScaleSearch
 
 RANGES = [WIDE_RANGE, MEDIUM_RANGE, NARROW_RANGE]
 GRANULARITIES = [PerTensor(), PerChannel(), PerBlock(4, 3)]
@@ -108,7 +109,7 @@ def test_finds_what_algorithm_1_written_out_finds(metric, granularity, scope, sc
     for seed, alpha_range, dtype in zip(range(3), RANGES, DTYPES, strict=True):
         weight, base = case(dtype=dtype, seed=seed)
         search = configure(metric, alpha_range, alpha_scope=scope)
-        result = search_scale(weight, base, granularity, search, scale_format=scale_format, implementation="eager")
+        result = search_scale(weight, base, granularity, search, scale_format=scale_format, backend=reference)
         fast = search_scale(weight, base, granularity, search, scale_format=scale_format)
         both = (score(fast.stats, metric), score(result.stats, metric))  # near ties may go either way: scores count
         torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6 if scope == "group" else 1e-2)
@@ -155,7 +156,7 @@ def test_never_worse_than_absmax_and_sometimes_better(metric, granularity, scope
 def test_the_sums_are_those_of_the_codes_and_scales_that_are_returned(granularity, dtype, scope, scale_format):
     weight, base = case((21, 13), dtype)
     search = configure(alpha_scope=scope)
-    result = search_scale(weight, base, granularity, search, scale_format=scale_format, implementation="eager")
+    result = search_scale(weight, base, granularity, search, scale_format=scale_format, backend=reference)
     absmax = absmax_scale(weight, granularity, scale_format=scale_format)
     assert result.codes.dtype == torch.float8_e4m3fn
     assert result.codes.shape == weight.shape
@@ -358,10 +359,9 @@ def test_updates_beyond_float32_are_refused_as_too_large():
         ({"alpha_max": math.inf}, "alpha_max must be a finite number"),
         ({"n_coarse": 0}, "n_coarse must be >= 1"),
         ({"n_fine": -1}, "n_fine >= 0"),
-        ({"fine_radius": 0.0}, "fine_radius"),
-        ({"fine_radius": math.nan}, "fine_radius"),
         ({"alpha_scope": "model"}, "Unknown alpha_scope 'model': expected 'group' or 'layer'"),
         ({"tau": -0.1}, "tau must be a finite number >= 0"),
+        ({"spacing": "cubic"}, "Unknown spacing 'cubic': expected 'linear' or 'log'"),
     ],
     ids=str,
 )
@@ -383,7 +383,6 @@ def test_bad_settings_are_refused_when_they_are_made(options, message):
         ({"alpha_min": False}, "alpha_min must be a number, got False of type bool"),
         ({"alpha_max": torch.tensor(2.0)}, "alpha_max must be a number, got .* of type Tensor"),
         ({"tau": None}, "tau must be a number"),
-        ({"fine_radius": "wide"}, "fine_radius must be a number"),
     ],
     ids=str,
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from daq_lightning.numerics.candidates import ScaleSearch, SearchResult
+from daq_lightning.numerics.backends import cpu
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
-from daq_lightning.numerics.kernels import native
 from daq_lightning.numerics.objectives import METRICS
-from daq_lightning.numerics.search import search_scale
+from daq_lightning.numerics.search.search import search_scale
+from daq_lightning.numerics.search.settings import ScaleSearch
+from daq_lightning.numerics.search.stages import SearchResult
 
 SEARCHES = {
     "coarse and fine": lambda metric: ScaleSearch(metric=metric),
@@ -45,8 +46,8 @@ def assert_same_bits(one: SearchResult, two: SearchResult) -> None:
 def both(monkeypatch, *arguments, **options):
     in_cache = search_scale(*arguments, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(native, "search_native", lambda *_, **__: pytest.fail("the search in steps went elsewhere"))
-        patch.setattr(native, "fits_cache", lambda *_: False)
+        patch.setattr(cpu, "_search_in_cache", lambda *_, **__: pytest.fail("the search in steps went elsewhere"))
+        patch.setattr(cpu, "fits_cache", lambda *_: False)
         return in_cache, search_scale(*arguments, **options)
 
 
@@ -73,13 +74,6 @@ def test_same_bits_for_every_shape(monkeypatch, shape):
         assert_same_bits(*both(monkeypatch, weight, base, granularity))
 
 
-@pytest.mark.parametrize("metric", ["cosine", "mse", "hybrid"])
-def test_same_bits_for_the_exact_search(monkeypatch, metric):
-    weight, base = pair((300, 260))
-    for granularity in (PerBlock(128, 128), PerChannel()):
-        assert_same_bits(*both(monkeypatch, weight, base, granularity, ScaleSearch.exact(metric=metric)))
-
-
 def test_same_bits_for_extreme_magnitudes_and_any_number_of_threads(monkeypatch):
     weight, base = pair((256, 512), torch.float32)
     for size in (1e-37, 1e-20, 1e15, 1e18):
@@ -94,8 +88,8 @@ def test_same_bits_for_extreme_magnitudes_and_any_number_of_threads(monkeypatch)
 
 
 def test_groups_beyond_the_cache_are_searched_in_steps():
-    assert native.fits_cache(torch.empty(8, 1 << 15), PerChannel())
-    assert not native.fits_cache(torch.empty(8, (1 << 15) + 1), PerChannel())
+    assert cpu.fits_cache(torch.empty(8, 1 << 15), PerChannel())
+    assert not cpu.fits_cache(torch.empty(8, (1 << 15) + 1), PerChannel())
     weight, base = pair((2, 40_000))
     assert search_scale(weight, base, PerChannel()).scale.shape == (2, 1)
 

@@ -69,27 +69,25 @@ def merge_lora(weight: Tensor, adapters: Sequence[LoraFactors], *, transposed: b
         )
     for factors in adapters:
         _check(weight, factors, transposed)
-    # MPS has no float64, and no reduced-precision product to be protected from
-    wide = torch.float32 if weight.device.type == "mps" else torch.float64
     left_right = [
         (factors.A_RN.T, factors.B_MR.T) if transposed else (factors.B_MR, factors.A_RN) for factors in adapters
     ]
-    left_right = [(left.to(weight.device), right.to(weight.device, wide)) for left, right in left_right]
+    left_right = [(left.to(weight.device), right.to(weight.device, torch.float64)) for left, right in left_right]
     merged = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    squares = torch.zeros(weight.shape[1 if transposed else 0], dtype=wide, device=weight.device)
+    squares = torch.zeros(weight.shape[1 if transposed else 0], dtype=torch.float64, device=weight.device)
     step = max(1, _BAND // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        band = weight[rows].to(wide, copy=True)
+        band = weight[rows].to(torch.float64, copy=True)
         for (left, right), factors in zip(left_right, adapters, strict=True):
-            band.addmm_(left[rows].to(wide), right, alpha=factors.scaling)
+            band.addmm_(left[rows].to(torch.float64), right, alpha=factors.scaling)
         merged[rows] = band
         if magnitude_M is not None and transposed:
             squares += band.square().sum(0)
         elif magnitude_M is not None:
             squares[rows] = band.square().sum(1)
     if magnitude_M is not None:
-        ratio_M = (magnitude_M.to(weight.device, wide) / squares.sqrt()).float()
+        ratio_M = (magnitude_M.to(weight.device, torch.float64) / squares.sqrt()).float()
         merged *= ratio_M if transposed else ratio_M[:, None]
     return merged
 
@@ -128,10 +126,9 @@ def merge_lora_experts(weight: Tensor, adapters: Sequence[LoraFactors], *, trans
 @torch.no_grad()
 def merge_lora_bias(bias_M: Tensor, updates: Sequence[tuple[Tensor, float]]) -> Tensor:
     """The bias of a layer with the biases of its adapters added: ``bias + sum scaling * update``, in float32."""
-    wide = torch.float32 if bias_M.device.type == "mps" else torch.float64
-    merged_M = bias_M.to(wide, copy=True)
+    merged_M = bias_M.to(torch.float64, copy=True)
     for update_M, scaling in updates:
-        merged_M.add_(update_M.to(bias_M.device, wide), alpha=scaling)
+        merged_M.add_(update_M.to(bias_M.device, torch.float64), alpha=scaling)
     return merged_M.float()
 
 

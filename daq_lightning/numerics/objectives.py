@@ -3,7 +3,7 @@
     delta   = weight - base             both upcast to float32 first
     delta_q = code * scale - base
 
-Sums over disjoint sets of elements add, so kernels, search, metrics, ranks and reports all share `DeltaStats` and
+Sums over disjoint sets of elements add, so backends, search, metrics, ranks and reports all share `DeltaStats` and
 nothing is measured twice in two ways.
 
 | metric | score (larger is better) |
@@ -23,15 +23,12 @@ Sources: arXiv 2603.22324, Eq. 6 (mse), 7, 8 (sign), 9 (cosine); the hybrid is t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Metric: TypeAlias = Literal["sign", "cosine", "mse", "hybrid"]
-METRICS: tuple[str, ...] = get_args(Metric)
-EXACT_METRICS = ("cosine", "mse", "hybrid")
-"""Those whose optimum over all scales can be found; the others only among candidates."""
+from daq_lightning.numerics.search.settings import METRICS, Metric
 
 
 class DeltaStats(NamedTuple):

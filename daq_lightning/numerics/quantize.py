@@ -1,8 +1,10 @@
 """The only rounding in the package: absmax scale, scale rounding, quantize, dequantize.
 
-    scale  = max|weight| / 448          one per group, then rounded to what the file and its reader keep
-    code   = e4m3(clamp(weight * (1 / scale), -448, 448))       nearest, ties to even, subnormals kept
+    scale  = max|weight| / max          one per group, then rounded to what the file and its reader keep
+    code   = cast(clamp(weight * (1 / scale), -max, max))       nearest, ties to even, subnormals kept
     weight ~ code * scale
+
+where max is the largest code of the format.
 
 All arithmetic is float32: a bfloat16 division picks another code for some 3 % of the weights. The weight is multiplied
 by a float32 reciprocal that is computed once per group, because that product (unlike a division) is the same to the
@@ -19,21 +21,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.formats import (
-    FP8_E4M3,
-    SCALE_FORMATS,
-    SMALLEST_SCALE,
-    FloatFormat,
-    Granularity,
-    ScaleFormat,
-)
+from daq_lightning.numerics.formats import SCALE_FORMATS, SMALLEST_SCALE, Format, Granularity, ScaleFormat
+from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.tiling import bands, scale_of_rows, to_groups
 
 _BAND = 1 << 18  # elements that are held in float32 at a time
 
 
 def absmax_scale(
-    weight_MN: Tensor, granularity: Granularity, *, scale_format: ScaleFormat = "float32", fmt: FloatFormat = FP8_E4M3
+    weight_MN: Tensor, granularity: Granularity, *, scale_format: ScaleFormat = "float32", fmt: Format = FP8_E4M3
 ) -> Tensor:
     """The scale that maps the largest magnitude of each group to the largest code.
 
@@ -54,17 +50,25 @@ def absmax_scale(
         tensor([[1.],
                 [1.]])
     """
+    return absmax_to_scale(absmax(weight_MN, granularity), scale_format, fmt)
+
+
+def absmax(weight_MN: Tensor, granularity: Granularity) -> Tensor:
+    """Largest magnitude of each group: float32 of shape ``granularity.grid((M, N))``; NaN or Inf where it has one."""
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
+    grid = granularity.grid(shape_MN)
     if weight_MN.numel() == 0:
-        return torch.ones(granularity.grid(shape_MN), dtype=torch.float32, device=weight_MN.device)
-    absmax_G = torch.cat(
-        [
-            _absmax(to_groups(weight_MN[rows], granularity))
-            for rows in bands(shape_MN, granularity, elements=max(_BAND, weight_MN.numel() // 16))
-        ]
-    )
-    scale_G = round_scale(absmax_G / fmt.max, scale_format)
-    return torch.where(absmax_G == 0, 1.0, scale_G).reshape(granularity.grid(shape_MN))
+        return torch.zeros(grid, dtype=torch.float32, device=weight_MN.device)
+    parts = []
+    for rows in bands(shape_MN, granularity, elements=max(_BAND, weight_MN.numel() // 16)):
+        groups_GE = to_groups(weight_MN[rows], granularity)
+        parts.append(torch.maximum(groups_GE.amax(1), -groups_GE.amin(1)).float())  # no copy of |x|; keeps NaN
+    return torch.cat(parts).reshape(grid)
+
+
+def absmax_to_scale(absmax: Tensor, scale_format: ScaleFormat, fmt: Format) -> Tensor:
+    """The scales that map these magnitudes to the largest code; 1 where they are 0."""
+    return torch.where(absmax == 0, 1.0, round_scale(absmax / fmt.max, scale_format))
 
 
 def round_scale(scale: Tensor, scale_format: ScaleFormat) -> Tensor:
@@ -97,7 +101,7 @@ def check_scale_format(scale_format: str) -> None:
         raise ValueError(f"Unknown scale format {scale_format!r}: expected one of {', '.join(SCALE_FORMATS)}.")
 
 
-def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: FloatFormat = FP8_E4M3) -> Tensor:
+def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Format = FP8_E4M3) -> Tensor:
     """Codes of a weight under a scale.
 
     Formula: ``code = cast(clamp(weight * (1 / scale), -max, max))``.
@@ -152,14 +156,9 @@ def dequantize(codes_MN: Tensor, scale: Tensor, granularity: Granularity, dtype:
     return weight_MN
 
 
-def encode(scaled: Tensor, fmt: FloatFormat = FP8_E4M3) -> Tensor:
+def encode(scaled: Tensor, fmt: Format = FP8_E4M3) -> Tensor:
     """Rounds float32 values that are already divided by their scale: saturates, then nearest, ties to even."""
     return scaled.clamp(-fmt.max, fmt.max).to(fmt.dtype)
-
-
-def _absmax(groups_GE: Tensor) -> Tensor:
-    """max|x| per group in float32; NaN propagates. Two reductions, no copy of |x|."""
-    return torch.maximum(groups_GE.amax(1), -groups_GE.amin(1)).float()
 
 
 def _row_bands(shape_MN: tuple[int, int]) -> list[slice]:

@@ -1,4 +1,4 @@
-"""Between a weight and its groups: ``weight_MN <-> groups_GE``.
+"""From a weight to its groups, ``weight_MN -> groups_GE``, and where to cut it into pieces of whole groups.
 
 A group is the set of elements that share a scale. Groups are numbered row by row of the scale tensor. A ragged block
 is filled up with zeros; a zero weight over a zero base adds to no sum except the number of equal signs, from which
@@ -39,13 +39,6 @@ def to_groups(weight_MN: Tensor, granularity: Granularity, dtype: torch.dtype | 
     if dtype not in (None, weight_MN.dtype):
         blocks = blocks.to(dtype, memory_format=torch.contiguous_format)  # one pass for both
     return blocks.reshape(grid_rows * grid_cols, rows * cols)
-
-
-def from_groups(groups_GE: Tensor, shape_MN: tuple[int, int], granularity: Granularity) -> Tensor:
-    """Inverse of `to_groups`: the weight of shape (M, N), its filling cut off."""
-    (grid_rows, grid_cols), (rows, cols) = granularity.grid(shape_MN), granularity.cell(shape_MN)
-    blocks = groups_GE.reshape(grid_rows, grid_cols, rows, cols).transpose(1, 2)
-    return blocks.reshape(grid_rows * rows, grid_cols * cols)[: shape_MN[0], : shape_MN[1]]
 
 
 def group_sizes(shape_MN: tuple[int, int], granularity: Granularity, device: torch.device | str = "cpu") -> Tensor:

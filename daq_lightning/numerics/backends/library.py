@@ -47,8 +47,9 @@ _FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros"),
 )
 _CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
-_HEADERS = ("native.h", "sums.h")
-_SOURCES = ("native.cpp", "search.cpp", "exact.cpp")
+_FOLDER = Path(__file__).with_name("src")
+_HEADERS = ("common.h", "sums.h")
+_SOURCES = ("passes.cpp", "search.cpp")
 _PATIENCE = 300.0  # seconds to wait for a build in another process, which may have been stopped
 _lock = threading.Lock()
 
@@ -121,7 +122,7 @@ def _key(command: list[str]) -> str:
     processor = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True)
     if processor.returncode:
         raise LibraryMissingError(processor.stderr.decode(errors="replace"))
-    texts = (Path(__file__).with_name(name).read_bytes() for name in (*_HEADERS, *_SOURCES))
+    texts = ((_FOLDER / name).read_bytes() for name in (*_HEADERS, *_SOURCES))
     return hashlib.sha256(b"".join([*texts, *map(os.fsencode, command), processor.stdout])).hexdigest()[:24]
 
 
@@ -141,7 +142,7 @@ def _build(command: list[str], folder: Path, key: str, how_often: str) -> Path:
     _announce(f"daq_lightning builds its CPU kernels with {command[0]}: some seconds, {how_often}.")
     handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".tmp")
     os.close(handle)
-    sources = [str(Path(__file__).with_name(name)) for name in _SOURCES]
+    sources = [str(_FOLDER / name) for name in _SOURCES]
     try:
         built = subprocess.run([*command, *sources, "-o", unfinished], capture_output=True)
         if built.returncode:

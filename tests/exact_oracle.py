@@ -23,7 +23,7 @@ themselves, and the only ones when the scale format is bfloat16.
 Not covered: within 2^-22 of a breakpoint where two magnitudes change code at once, rounding to float32 may let one of
 them pass before the other. Groups whose absmax scale lies outside 2^-110 ... 2^110 keep it.
 
-This file is the reference and the CUDA form; `kernels/exact.cpp` sweeps the same breakpoints one by one.
+An oracle for the dense search, which tries 64 scales where this tries all.
 
 Legend: M out, N in, G groups, S classes of magnitudes (levels x 128), J intervals and points of the scale.
 """
@@ -36,9 +36,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.formats import FP8_E4M3, Granularity, ScaleFormat
-from daq_lightning.numerics.kernels import Implementation, choose, native
-from daq_lightning.numerics.objectives import METRICS, DeltaStats, Metric, score
+from daq_lightning.numerics.formats import Granularity, ScaleFormat
+from daq_lightning.numerics.formats.fp8 import FP8_E4M3
+from daq_lightning.numerics.objectives import DeltaStats, Metric, score
 from daq_lightning.numerics.quantize import encode
 from daq_lightning.numerics.tiling import bands, group_sizes, to_groups
 
@@ -47,6 +47,10 @@ _NORMAL = -4  # from this level on, codes are normal numbers under every scale
 _HAIR = 2.0**-22
 _BAND = 1 << 20  # weights at a time
 _GROUPS = 64  # groups times some thousand intervals whose scores are held at a time
+
+
+EXACT_METRICS = ("cosine", "mse", "hybrid")
+"""Those whose optimum over all scales can be found; "sign" has none but among candidates."""
 
 
 @torch.no_grad()
@@ -59,7 +63,6 @@ def best_scale(
     metric: Metric,
     tau: float,
     scale_format: ScaleFormat = "float32",
-    implementation: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The best scale of each group in [scale, 2 * scale].
 
@@ -71,18 +74,13 @@ def best_scale(
         metric: "cosine", "mse" or "hybrid".
         tau: Of the hybrid.
         scale_format: "float32" or "bfloat16" ("ue8m0" leaves nothing to sweep).
-        implementation: "fused" takes the C++ sweep on a CPU.
 
     Returns:
         The scale and the score that it promises (float64), shaped like `scale`. A group without any change keeps its
         scale and promises NaN.
     """
-    number = METRICS.index(metric)
     eight_bits = scale_format == "bfloat16"
     scale_G = scale.flatten()
-    if weight_MN.device.type == "cpu" and choose(implementation, weight_MN.device) == "fused":
-        best, promise = native.exact_native(weight_MN, base_MN, scale_G, granularity, (number, tau), eight_bits)
-        return best.reshape(scale.shape), promise.reshape(scale.shape)
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     sizes_G = group_sizes(shape_MN, granularity, weight_MN.device)
     parts, start = [], 0
@@ -209,4 +207,4 @@ def _intervals(eight_bits: bool) -> tuple[Tensor, Tensor, Tensor]:
     # the one rounding of the package says what the codes are: at a point itself, else in the middle of the interval
     middle = ((low + high) / 2).float()
     quotient_SJ = _magnitudes().float()[:, None] * middle.reciprocal()
-    return low, high, encode(quotient_SJ.clamp(max=FP8_E4M3.max)).double()
+    return low, high, encode(quotient_SJ.clamp(max=FP8_E4M3.max), FP8_E4M3).double()

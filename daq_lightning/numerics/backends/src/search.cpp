@@ -1,5 +1,5 @@
 // The whole search of one group after the other, while it is in the cache: absmax scale, coarse candidates, fine
-// candidates, the sums of the scale that wins, and its codes. The same steps as ../search.py in the same float64, so
+// candidates, the sums of the scale that wins, and its codes. The same steps as ../../search/stages.py in the same float64, so
 // both give the same bits; only the sums that the objective does not need are left out until the winner is known.
 //
 // Legend: G groups, K candidates of a stage.
@@ -10,10 +10,9 @@ extern "C" {
 
 struct Search {
     int64_t metric, scale_format;  // a Metric; 0 float32, 1 bfloat16, 2 ue8m0
-    int64_t K, coarse_stride;      // coarse candidates; 0 if all groups share them, else K
-    int64_t n_fine;
+    int64_t K, n_fine;             // candidates of the two stages
     double tau, alpha_min, alpha_max, radius;
-    Array coarse, steps;           // float64: alpha, [K] or [G, K]; n_fine steps over [0, 1]
+    Array coarse, steps;           // float64: alpha, [K]; n_fine steps over [0, 1]
 };
 
 struct Found {
@@ -21,13 +20,13 @@ struct Found {
     Array alpha;   // float64 [G]
     Array counts;  // int64 [6, 2, G]: of the scale that was found, and of the absmax scale; see write()
     Array totals;  // float64 [4, 2, G]
-    Array codes;   // uint8 [M, N], e4m3
+    Array codes;   // uint8 [M, N]
 };
 }
 
 namespace {
 
-// Never below the smallest normal number; see round_scale in ../quantize.py.
+// Never below the smallest normal number; see round_scale in ../../quantize.py.
 float round_scale(float scale, int64_t format) {
     scale = std::max(scale, 0x1p-126f);
     uint32_t bits = (uint32_t)bits_of(scale);
@@ -38,7 +37,7 @@ float round_scale(float scale, int64_t format) {
 
 constexpr Wanted wanted_by(Metric metric) { return metric == SIGN ? COUNTS : metric == MSE ? ERROR : DIRECTION; }
 
-// What the objective makes of the sums of a group in which something changed; see ../objectives.py.
+// What the objective makes of the sums of a group in which something changed; see ../../objectives.py.
 template <Metric metric>
 double score(const Fixed& fixed, const Sums& sums, double tau) {
     if (metric == SIGN) return (double)(sums.preserved + sums.both_zero) / (double)fixed.n;
@@ -55,13 +54,15 @@ double score(const Fixed& fixed, const Sums& sums, double tau) {
 template <Metric metric>
 struct Contest {
     const Search& search;
+    const Grid grid;
     std::vector<CountedPiece> pieces;
     Fixed fixed;
     int64_t filled;
     float absmax;  // the absmax scale
     double alpha, best;
 
-    Contest(const Search& s, int64_t elements) : search(s), pieces(ceil_div(elements, Piece::SIZE) + 2) {}
+    Contest(const Search& s, const Grid& g, int64_t elements)
+        : search(s), grid(g), pieces(ceil_div(elements, Piece::SIZE) + 2) {}
 
     // False if the group holds NaN or infinity.
     bool load(const Region& region, const Matrix& weight, const Matrix& base) {
@@ -74,7 +75,7 @@ struct Contest {
             fixed.add(*piece++);
         });
         filled = piece - pieces.data();
-        absmax = high ? float_of(high) / MAX : 1.0f;
+        absmax = high ? float_of(high) / grid.max : 1.0f;
         if (high >= EXPONENT) return false;
         if (high) absmax = round_scale(absmax, search.scale_format);
         return true;
@@ -85,7 +86,7 @@ struct Contest {
     template <Wanted wanted>
     Sums sums(float s) const {
         Sums total{};
-        for (int64_t i = 0; i < filled; ++i) pieces[i].template add<wanted>(s, total);
+        for (int64_t i = 0; i < filled; ++i) pieces[i].template add<wanted>(s, grid, total);
         return total;
     }
 
@@ -96,7 +97,7 @@ struct Contest {
         std::vector<float> scale_K(K);
         for (int64_t k = 0; k < K; ++k) scale_K[k] = scale(alpha_K[k]);
         for (int64_t i = 0; i < filled; ++i)
-            for (int64_t k = 0; k < K; ++k) pieces[i].template add<wanted_by(metric)>(scale_K[k], sums_K[k]);
+            for (int64_t k = 0; k < K; ++k) pieces[i].template add<wanted_by(metric)>(scale_K[k], grid, sums_K[k]);
         int64_t winner = -1;
         double value = 0, distance = 0;
         for (int64_t k = 0; k < K; ++k) {
@@ -107,11 +108,11 @@ struct Contest {
         if (value > best) best = value, alpha = alpha_K[winner];
     }
 
-    void run(const double* coarse_K, const Sums& of_absmax) {
+    void run(const Sums& of_absmax) {
         alpha = 1;
         if (!fixed.changed) return;  // no evidence
         best = score<metric>(fixed, of_absmax, search.tau);
-        stage(coarse_K, search.K);
+        stage((const double*)search.coarse.data, search.K);
         if (!search.n_fine) return;
         const double low = std::max(alpha - search.radius, search.alpha_min);
         const double high = std::max(std::min(alpha + search.radius, search.alpha_max), low);
@@ -126,7 +127,7 @@ struct Contest {
         for (int64_t i = 0; i < filled; ++i)
             for (int64_t done = 0; done < pieces[i].count;) {
                 const int64_t run = std::min(region.cols - col, pieces[i].count - done);
-                encode(pieces[i].w + done, run, 1.0f / s, row + col);
+                encode(pieces[i].w + done, run, 1.0f / s, grid, row + col);
                 done += run;
                 col += run;
                 if (col == region.cols) col = 0, row += N;
@@ -135,21 +136,21 @@ struct Contest {
 };
 
 template <Metric metric>
-void search_all(const Matrix& weight, const Matrix& base, const Cover& cover, const Search& search, int64_t threads,
-                const Found& found) {
+void search_all(const Matrix& weight, const Matrix& base, const Cover& cover, const Grid& grid, const Search& search,
+                int64_t threads, const Found& found) {
     const int64_t G = cover.groups();
     float* scale_G = (float*)found.scale.data;
     double *alpha_G = (double*)found.alpha.data, *totals = (double*)found.totals.data;
     int64_t* counts = (int64_t*)found.counts.data;
     parallel(G, threads, [&] {
-        return [&, contest = Contest<metric>(search, cover.cell_rows * cover.cell_cols)](int64_t g) mutable {
+        return [&, contest = Contest<metric>(search, grid, cover.cell_rows * cover.cell_cols)](int64_t g) mutable {
             const Region region = cover.cell(g);
             const bool finite = contest.load(region, weight, base);
             scale_G[g] = contest.absmax;
             alpha_G[g] = 1;
             if (!finite) return;
             const Sums of_absmax = contest.template sums<ALL>(contest.scale(1));
-            contest.run((const double*)search.coarse.data + g * search.coarse_stride, of_absmax);
+            contest.run(of_absmax);
             const float scale = contest.scale(contest.alpha);
             const Sums of_best = contest.alpha == 1 ? of_absmax : contest.template sums<ALL>(scale);
             write(contest.fixed, of_best, counts + g, totals + g, 2 * G);
@@ -166,17 +167,19 @@ void search_all(const Matrix& weight, const Matrix& base, const Cover& cover, co
 extern "C" {
 
 // Cells must be small enough for a thread's cache; a group is searched by one thread.
-const char* daq_search(Matrix weight, Matrix base, Plan plan, Search search, int64_t threads, Found found) {
+const char* daq_search(Matrix weight, Matrix base, Plan plan, Format format, Search search, int64_t threads,
+                       Found found) {
     Check check(plan, threads);
+    check.format(format);
+    const Grid grid(format);
     const Cover& cover = check.cover;
-    const int64_t G = cover.groups(), K = search.K, most = Check::MOST / G;
+    const int64_t G = cover.groups(), K = search.K, most = Check::MOST;
     check.need(search.metric >= SIGN && search.metric <= HYBRID, "the metric");
     check.need(search.scale_format >= 0 && search.scale_format <= 2, "the scale format");
     check.need(K >= 1 && K <= most && search.n_fine >= 0 && search.n_fine <= most, "the number of candidates");
-    check.need(search.coarse_stride == 0 || search.coarse_stride == K, "the stride of the candidates");
     check.matrix(weight, "weight");
     check.matrix(base, "base");
-    check.array<double>(search.coarse, check.problem ? 0 : search.coarse_stride ? G * K : K, "candidates");
+    check.array<double>(search.coarse, K, "candidates");
     check.array<double>(search.steps, search.n_fine, "steps");
     check.array<float>(found.scale, G, "scales");
     check.array<double>(found.alpha, G, "alpha");
@@ -185,10 +188,10 @@ const char* daq_search(Matrix weight, Matrix base, Plan plan, Search search, int
     check.array<uint8_t>(found.codes, cover.M * cover.N, "codes");
     return check.then([&] {
         switch ((Metric)search.metric) {
-            case SIGN: return search_all<SIGN>(weight, base, cover, search, threads, found);
-            case COSINE: return search_all<COSINE>(weight, base, cover, search, threads, found);
-            case MSE: return search_all<MSE>(weight, base, cover, search, threads, found);
-            case HYBRID: return search_all<HYBRID>(weight, base, cover, search, threads, found);
+            case SIGN: return search_all<SIGN>(weight, base, cover, grid, search, threads, found);
+            case COSINE: return search_all<COSINE>(weight, base, cover, grid, search, threads, found);
+            case MSE: return search_all<MSE>(weight, base, cover, grid, search, threads, found);
+            case HYBRID: return search_all<HYBRID>(weight, base, cover, grid, search, threads, found);
         }
     });
 }

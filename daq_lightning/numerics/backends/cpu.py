@@ -1,10 +1,9 @@
-"""The CPU kernels by hand, in C++, as functions of tensors.
+"""The CPU backend: kernels by hand, in C++, as functions of tensors.
 
 | source | what it does in one pass over a weight |
 | --- | --- |
-| native.cpp | the sums of given candidates; absmax; codes; fingerprints |
-| search.cpp | a whole search, group after group in the cache |
-| exact.cpp | the exact search |
+| src/passes.cpp | the sums of given candidates; absmax; codes; fingerprints |
+| src/search.cpp | a whole search, group after group in the cache |
 
 C++ writes where it is told to: every buffer made here states its dtype and device, whatever torch's defaults are, and
 is handed over with its size, which the library checks before it writes.
@@ -21,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.candidates import ScaleSearch, SearchResult
-from daq_lightning.numerics.formats import FP8_E4M3, SCALE_FORMATS, Granularity, ScaleFormat
-from daq_lightning.numerics.kernels import library
-from daq_lightning.numerics.objectives import METRICS, DeltaStats
+from daq_lightning.numerics.backends import library
+from daq_lightning.numerics.formats import SCALE_FORMATS, Format, Granularity
+from daq_lightning.numerics.objectives import DeltaStats
+from daq_lightning.numerics.search.grid import coarse, fine_steps
+from daq_lightning.numerics.search.settings import METRICS
+from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, search_in_steps
 
 _CHUNK = 1 << 15  # elements of a unit of work
 _CPU = torch.device("cpu")
@@ -50,9 +51,13 @@ class _Plan(ctypes.Structure):
     )
 
 
+class _Format(ctypes.Structure):
+    _fields_ = (("max", ctypes.c_double), ("min_normal", ctypes.c_double), ("mantissa_bits", ctypes.c_int64))
+
+
 class _Search(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ["metric", "scale_format", "n_coarse", "coarse_stride", "n_fine"]),
+        *((name, ctypes.c_int64) for name in ["metric", "scale_format", "n_coarse", "n_fine"]),
         *((name, ctypes.c_double) for name in ["tau", "alpha_min", "alpha_max", "radius"]),
         *((name, _Array) for name in ["coarse", "steps"]),
     )
@@ -62,12 +67,17 @@ class _Found(ctypes.Structure):
     _fields_ = tuple((name, _Array) for name in ["scale", "alpha", "counts", "totals", "codes"])
 
 
-def delta_stats_native(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> DeltaStats:
-    """See `daq_lightning.numerics.kernels.delta_stats`.
+def search(task: Task) -> SearchResult:
+    """See `daq_lightning.numerics.backends.Backend`: in the cache where each group fits it, else in steps."""
+    if task.search.alpha_scope == "group" and fits_cache(task.weight, task.granularity):
+        return _search_in_cache(task)
+    return search_in_steps(task, Kernels(absmax=absmax, delta_stats=delta_stats, quantize=quantize))
 
-    Raises:
-        LibraryMissingError: The kernel cannot be built here.
-    """
+
+def delta_stats(
+    weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity, fmt: Format
+) -> DeltaStats:
+    """See `daq_lightning.numerics.backends.delta_stats`."""
     plan, chunks = _plan(weight_MN, granularity)
     groups, candidates = scale_GK.shape
     counts = torch.empty(6, groups, chunks, candidates, dtype=torch.int64, device=_CPU)
@@ -77,6 +87,7 @@ def delta_stats_native(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, gra
         _matrix(weight_MN),
         _matrix(base_MN),
         plan,
+        _format(fmt),
         _array(scale_GK),
         candidates,
         torch.get_num_threads(),
@@ -87,8 +98,8 @@ def delta_stats_native(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, gra
     return DeltaStats(*fields)
 
 
-def absmax_native(weight_MN: Tensor, granularity: Granularity) -> Tensor:
-    """Largest magnitude of each group: float32, shape of the granularity's grid; NaN or Inf where it has one."""
+def absmax(weight_MN: Tensor, granularity: Granularity) -> Tensor:
+    """See `daq_lightning.numerics.quantize.absmax`."""
     plan, chunks = _plan(weight_MN, granularity)
     grid = granularity.grid((weight_MN.shape[0], weight_MN.shape[1]))
     absmax_GC = torch.empty(grid[0] * grid[1], chunks, dtype=torch.float32, device=_CPU)
@@ -97,65 +108,50 @@ def absmax_native(weight_MN: Tensor, granularity: Granularity) -> Tensor:
     return absmax_GC.amax(1).reshape(grid)
 
 
-def quantize_native(weight_MN: Tensor, scale: Tensor, granularity: Granularity) -> Tensor:
+def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Format) -> Tensor:
     """The codes of `daq_lightning.numerics.quantize.quantize`, bit for bit, for finite weights."""
     plan, _ = _plan(weight_MN, granularity)
     codes_MN = torch.empty(weight_MN.shape, dtype=torch.uint8, device=_CPU)
     weight_MN, scale = _rows(weight_MN), scale.contiguous()
-    _library().daq_quantize(_matrix(weight_MN), plan, _array(scale), torch.get_num_threads(), _array(codes_MN))
-    return codes_MN.view(FP8_E4M3.dtype)
+    _library().daq_quantize(
+        _matrix(weight_MN),
+        plan,
+        _format(fmt),
+        _array(scale),
+        torch.get_num_threads(),
+        _array(codes_MN),
+    )
+    return codes_MN.view(fmt.dtype)
 
 
 def fits_cache(weight_MN: Tensor, granularity: Granularity) -> bool:
-    """Whether `search_native` can search this weight: its groups have to fit a processor's cache."""
+    """Whether every group fits a processor's cache, so that it can be searched there."""
     return _plan(weight_MN, granularity)[1] == 1
 
 
-def search_native(
-    weight_MN: Tensor,
-    base_MN: Tensor,
-    granularity: Granularity,
-    search: ScaleSearch,
-    *,
-    coarse: Tensor,
-    scale_format: ScaleFormat,
-) -> SearchResult:
-    """The search of every group by itself, coarse to fine: the same bits as step by step in `search_scale`.
-
-    Args:
-        weight_MN: float32, bfloat16 or float16, shape (M, N), on the CPU.
-        base_MN: Of the same shape.
-        granularity: Which elements share a scale; see `fits_cache`.
-        search: The objective and the fine stage.
-        coarse: float64 candidates of the coarse stage, shape (K,) or (G, K).
-        scale_format: What scales are rounded to.
-
-    Returns:
-        Scales are NaN or infinite where a group holds NaN or infinity.
-    """
-    plan, _ = _plan(weight_MN, granularity)
-    shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
-    grid = granularity.grid(shape_MN)
+def _search_in_cache(task: Task) -> SearchResult:
+    """The search of every group by itself, coarse to fine: the same bits as step by step."""
+    plan, _ = _plan(task.weight, task.granularity)
+    grid = task.granularity.grid(task.shape)
     groups = grid[0] * grid[1]
     scale_G = torch.empty(groups, dtype=torch.float32, device=_CPU)
     alpha_G = torch.empty(groups, dtype=torch.float64, device=_CPU)
     counts = torch.zeros(6, 2, groups, dtype=torch.int64, device=_CPU)
     totals = torch.zeros(4, 2, groups, dtype=torch.float64, device=_CPU)
-    codes_MN = torch.empty(shape_MN, dtype=torch.uint8, device=_CPU)
-    weight_MN, base_MN, coarse = _rows(weight_MN), _rows(base_MN), coarse.contiguous()
-    steps = torch.linspace(0, 1, search.n_fine, dtype=torch.float64, device=_CPU)
+    codes_MN = torch.empty(task.shape, dtype=torch.uint8, device=_CPU)
+    weight_MN, base_MN = _rows(task.weight), _rows(task.base)
+    coarse_K, steps_K = coarse(task.search), fine_steps(task.search)
     stages = _Search(
-        metric=METRICS.index(search.metric),
-        scale_format=SCALE_FORMATS.index(scale_format),  # numbered as in search.cpp
-        n_coarse=coarse.shape[-1],
-        coarse_stride=coarse.shape[-1] if coarse.ndim == 2 else 0,
-        n_fine=search.n_fine,
-        tau=search.tau,
-        alpha_min=search.alpha_min,
-        alpha_max=search.alpha_max,
-        radius=search.radius,
-        coarse=_array(coarse),
-        steps=_array(steps),
+        metric=METRICS.index(task.search.metric),
+        scale_format=SCALE_FORMATS.index(task.scale_format),
+        n_coarse=task.search.n_coarse,
+        n_fine=task.search.n_fine,
+        tau=task.search.tau,
+        alpha_min=task.search.alpha_min,
+        alpha_max=task.search.alpha_max,
+        radius=task.search.radius,
+        coarse=_array(coarse_K),
+        steps=_array(steps_K),
     )
     found = _Found(
         scale=_array(scale_G),
@@ -164,44 +160,23 @@ def search_native(
         totals=_array(totals),
         codes=_array(codes_MN),
     )
-    _library().daq_search(_matrix(weight_MN), _matrix(base_MN), plan, stages, torch.get_num_threads(), found)
+    _library().daq_search(
+        _matrix(weight_MN),
+        _matrix(base_MN),
+        plan,
+        _format(task.format),
+        stages,
+        torch.get_num_threads(),
+        found,
+    )
     stats, absmax_stats = (DeltaStats(*(field[which] for field in (*counts, *totals))) for which in (0, 1))
     return SearchResult(
-        codes=codes_MN.view(FP8_E4M3.dtype),
+        codes=codes_MN.view(task.format.dtype),
         scale=scale_G.reshape(grid),
         alpha=alpha_G.reshape(grid),
         stats=stats,
         absmax_stats=absmax_stats,
     )
-
-
-def exact_native(
-    weight_MN: Tensor,
-    base_MN: Tensor,
-    scale_G: Tensor,
-    granularity: Granularity,
-    objective: tuple[int, float],
-    eight_bits: bool,
-) -> tuple[Tensor, Tensor]:
-    """See `daq_lightning.numerics.exact.best_scale`; the objective is its number there and tau."""
-    plan, _ = _plan(weight_MN, granularity)
-    weight_MN, base_MN, scale_G = _rows(weight_MN), _rows(base_MN), scale_G.contiguous()
-    best_G = torch.empty(scale_G.shape, dtype=torch.float32, device=_CPU)
-    promise_G = torch.empty(scale_G.shape, dtype=torch.float64, device=_CPU)
-    metric, tau = objective
-    _library().daq_exact(
-        _matrix(weight_MN),
-        _matrix(base_MN),
-        plan,
-        _array(scale_G),
-        metric,
-        tau,
-        int(eight_bits),
-        torch.get_num_threads(),
-        _array(best_G),
-        _array(promise_G),
-    )
-    return best_G, promise_G
 
 
 def fold_words(words: Tensor, odd: Tensor) -> Tensor:
@@ -233,6 +208,10 @@ def _rows(weight_MN: Tensor) -> Tensor:
     return weight_MN if weight_MN.stride(1) == 1 else weight_MN.contiguous()
 
 
+def _format(fmt: Format) -> _Format:
+    return _Format(fmt.max, fmt.min_normal, fmt.mantissa_bits)
+
+
 def _matrix(weight_MN: Tensor) -> _Matrix:
     size = weight_MN.untyped_storage().nbytes() - weight_MN.storage_offset() * weight_MN.itemsize
     return _Matrix(weight_MN.data_ptr(), _DTYPES[weight_MN.dtype], weight_MN.stride(0), size)
@@ -249,13 +228,10 @@ def _library() -> ctypes.CDLL:
     loaded = library.library()
     integer = ctypes.c_int64
     arguments = {
-        "delta_stats": [_Matrix, _Matrix, _Plan, _Array, integer, integer, _Array, _Array],
+        "delta_stats": [_Matrix, _Matrix, _Plan, _Format, _Array, integer, integer, _Array, _Array],
         "absmax": [_Matrix, _Plan, integer, _Array],
-        "quantize": [_Matrix, _Plan, _Array, integer, _Array],
-        "exact": [
-            *(_Matrix, _Matrix, _Plan, _Array, integer, ctypes.c_double, integer, integer, _Array, _Array),
-        ],
-        "search": [_Matrix, _Matrix, _Plan, _Search, integer, _Found],
+        "quantize": [_Matrix, _Plan, _Format, _Array, integer, _Array],
+        "search": [_Matrix, _Matrix, _Plan, _Format, _Search, integer, _Found],
         "fold": [_Array, integer, _Array, integer, _Array],
     }
     for name, types in arguments.items():

@@ -1,31 +1,34 @@
-"""What a number format and a granularity are: data, and what follows from it.
+"""What a number format, a granularity and a scale format are: data, and what follows from it.
 
-A weight is stored as codes of a `FloatFormat` and one scale per group of elements; the granularity says which
-elements share a scale. A scale MULTIPLIES to dequantize: ``weight = code * scale``.
+A weight is stored as codes of a `Format` and one scale per group of elements; the granularity says which elements
+share a scale. A scale MULTIPLIES to dequantize: ``weight = code * scale``. A format is one file beside this one:
+search, rounding and kernels take all they need from it.
+
+Nothing here needs torch to be imported.
 
 Legend: M out, N in, G groups.
 
-Sources: OCP 8-bit floating point (E4M3: maximum 448, no infinities); arXiv 2603.22324, section 3.1 (block 128 and
-per channel); https://docs.vllm.ai (power-of-two scales, "ue8m0").
+Sources: arXiv 2603.22324, section 3.1 (block 128 and per channel); https://docs.vllm.ai (power-of-two scales, "ue8m0").
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class FloatFormat:
-    """A small floating point format.
+class Format:
+    """A small floating point format whose codes have a sign, an exponent and a mantissa, 8 bits in all.
 
     Attributes:
         name: Short name, as checkpoints write it.
         dtype: The torch dtype that holds the codes.
         max: Largest finite value; larger magnitudes saturate to it.
-        min_normal: Smallest normal number. Below it the grid is even, with step `subnormal_step`.
+        min_normal: Smallest normal number, a power of two. Below it the grid is even, with step `subnormal_step`.
         mantissa_bits: Explicit bits of the significand.
     """
 
@@ -40,8 +43,6 @@ class FloatFormat:
         """Distance between neighbours below `min_normal`."""
         return self.min_normal / 2**self.mantissa_bits
 
-
-FP8_E4M3 = FloatFormat(name="e4m3", dtype=torch.float8_e4m3fn, max=448.0, min_normal=2.0**-6, mantissa_bits=3)
 
 ScaleFormat: TypeAlias = Literal["float32", "bfloat16", "ue8m0"]
 """How a reader keeps a scale: float32, rounded to bfloat16, or a power of two."""

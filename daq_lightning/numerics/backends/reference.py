@@ -1,4 +1,4 @@
-"""The reference: one candidate after the other, on pieces small enough to keep memory bounded.
+"""The reference backend: one candidate after the other, on pieces small enough to keep memory bounded.
 
 Legend: M out, N in, G groups, E elements of a group, K candidates.
 """
@@ -8,28 +8,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.formats import Granularity
+from daq_lightning.numerics.formats import Format, Granularity
 from daq_lightning.numerics.objectives import DeltaStats, sums
-from daq_lightning.numerics.quantize import encode
+from daq_lightning.numerics.quantize import absmax, encode, quantize
+from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, search_in_steps
 from daq_lightning.numerics.tiling import group_sizes, patches, to_groups
 
 _PIECE = 1 << 16  # elements that are held in float32 and float64 at a time
 
 
-def delta_stats_eager(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> DeltaStats:
-    """See `daq_lightning.numerics.kernels.delta_stats`."""
+def search(task: Task) -> SearchResult:
+    """See `daq_lightning.numerics.backends.Backend`."""
+    return search_in_steps(task, Kernels(absmax=absmax, delta_stats=delta_stats, quantize=quantize))
+
+
+def delta_stats(
+    weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity, fmt: Format
+) -> DeltaStats:
+    """See `daq_lightning.numerics.backends.delta_stats`."""
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     parts = []
     for patch, groups in patches(shape_MN, granularity, _PIECE):
         weight_GE, base_GE = to_groups(weight_MN[patch], granularity), to_groups(base_MN[patch], granularity)
-        parts.append(_patch_stats(weight_GE, base_GE, scale_GK[groups]))
+        parts.append(_patch_stats(weight_GE, base_GE, scale_GK[groups], fmt))
     stats = DeltaStats(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     # the zeros that fill up a ragged block count as elements with equal signs, and nowhere else
     fill_G1 = (stats.n - group_sizes(shape_MN, granularity, weight_MN.device)[:, None])[:, :1]
     return stats._replace(n=stats.n - fill_G1, sign_equal=stats.sign_equal - fill_G1)
 
 
-def _patch_stats(weight_GE: Tensor, base_GE: Tensor, scale_GK: Tensor) -> DeltaStats:
+def _patch_stats(weight_GE: Tensor, base_GE: Tensor, scale_GK: Tensor, fmt: Format) -> DeltaStats:
     groups = weight_GE.shape[0]
     step = max(1, _PIECE // groups)
     total: DeltaStats | None = None
@@ -38,7 +46,7 @@ def _patch_stats(weight_GE: Tensor, base_GE: Tensor, scale_GK: Tensor) -> DeltaS
         base = base_GE[:, start : start + step].float()
         columns = []
         for scale_G in scale_GK.unbind(1):
-            codes = encode(weight * scale_G.reciprocal()[:, None])
+            codes = encode(weight * scale_G.reciprocal()[:, None], fmt)
             columns.append(sums(weight, base, codes.float() * scale_G[:, None]))
         piece = DeltaStats(*(torch.stack(fields, 1) for fields in zip(*columns, strict=True)))
         total = piece if total is None else total.add(piece)

@@ -5,9 +5,11 @@
 extern "C" {
 
 // counts: int64 [6, G, C, K] and totals: float64 [4, G, C, K], see write().
-const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Array scale_GK, int64_t K, int64_t threads,
-                            Array counts, Array totals) {
+const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Format format, Array scale_GK, int64_t K,
+                            int64_t threads, Array counts, Array totals) {
     Check check(plan, threads);
+    check.format(format);
+    const Grid grid(format);
     const Cover& cover = check.cover;
     const bool some = K >= 1 && K <= Check::MOST / cover.items();
     check.need(some, "the number of candidates");
@@ -26,7 +28,7 @@ const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Array scale_G
                 each(piece, cover.region(item), weight, &base, [&] {
                     piece->prepare();
                     fixed.add(*piece);
-                    for (int64_t k = 0; k < K; ++k) piece->add(scale_K[k], sums[k]);
+                    for (int64_t k = 0; k < K; ++k) piece->add(scale_K[k], grid, sums[k]);
                 });
                 int64_t* counts_K = (int64_t*)counts.data + item * K;
                 double* totals_K = (double*)totals.data + item * K;
@@ -54,9 +56,11 @@ const char* daq_absmax(Matrix weight, Plan plan, int64_t threads, Array absmax) 
     });
 }
 
-// codes: uint8 [M, N], e4m3.
-const char* daq_quantize(Matrix weight, Plan plan, Array scale_G, int64_t threads, Array codes) {
+// codes: uint8 [M, N].
+const char* daq_quantize(Matrix weight, Plan plan, Format format, Array scale_G, int64_t threads, Array codes) {
     Check check(plan, threads);
+    check.format(format);
+    const Grid grid(format);
     const Cover& cover = check.cover;
     check.matrix(weight, "weight");
     check.array<float>(scale_G, cover.groups(), "scales");
@@ -70,7 +74,7 @@ const char* daq_quantize(Matrix weight, Plan plan, Array scale_G, int64_t thread
                     const float reciprocal = 1.0f / ((const float*)scale_G.data)[group];
                     uint8_t* out = (uint8_t*)codes.data + row * cover.N + left;
                     each(piece, {row, left, 1, std::min(cover.cell_cols, cover.N - left)}, weight, nullptr, [&] {
-                        encode(piece->w, piece->count, reciprocal, out);
+                        encode(piece->w, piece->count, reciprocal, grid, out);
                         out += piece->count;
                     });
                 }

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from daq_lightning.numerics.backends import cpu
 from daq_lightning.numerics.formats import PerBlock, PerChannel
-from daq_lightning.numerics.kernels import native
+from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 
 M, N, K = 6, 8, 3
 GROUPS = 6  # blocks of 2 x 4
@@ -22,33 +23,33 @@ def arguments(function: str) -> tuple[list[Any], list[torch.Tensor]]:
 
     def array(*shape: int, dtype: torch.dtype) -> Any:
         kept.append(torch.ones(shape, dtype=dtype))
-        return native._array(kept[-1])
+        return cpu._array(kept[-1])
 
-    matrices = [native._matrix(weight), native._matrix(base)]
-    plan = native._plan(weight, PerBlock(2, 4))[0]
+    matrices = [cpu._matrix(weight), cpu._matrix(base)]
+    plan, fmt = cpu._plan(weight, PerBlock(2, 4))[0], cpu._format(FP8_E4M3)
     float32, float64, int64, uint8 = torch.float32, torch.float64, torch.int64, torch.uint8
     if function == "absmax":
         return [matrices[0], plan, 1, array(GROUPS, dtype=float32)], kept
     if function == "quantize":
-        return [matrices[0], plan, array(GROUPS, dtype=float32), 1, array(M, N, dtype=uint8)], kept
+        return [matrices[0], plan, fmt, array(GROUPS, dtype=float32), 1, array(M, N, dtype=uint8)], kept
     if function == "delta_stats":
         scales = array(GROUPS, K, dtype=float32)
         return [
-            *(*matrices, plan, scales, K, 1),
+            *(*matrices, plan, fmt, scales, K, 1),
             array(6, GROUPS, K, dtype=int64),
             array(4, GROUPS, K, dtype=float64),
         ], kept
     if function == "fold":
         return [array(10, dtype=int64), 10, array(4, dtype=int64), 4, array(3, dtype=int64)], kept
-    search = native._Search(0, 0, K, 0, 2, 0.01, 0.5, 2.0, 0.1, array(K, dtype=float64), array(2, dtype=float64))
-    found = native._Found(
+    search = cpu._Search(0, 0, K, 2, 0.01, 0.5, 2.0, 0.1, array(K, dtype=float64), array(2, dtype=float64))
+    found = cpu._Found(
         array(GROUPS, dtype=float32),
         array(GROUPS, dtype=float64),
         array(6, 2, GROUPS, dtype=int64),
         array(4, 2, GROUPS, dtype=float64),
         array(M, N, dtype=uint8),
     )
-    return [*matrices, plan, search, 1, found], kept
+    return [*matrices, plan, fmt, search, 1, found], kept
 
 
 FUNCTIONS = ["absmax", "quantize", "delta_stats", "fold", "search"]
@@ -57,7 +58,7 @@ PLANS = {"m": -1, "n": 0, "cell_rows": 0, "cell_cols": 9, "chunk_rows": 3, "chun
 
 def faults(function: str) -> list[tuple[str, str, Any]]:
     """(what, name of the attribute, its wrong value); a number in `what` is the argument's place."""
-    places = {"absmax": [3], "quantize": [2, 4], "delta_stats": [3, 6, 7], "fold": [0, 2, 4], "search": []}[function]
+    places = {"absmax": [3], "quantize": [3, 5], "delta_stats": [4, 7, 8], "fold": [0, 2, 4], "search": []}[function]
     found: list[tuple[str, str, Any]] = []
     for place in places:
         found += [(str(place), "data", None), (str(place), "bytes", 4), (str(place), "bytes", 0)]
@@ -70,27 +71,31 @@ def faults(function: str) -> list[tuple[str, str, Any]]:
         found += [(str(matrix), "stride", 2**62)]
     found += [(str(plan), name, value) for name, value in PLANS.items()]
     found += [(str(plan), "m", 2**62), (str(plan), "n", 2**63 - 1)]
-    threads = {"absmax": 2, "quantize": 3, "delta_stats": 5, "search": 4}[function]
+    threads = {"absmax": 2, "quantize": 4, "delta_stats": 6, "search": 5}[function]
     found += [(str(threads), "", value) for value in (0, -3, 2**40)]
+    if function != "absmax":
+        for name, value in (("max", 0.0), ("max", float("inf")), ("max", 2.0**-9), ("min_normal", 0.0)):
+            found += [(str(plan + 1), name, value)]
+        found += [(str(plan + 1), "min_normal", 0.75), (str(plan + 1), "mantissa_bits", 0)]
+        found += [(str(plan + 1), "mantissa_bits", 23), (str(plan + 1), "mantissa_bits", -1)]
     if function == "delta_stats":
-        found += [("4", "", value) for value in (0, -1, K + 1, 2**60)]
+        found += [("5", "", value) for value in (0, -1, K + 1, 2**60)]
     if function == "search":
         for name in ("metric", "scale_format"):
-            found += [("3", name, -1), ("3", name, 4)]
-        found += [("3", "n_coarse", value) for value in (0, -1, K + 1, 2**62)]
-        found += [("3", "n_fine", value) for value in (-1, 3, 2**62)]
-        found += [("3", "coarse_stride", 1), ("3", "coarse_stride", K)]
+            found += [("4", name, -1), ("4", name, 4)]
+        found += [("4", "n_coarse", value) for value in (0, -1, K + 1, 2**62)]
+        found += [("4", "n_fine", value) for value in (-1, 3, 2**62)]
         for name in ("scale", "alpha", "counts", "totals", "codes"):
-            found += [("5", f"{name}.data", None), ("5", f"{name}.bytes", 4)]
+            found += [("6", f"{name}.data", None), ("6", f"{name}.bytes", 4)]
         for name in ("coarse", "steps"):
-            found += [("3", f"{name}.data", None), ("3", f"{name}.bytes", 4)]
+            found += [("4", f"{name}.data", None), ("4", f"{name}.bytes", 4)]
     return found
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_right_arguments_are_taken(function):
     given, _kept = arguments(function)
-    getattr(native._library(), f"daq_{function}")(*given)
+    getattr(cpu._library(), f"daq_{function}")(*given)
 
 
 @pytest.mark.parametrize(
@@ -108,16 +113,16 @@ def test_wrong_arguments_are_refused(function, place, name, value):
     else:
         given[int(place)] = value
     with pytest.raises(RuntimeError, match=f"daq_{function} refused its arguments"):
-        getattr(native._library(), f"daq_{function}")(*given)
+        getattr(cpu._library(), f"daq_{function}")(*given)
     assert all(torch.equal(tensor, copied) for tensor, copied in zip(kept, before, strict=True))
 
 
 @pytest.mark.parametrize("scale", [torch.ones(6, 1).double(), torch.ones(6, 1).bfloat16(), torch.ones(5, 1)], ids=str)
 def test_scales_of_another_dtype_or_number_are_refused(scale):
     with pytest.raises(RuntimeError, match="scales"):
-        native.quantize_native(torch.ones(6, 8), scale, PerChannel())
+        cpu.quantize(torch.ones(6, 8), scale, PerChannel(), FP8_E4M3)
     with pytest.raises(RuntimeError, match="scales"):
-        native.delta_stats_native(torch.ones(6, 8), torch.ones(6, 8), scale, PerChannel())
+        cpu.delta_stats(torch.ones(6, 8), torch.ones(6, 8), scale, PerChannel(), FP8_E4M3)
 
 
 def test_tensors_that_a_file_was_mapped_to_may_begin_anywhere():
@@ -126,4 +131,4 @@ def test_tensors_that_a_file_was_mapped_to_may_begin_anywhere():
     raw.numpy()[1:] = expected.view(torch.uint8).flatten().numpy()
     odd = torch.frombuffer(memoryview(raw.numpy().data)[1:], dtype=torch.float32).reshape(6, 8)
     assert odd.data_ptr() % 4
-    assert torch.equal(native.absmax_native(odd, PerChannel())[:, 0], expected.abs().amax(1))
+    assert torch.equal(cpu.absmax(odd, PerChannel())[:, 0], expected.abs().amax(1))

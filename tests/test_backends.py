@@ -1,4 +1,4 @@
-"""All implementations of the sums are one: counts bit for bit, float sums to 2e-6, and their codes are `quantize`'s."""
+"""All backends give the same sums: counts bit for bit, float sums to 2e-6, and their codes are `quantize`'s."""
 
 import importlib.util
 import os
@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from daq_lightning.numerics import kernels
+from daq_lightning.numerics import backends
+from daq_lightning.numerics.backends import cpu, delta_stats, library, reference
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
-from daq_lightning.numerics.kernels import compiled, delta_stats, library, native
+from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.objectives import DeltaStats
-from daq_lightning.numerics.quantize import absmax_scale, dequantize, encode, quantize
+from daq_lightning.numerics.quantize import absmax, absmax_scale, dequantize, quantize
 
 RTOL = 2e-6
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-IMPLEMENTATIONS = ["compiled", "fused"]
+BACKENDS = [cpu, reference]
 SHAPES_AND_GRIDS = [
     ((1, 1), PerBlock(128, 128)),
     ((1, 300), PerChannel()),
@@ -57,9 +58,8 @@ def assert_same(stats: DeltaStats, expected: DeltaStats):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("shape", "granularity"), SHAPES_AND_GRIDS)
-def test_agrees_with_the_reference(shape, granularity, implementation, device):
+def test_agrees_with_the_reference(shape, granularity, device):
     for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)):
         weight, base = pair(shape, device=device)
         weight = weight.to(dtypes[0])
@@ -69,60 +69,51 @@ def test_agrees_with_the_reference(shape, granularity, implementation, device):
         lost = dequantize(quantize(weight, scale, granularity), scale, granularity)
         base = torch.where(torch.arange(shape[1], device=device) % 2 == 0, lost, base.float()).to(dtypes[1])
         assert_same(
-            delta_stats(weight, base, scale_GK, granularity, implementation),
-            delta_stats(weight, base, scale_GK, granularity, "eager"),
+            delta_stats(weight, base, scale_GK, granularity),
+            reference.delta_stats(weight, base, scale_GK, granularity, FP8_E4M3),
         )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-16, 1e20, 1e30])
-def test_magnitudes_whose_squares_do_not_fit_float32(magnitude, implementation):
+def test_magnitudes_whose_squares_do_not_fit_float32(magnitude):
     weight, base = pair((40, 60), torch.float32, magnitude)
     granularity = PerBlock(32, 32)
     scale_GK = candidates(weight, granularity)
-    expected = delta_stats(weight, base, scale_GK, granularity, "eager")
-    assert_same(delta_stats(weight, base, scale_GK, granularity, implementation), expected)
+    expected = reference.delta_stats(weight, base, scale_GK, granularity, FP8_E4M3)
+    assert_same(cpu.delta_stats(weight, base, scale_GK, granularity, FP8_E4M3), expected)
     assert bool((expected.delta_q_sq > 0).all())
 
 
-@pytest.mark.parametrize("implementation", ["eager", *IMPLEMENTATIONS])
-def test_updates_beyond_float32_show_as_infinite_sums(implementation):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_updates_beyond_float32_show_as_infinite_sums(backend):
     weight, base = torch.full((2, 40), 3e38), torch.full((2, 40), -3e38)
-    stats = delta_stats(weight, base, absmax_scale(weight, PerChannel()), PerChannel(), implementation)
+    stats = backend.delta_stats(weight, base, absmax_scale(weight, PerChannel()), PerChannel(), FP8_E4M3)
     assert bool(stats.delta_sq.isinf().all())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [1.0, 0.37, 3.0 * 2**-9])
-def test_scores_the_codes_of_quantize_for_every_bfloat16(scale, implementation):
+def test_scores_the_codes_of_quantize_for_every_bfloat16(scale, backend):
     """Where the base is what `quantize` makes of the weight, delta_q is 0 in every element or a code differs."""
     values = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     values = values[(values >= 2.0**-40) & (values < 2.0**40)]
     weight = torch.cat([values, -values]).reshape(-1, 256)
     scale_M1 = torch.full((len(weight), 1), scale)
     base = dequantize(quantize(weight, scale_M1, PerChannel()), scale_M1, PerChannel())
-    stats = delta_stats(weight, base, scale_M1, PerChannel(), implementation).total()
+    stats = backend.delta_stats(weight, base, scale_M1, PerChannel(), FP8_E4M3).total()
     assert float(stats.delta_q_sq) == 0
     assert int(stats.lost) + int(stats.sign_equal) == weight.numel()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_scores_the_codes_of_quantize_for_random_float32(implementation):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_the_codes_of_quantize_for_random_float32(backend):
     generator = torch.Generator().manual_seed(0)
     exponent = torch.randint(-14, 10, (128, 2048), generator=generator)
     weight = torch.ldexp(torch.rand(128, 2048, generator=generator) - 0.5, exponent)
     scale_M1 = torch.rand(128, 1, generator=generator) + 0.5
     base = dequantize(quantize(weight, scale_M1, PerChannel()), scale_M1, PerChannel())
-    stats = delta_stats(weight, base, scale_M1, PerChannel(), implementation).total()
+    stats = backend.delta_stats(weight, base, scale_M1, PerChannel(), FP8_E4M3).total()
     assert float(stats.delta_q_sq) == 0
-
-
-def test_rounding_by_arithmetic_is_the_cast_for_every_significand():
-    for exponent in (0, 8, 9, 19, -6, -7, -9, -10, -30):
-        for part in (torch.arange(1 << 22), torch.arange(1 << 22, 1 << 23)):
-            bits = (part + ((exponent + 127) << 23)).to(torch.int32)
-            values = bits.view(torch.float32)
-            assert torch.equal(compiled.round_by_arithmetic(values), encode(values).float()), exponent
 
 
 def test_native_codes_are_those_of_ml_dtypes_for_every_half():
@@ -131,7 +122,7 @@ def test_native_codes_are_those_of_ml_dtypes_for_every_half():
         values = every.view(dtype)
         values = values[values.isfinite()].reshape(-1, 1)
         scale = 2.0 ** torch.randint(-20, 20, (len(values), 1), generator=torch.Generator().manual_seed(0))
-        codes = native.quantize_native(values, scale, PerChannel())
+        codes = cpu.quantize(values, scale, PerChannel(), FP8_E4M3)
         scaled = (values.double() / scale).clamp(-448, 448).numpy()
         expected = scaled.astype(np.float32).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
         assert np.array_equal(codes.view(torch.uint8).numpy(), expected)
@@ -142,9 +133,9 @@ def test_native_absmax_and_codes_are_those_of_torch(shape, granularity):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight, _ = pair(shape, dtype)
         scale = absmax_scale(weight, granularity)
-        assert torch.equal((native.absmax_native(weight, granularity) / 448).clamp(min=2.0**-126), scale)
+        assert torch.equal(cpu.absmax(weight, granularity), absmax(weight, granularity))
         for stretch in (1.0, 0.7, 300.0):
-            codes = native.quantize_native(weight, scale * stretch, granularity)
+            codes = cpu.quantize(weight, scale * stretch, granularity, FP8_E4M3)
             expected = quantize(weight, scale * stretch, granularity)
             assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
 
@@ -152,9 +143,9 @@ def test_native_absmax_and_codes_are_those_of_torch(shape, granularity):
 def test_native_absmax_shows_nan_and_infinity():
     weight = torch.zeros(2, 3000)
     weight[0, 2999], weight[1, 0] = float("nan"), float("-inf")
-    absmax = native.absmax_native(weight, PerChannel()).flatten()
-    assert bool(absmax[0].isnan())
-    assert bool(absmax[1].isinf())
+    largest = cpu.absmax(weight, PerChannel()).flatten()
+    assert bool(largest[0].isnan())
+    assert bool(largest[1].isinf())
 
 
 def test_native_does_not_depend_on_the_number_of_threads():
@@ -165,21 +156,21 @@ def test_native_does_not_depend_on_the_number_of_threads():
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(delta_stats(weight, base, scale_GK, PerBlock(128, 128), "fused"))
+            results.append(cpu.delta_stats(weight, base, scale_GK, PerBlock(128, 128), FP8_E4M3))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_strided_inputs(implementation):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend):
     weight, base = pair((300, 200))
     for cut in (lambda x: x.t(), lambda x: x[10:90, 7:77], lambda x: x[::3, ::2]):
         part, base_part = cut(weight), cut(base)
         scale_GK = candidates(part, PerChannel())
         assert_same(
-            delta_stats(part, base_part, scale_GK, PerChannel(), implementation),
-            delta_stats(part.contiguous(), base_part.contiguous(), scale_GK, PerChannel(), "eager"),
+            backend.delta_stats(part, base_part, scale_GK, PerChannel(), FP8_E4M3),
+            reference.delta_stats(part.contiguous(), base_part.contiguous(), scale_GK, PerChannel(), FP8_E4M3),
         )
 
 
@@ -195,69 +186,46 @@ def test_offsets_beyond_32_bits():
     view.copy_(weight)
     scale_GK = candidates(weight, PerChannel())
     assert_same(
-        delta_stats(view, base, scale_GK, PerChannel(), "fused"),
-        delta_stats(weight, base, scale_GK, PerChannel(), "eager"),
+        cpu.delta_stats(view, base, scale_GK, PerChannel(), FP8_E4M3),
+        reference.delta_stats(weight, base, scale_GK, PerChannel(), FP8_E4M3),
     )
 
 
-def test_one_compile_serves_all_shapes_dtypes_and_modes():
-    weight, base = pair((20, 30))
-    delta_stats(weight, base, candidates(weight, PerChannel()), PerChannel(), "compiled")
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for shape, granularity in SHAPES_AND_GRIDS:
-        for count in (1, 2, 17):
-            weight, base = pair(shape, torch.float32 if count == 2 else torch.bfloat16)
-            delta_stats(weight, base, candidates(weight, granularity, count), granularity, "compiled")
-    weight.requires_grad_(weight.dtype == torch.float32)
-    with torch.inference_mode():
-        inside = weight.clone()
-        delta_stats(inside, base, candidates(inside, granularity), granularity, "compiled")
-    with torch.enable_grad(), torch.autocast("cpu"):
-        delta_stats(weight, base, candidates(weight, granularity), granularity, "compiled")
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_leaves_the_process_as_it_was(implementation):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leaves_the_process_as_it_was(backend):
     """Random state, thread count, and the arithmetic of subnormal numbers; also when called from another thread."""
     weight, base = pair((50, 60))
     scale_GK = candidates(weight, PerChannel())
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     results = []
     worker = threading.Thread(
-        target=lambda: results.append(delta_stats(weight, base, scale_GK, PerChannel(), implementation))
+        target=lambda: results.append(backend.delta_stats(weight, base, scale_GK, PerChannel(), FP8_E4M3))
     )
     worker.start()
     worker.join()
-    assert_same(results[0], delta_stats(weight, base, scale_GK, PerChannel(), "eager"))
+    assert_same(results[0], reference.delta_stats(weight, base, scale_GK, PerChannel(), FP8_E4M3))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert float(torch.tensor([2.0**-126]) / 2) == 2.0**-127
 
 
-def test_unknown_implementation_is_named():
-    weight, base = pair((2, 2))
-    with pytest.raises(ValueError, match=r"'fast'.*auto, eager, compiled, fused"):
-        delta_stats(weight, base, torch.ones(2, 1), PerChannel(), "fast")  # pyright: ignore[reportArgumentType]
-
-
-def test_without_a_compiler_auto_warns_once_and_uses_the_reference(monkeypatch):
+def test_without_a_compiler_a_search_warns_once_and_uses_the_reference(monkeypatch):
     weight, base = pair((2, 2))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(library, "_find", library._find.__wrapped__)
-    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
-    kernels._auto.cache_clear()
+    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
+    backends._choose.cache_clear()
     try:
         with pytest.warns(UserWarning, match="reference implementation: No C\\+\\+ compiler.*no-such-compiler"):
             stats = delta_stats(weight, base, torch.ones(2, 1), PerChannel())
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             delta_stats(weight, base, torch.ones(2, 1), PerChannel())
-        assert_same(stats, delta_stats(weight, base, torch.ones(2, 1), PerChannel(), "eager"))
+        assert_same(stats, reference.delta_stats(weight, base, torch.ones(2, 1), PerChannel(), FP8_E4M3))
         with pytest.raises(library.LibraryMissingError, match="set CXX"):
-            delta_stats(weight, base, torch.ones(2, 1), PerChannel(), "fused")
+            cpu.delta_stats(weight, base, torch.ones(2, 1), PerChannel(), FP8_E4M3)
     finally:
-        kernels._auto.cache_clear()
+        backends._choose.cache_clear()
 
 
 @pytest.mark.parametrize("call", ["search_scale", "search_batch", "delta_stats", "export"])
@@ -271,8 +239,8 @@ def test_the_warning_of_the_slow_reference_points_at_the_line_of_the_user(tmp_pa
     script = tmp_path / "user.py"
     script.write_text(
         "import torch\nfrom daq_lightning import PerChannel, export_checkpoint, search_scale\n"
-        "from daq_lightning.numerics.batch import search_batch\n"
-        "from daq_lightning.numerics.kernels import delta_stats\n"
+        "from daq_lightning.numerics.search.search import search_batch\n"
+        "from daq_lightning.numerics.backends import delta_stats\n"
         f"weight = torch.ones(8, 8)\n{lines[call]}\n"
     )
     environment = os.environ | {"CXX": "no-such-compiler"}
@@ -282,15 +250,15 @@ def test_the_warning_of_the_slow_reference_points_at_the_line_of_the_user(tmp_pa
 
 
 def test_triton_is_imported_only_when_used():
-    code = "import sys, daq_lightning.numerics.search; sys.exit('triton' in sys.modules)"
+    code = "import sys, daq_lightning.numerics.search.search; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 TRITON_IN_ITS_INTERPRETER = """
 import torch
-from tests.test_kernels import PerBlock, PerChannel, PerTensor, assert_same, candidates, pair
-from daq_lightning.numerics.kernels import delta_stats
-from daq_lightning.numerics.kernels.fused import delta_stats_fused
+from tests.test_backends import FP8_E4M3, PerBlock, PerChannel, PerTensor, assert_same, candidates, pair
+from tests.toy_format import E5M2
+from daq_lightning.numerics.backends import cuda, reference
 
 cases = [
     ((1, 1), torch.bfloat16, PerBlock(128, 128), 1.0),
@@ -301,10 +269,11 @@ cases = [
     ((3, 20), torch.float32, PerChannel(), 1e-30),
 ]
 for shape, dtype, granularity, magnitude in cases:
-    weight, base = pair(shape, dtype, magnitude)
-    scale_GK = candidates(weight, granularity, 3)
-    expected = delta_stats(weight, base, scale_GK, granularity, "eager")
-    assert_same(delta_stats_fused(weight, base, scale_GK, granularity), expected)
+    for fmt in (FP8_E4M3, E5M2):
+        weight, base = pair(shape, dtype, magnitude)
+        scale_GK = candidates(weight, granularity, 3)
+        expected = reference.delta_stats(weight, base, scale_GK, granularity, fmt)
+        assert_same(cuda.delta_stats(weight, base, scale_GK, granularity, fmt), expected)
 """
 
 

@@ -1,8 +1,8 @@
 // The sums of all candidate scales on a CPU, and beside them absmax and codes: every weight is read from memory once,
 // and all candidates are evaluated from the first-level cache.
 //
-//     x = clamp(w * (1 / s), -448, 448)       one float32 product, as in quantize.py
-//     q = round(x) * s                        e4m3 grid: 8 steps per binade, even below 2^-6
+//     x = clamp(w * (1 / s), -max, max)       one float32 product, as in quantize.py
+//     q = round(x) * s                        to the grid of the format
 //     d = w - b,  d_q = q - b,  e = q - w     float32; their products are summed in float32 over at most 1,008
 //                                             elements and in float64 beyond
 //
@@ -10,7 +10,7 @@
 
 #pragma once
 
-#include "native.h"
+#include "common.h"
 
 namespace {
 
@@ -75,18 +75,18 @@ struct CountedPiece : Piece {
 
     // Adds the sums of one candidate, or those among them that an objective needs.
     template <Wanted wanted = ALL>
-    void add(float scale, Sums& sums) const {
-        fits_float32(scale) ? add_in<float, wanted>(scale, sums) : add_in<double, wanted>(scale, sums);
+    void add(float scale, const Grid& grid, Sums& sums) const {
+        fits_float32(scale) ? add_in<float, wanted>(scale, grid, sums) : add_in<double, wanted>(scale, grid, sums);
     }
 
     template <class Real, Wanted wanted>
-    void add_in(float scale, Sums& sums) const {
+    void add_in(float scale, const Grid grid, Sums& sums) const {
         const float reciprocal = 1.0f / scale;
         Real dot = 0, delta_q_sq = 0, error_sq = 0;
         int32_t with = 0, equals = 0;
 #pragma omp simd reduction(+ : dot, delta_q_sq, error_sq, with, equals)
         for (int64_t i = 0; i < count; ++i) {
-            const float x = saturate(w[i] * reciprocal), m = float_of(magic(x)), q = ((x + m) - m) * scale;
+            const float q = grid.round(grid.saturate(w[i] * reciprocal)) * scale;
             const float d = w[i] - b[i], d_q = q - b[i], e = q - w[i];
             if constexpr (wanted & DIRECTION) {
                 dot = add_product(dot, (Real)d, (Real)d_q);

@@ -1,10 +1,11 @@
-"""The CUDA kernel by hand, in Triton: a program holds a tile in registers and evaluates all candidates.
+"""The CUDA backend: a kernel by hand, in Triton, whose programs hold a tile in registers and evaluate all candidates.
 
-    x = clamp(w * (1 / s), -448, 448),  q = e4m3(x) * s       the hardware's cast, or arithmetic where there is none
+    x = clamp(w * (1 / s), -max, max),  q = round(x) * s      the hardware's cast, or arithmetic where there is none
     counts and products of w - b, q - b and q - w             summed in float32 within a tile, in float64 across tiles
 
 A program is one warp with a tile of 1,024 elements, so sums never leave the warp. Tiles are cut from the weight in
-place, without a copy; offsets are 64 bits wide. Triton is imported with this module and nowhere else.
+place, without a copy; offsets are 64 bits wide. Triton is imported with this module and nowhere else. What is not
+measured against all candidates (absmax, codes) is left to torch.
 
 The reciprocals of the scales are computed by torch, as in `quantize`; a division in Triton need not round correctly.
 
@@ -13,6 +14,7 @@ Legend: M out, N in, G groups, T tiles of a group, K candidates.
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -20,20 +22,29 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from daq_lightning.numerics.formats import Granularity
-from daq_lightning.numerics.kernels.eager import delta_stats_eager
+from daq_lightning.numerics.backends import reference
+from daq_lightning.numerics.formats import Format, Granularity
 from daq_lightning.numerics.objectives import DeltaStats
+from daq_lightning.numerics.quantize import absmax, quantize
+from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, search_in_steps
 from daq_lightning.numerics.tiling import group_sizes
 
 _TILE = 1024  # elements: 32 of weight and 32 of base in the registers of each thread
 _OUTPUTS = 1 << 24  # tiles times candidates whose sums are held at a time, 24 bytes each
-_SMALL, _LARGE = 2.0**-50, 2.0**50  # magnitudes whose products float32 holds; a weight with others goes to `eager`
+_SMALL, _LARGE = 2.0**-50, 2.0**50  # magnitudes whose products float32 holds; a weight with others goes to `reference`
 # the interpreter and older devices have no float8 cast that rounds as the hardware's does
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def delta_stats_fused(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity) -> DeltaStats:
-    """See `daq_lightning.numerics.kernels.delta_stats`."""
+def search(task: Task) -> SearchResult:
+    """See `daq_lightning.numerics.backends.Backend`."""
+    return search_in_steps(task, Kernels(absmax=absmax, delta_stats=delta_stats, quantize=quantize))
+
+
+def delta_stats(
+    weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity, fmt: Format
+) -> DeltaStats:
+    """See `daq_lightning.numerics.backends.delta_stats`."""
     m, n = weight_MN.shape
     rows, cols = granularity.cell((m, n))
     tile_cols = min(triton.next_power_of_2(cols), _TILE)
@@ -52,12 +63,31 @@ def delta_stats_fused(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, gran
         totals = weight_MN.new_empty(3, count, tiles, candidates, dtype=torch.float32)
         of_tiles = weight_MN.new_empty(4, count, tiles, dtype=torch.float32)
         _kernel[(count * tiles,)](  # pyright: ignore[reportIndexIssue]
-            *(weight_MN, base_MN, scale_GK, reciprocal_GK, counts, totals, of_tiles),
-            *(m, n, weight_MN.stride(0), base_MN.stride(0), first, count),
-            *(candidates, rows, cols, triton.cdiv(n, cols), tiles_across, tiles),
+            weight_MN,
+            base_MN,
+            scale_GK,
+            reciprocal_GK,
+            counts,
+            totals,
+            of_tiles,
+            m,
+            n,
+            weight_MN.stride(0),
+            base_MN.stride(0),
+            first,
+            count,
+            candidates,
+            rows,
+            cols,
+            triton.cdiv(n, cols),
+            tiles_across,
+            tiles,
             TILE_ROWS=tile_rows,
             TILE_COLS=tile_cols,
-            HARDWARE_CAST=_hardware_cast(weight_MN.device),
+            MAX=fmt.max,
+            MIN_NORMAL=math.frexp(fmt.min_normal)[1] - 1 + 127,  # its biased exponent in float32
+            MANTISSA_BITS=fmt.mantissa_bits,
+            HARDWARE_CAST=fmt.dtype == torch.float8_e4m3fn and _hardware_cast(weight_MN.device),
             num_warps=1,  # pyright: ignore[reportCallIssue]
             enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]  (q - b is 0 exactly where q == b)
         )
@@ -65,15 +95,27 @@ def delta_stats_fused(weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, gran
         low, high = scale_GK[first : first + count].aminmax()
         fits = (torch.minimum(smallest_GT.min(), low) > _SMALL) & (torch.maximum(largest_GT.max(), high) < _LARGE)
         if not bool(fits):
-            return delta_stats_eager(weight_MN, base_MN, scale_GK, granularity)
+            return reference.delta_stats(weight_MN, base_MN, scale_GK, granularity, fmt)
         preserved, lost, both_zero = counts.sum(2, dtype=torch.int64)
         dot, delta_q_sq, error_sq = totals.sum(2, dtype=torch.float64)
         changed = changed_GT.sum(1, dtype=torch.float64).long()[:, None].expand(count, candidates)
         delta_sq = delta_sq_GT.sum(1, dtype=torch.float64)[:, None].expand(count, candidates)
         sizes = sizes_G[first : first + count, None].expand(count, candidates)
         filled = tiles * tile_rows * tile_cols - sizes  # zeros over zeros
-        counted = (sizes, changed, preserved + both_zero - filled, preserved, changed - preserved - lost, lost)
-        parts.append(DeltaStats(*counted, dot, delta_sq, delta_q_sq, error_sq))
+        parts.append(
+            DeltaStats(
+                n=sizes,
+                n_changed=changed,
+                sign_equal=preserved + both_zero - filled,
+                preserved=preserved,
+                flipped=changed - preserved - lost,
+                lost=lost,
+                dot=dot,
+                delta_sq=delta_sq,
+                delta_q_sq=delta_q_sq,
+                error_sq=error_sq,
+            )
+        )
     return DeltaStats(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
@@ -82,13 +124,14 @@ def _hardware_cast(device: torch.device) -> bool:
 
 
 @triton.jit
-def _round(x, HARDWARE_CAST: tl.constexpr):
-    """Nearest e4m3, ties to even, of values within its range."""
+def _round(x, MIN_NORMAL: tl.constexpr, MANTISSA_BITS: tl.constexpr, HARDWARE_CAST: tl.constexpr):
+    """Nearest value of the format, ties to even, of values within its range."""
     if HARDWARE_CAST:
         return x.to(tl.float8e4nv).to(tl.float32)
-    # adding 1.5 * 2^(e + 20), where 2^e is the binade of x (at least 2^-6), leaves no bits below 2^(e - 3)
-    binade = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
-    magic = (binade + ((20 << 23) | (1 << 22))).to(tl.float32, bitcast=True)
+    # adding 1.5 * 2^(e + 23 - bits), where 2^e is the binade of x (at least that of the smallest normal number), leaves
+    # no bits below 2^(e - bits)
+    binade = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, MIN_NORMAL << 23)
+    magic = (binade + (((23 - MANTISSA_BITS) << 23) | (1 << 22))).to(tl.float32, bitcast=True)
     return (x + magic) - magic
 
 
@@ -97,7 +140,8 @@ def _kernel(
     weight, base, scale, reciprocal, counts, totals, of_tiles,
     m, n, weight_stride, base_stride, first_group, count,
     candidates, rows, cols, grid_cols, tiles_across, tiles,
-    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, HARDWARE_CAST: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+    MAX: tl.constexpr, MIN_NORMAL: tl.constexpr, MANTISSA_BITS: tl.constexpr, HARDWARE_CAST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     group = first_group + program // tiles
@@ -126,8 +170,8 @@ def _kernel(
     for k in range(candidates):
         s = tl.load(scale + group * candidates + k)
         r = tl.load(reciprocal + group * candidates + k)
-        x = tl.minimum(tl.maximum(w * r, -448.0), 448.0)
-        q = _round(x, HARDWARE_CAST) * s
+        x = tl.minimum(tl.maximum(w * r, -MAX), MAX)
+        q = _round(x, MIN_NORMAL, MANTISSA_BITS, HARDWARE_CAST) * s
         delta_q = q - b
         error = q - w
         # three counts of up to 1,024 in two sums of 32 bits

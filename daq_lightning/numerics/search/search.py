@@ -12,26 +12,17 @@ Source: arXiv 2603.22324, Algorithm 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.candidates import ScaleSearch, SearchResult
-from daq_lightning.numerics.exact import best_scale
-from daq_lightning.numerics.formats import Granularity, ScaleFormat
-from daq_lightning.numerics.kernels import (
-    Implementation,
-    choose,
-    delta_stats,
-    fast_absmax_scale,
-    fast_quantize,
-    native,
-)
-from daq_lightning.numerics.objectives import DeltaStats
-from daq_lightning.numerics.quantize import check_scale_format, round_scale
-from daq_lightning.numerics.stages import Stages
-from daq_lightning.numerics.tiling import bands, to_groups
+from daq_lightning.numerics.backends import Backend, choose
+from daq_lightning.numerics.formats import Format, Granularity, PerTensor, ScaleFormat
+from daq_lightning.numerics.formats.fp8 import FP8_E4M3
+from daq_lightning.numerics.quantize import check_scale_format
+from daq_lightning.numerics.search.settings import ScaleSearch
+from daq_lightning.numerics.search.stages import SearchResult, Task
 
 
 @torch.no_grad()
@@ -42,8 +33,9 @@ def search_scale(
     search: ScaleSearch | None = None,
     *,
     scale_format: ScaleFormat = "float32",
-    implementation: Implementation = "auto",
     name: str = "weight",
+    fmt: Format = FP8_E4M3,
+    backend: Backend | None = None,
 ) -> SearchResult:
     """Finds the scale of each group that preserves the update best, and quantizes with it.
 
@@ -53,16 +45,16 @@ def search_scale(
         granularity: `PerBlock`, `PerChannel` or `PerTensor`.
         search: Objective and candidates; None takes the defaults of `ScaleSearch`.
         scale_format: What scales are rounded to before they are scored.
-        implementation: Of the sums, see `daq_lightning.numerics.kernels`.
         name: How error messages call the weight.
+        fmt: The format of the codes.
+        backend: A module of `daq_lightning.numerics.backends`; None takes the fastest for the weight's device.
 
     Returns:
         `SearchResult` on the weight's device.
 
     Raises:
         ValueError: Not two matrices of one shape on one device, NaN or Inf in one of them, or an unknown scale format.
-        TypeError: No dense tensors, a dtype other than the three, something else than a granularity or a search, or
-            an exact search in a weight that is not bfloat16.
+        TypeError: No dense tensors, a dtype other than the three, or something else than a granularity or a search.
 
     Source: arXiv 2603.22324, Algorithm 1.
 
@@ -79,108 +71,85 @@ def search_scale(
     _check_inputs(weight, base, name)
     _check_settings(granularity, search)
     check_scale_format(scale_format)
-    task = _Task(weight, base, granularity, search, scale_format, implementation, name)
-    if task.exact and weight.dtype != torch.bfloat16:
-        raise TypeError(
-            f"{name}: the exact search needs bfloat16 weights, got {weight.dtype}; use ScaleSearch.dense(64), or "
-            "pass weight.bfloat16() if that is what training stores."
-        )
-    fused = choose(implementation, weight.device) == "fused" and weight.device.type == "cpu"
-    if fused and search.alpha_scope == "group" and native.fits_cache(weight, granularity):
-        result = task.in_cache()
-    else:
-        result = task.in_steps()
+    task = Task(weight=weight, base=base, granularity=granularity, search=search, format=fmt, scale_format=scale_format)
+    result = (backend or choose(weight.device)).search(task)
+    if not bool(result.scale.isfinite().all()):
+        raise ValueError(_not_finite(weight, name))
     sums = result.stats
     if not bool((sums.dot + sums.delta_sq + sums.delta_q_sq + sums.error_sq).isfinite().all()):
         raise ValueError(_not_finite(base, f"the base of {name}"))
     return result
 
 
-@dataclass(frozen=True)
-class _Task:
-    """The arguments of `search_scale`, checked."""
+def search_batch(
+    weights: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    granularity: Granularity,
+    search: ScaleSearch | None = None,
+    *,
+    scale_format: ScaleFormat = "float32",
+    names: Sequence[str],
+    fmt: Format = FP8_E4M3,
+) -> list[SearchResult]:
+    """`search_scale` for several weights of one shape at once, such as the many small experts of a layer.
 
-    weight: Tensor
-    base: Tensor
-    granularity: Granularity
-    search: ScaleSearch
-    scale_format: ScaleFormat
-    implementation: Implementation
-    name: str
+    Groups are searched independently of each other, so weights may be stacked row upon row wherever no group crosses
+    the seam, and one call serves them all. Where it would, they are searched one by one.
 
-    @property
-    def exact(self) -> bool:
-        """Whether to look for the exact optimum; among powers of two, 1 is the only scale of [1, 2)."""
-        return self.search.spacing == "exact" and self.scale_format != "ue8m0"
+    Args:
+        weights: Matrices of one shape (M, N), dtype and device.
+        bases: Their bases.
+        granularity: As for `search_scale`.
+        search: As for `search_scale`.
+        scale_format: As for `search_scale`.
+        names: How error messages call them.
+        fmt: The format of the codes.
 
-    def in_cache(self) -> SearchResult:
-        """One pass of the C++ library: every group is read once."""
-        coarse = self.proposal(self.absmax())[:, None] if self.exact else self.search.coarse()
-        result = native.search_native(
-            self.weight, self.base, self.granularity, self.search, coarse=coarse, scale_format=self.scale_format
-        )
-        self.check(result.scale)
-        return result
+    Returns:
+        The results of as many single calls.
 
-    def in_steps(self) -> SearchResult:
-        """Every stage for many groups at once."""
-        absmax = self.absmax()
-        stages = Stages(
-            shape=(self.weight.shape[0], self.weight.shape[1]),
-            granularity=self.granularity,
-            search=self.search,
-            absmax=absmax.flatten(),
-            evaluate=self.evaluate,
-        )
-        if self.exact:
-            found = stages.of_proposal(self.proposal(absmax))
-        elif self.search.alpha_scope == "group":
-            found = stages.of_groups()
-        else:
-            found = stages.of_layer()
-        alpha = torch.where(self.empty(absmax), 1.0, found.alpha.reshape(absmax.shape))
-        scale = round_scale((absmax.double() * alpha).float(), self.scale_format)
-        return SearchResult(
-            codes=fast_quantize(self.weight, scale, self.granularity, self.implementation),
-            scale=scale,
-            alpha=alpha,
-            stats=found.stats,
-            absmax_stats=found.absmax_stats,
-        )
+    Raises:
+        ValueError: As `search_scale`, with the name of the weight.
+    """
+    search = ScaleSearch() if search is None else search
+    shape_MN = (weights[0].shape[0], weights[0].shape[1])
+    seamless = (
+        len(weights) > 1
+        and search.alpha_scope == "group"
+        and not isinstance(granularity, PerTensor)
+        and shape_MN[0] % granularity.cell(shape_MN)[0] == 0
+        and all(tensor.shape == weights[0].shape for tensor in (*weights, *bases))
+        and len({tensor.dtype for tensor in weights}) == len({tensor.dtype for tensor in bases}) == 1
+    )
+    if seamless:
+        try:
+            stacked = search_scale(
+                torch.cat(list(weights)),
+                torch.cat(list(bases)),
+                granularity,
+                search,
+                scale_format=scale_format,
+                fmt=fmt,
+            )
+            return _unstack(stacked, len(weights))
+        except ValueError:
+            pass  # one of them is not finite: the single searches say which
+    return [
+        search_scale(weight, base, granularity, search, scale_format=scale_format, name=name, fmt=fmt)
+        for weight, base, name in zip(weights, bases, names, strict=True)
+    ]
 
-    def evaluate(self, rows: slice, alpha_GK: Tensor, absmax_G: Tensor) -> DeltaStats:
-        scale_GK = round_scale((absmax_G.double()[:, None] * alpha_GK).float(), self.scale_format)
-        return delta_stats(self.weight[rows], self.base[rows], scale_GK, self.granularity, self.implementation)
 
-    def absmax(self) -> Tensor:
-        absmax = fast_absmax_scale(self.weight, self.granularity, self.scale_format, self.implementation)
-        self.check(absmax)
-        return absmax
-
-    def empty(self, absmax: Tensor) -> Tensor:
-        """Which groups are all zero: their scale is 1 whatever the layer's alpha."""
-        if self.search.alpha_scope == "group" or not bool((absmax == 1).any()):
-            return torch.zeros_like(absmax, dtype=torch.bool)
-        largest = [
-            to_groups(self.weight[rows], self.granularity).abs().amax(1)
-            for rows in bands((self.weight.shape[0], self.weight.shape[1]), self.granularity, 1 << 20)
-        ]
-        return (torch.cat(largest) == 0).reshape(absmax.shape)
-
-    def check(self, scale: Tensor) -> None:
-        if not bool(scale.isfinite().all()):
-            raise ValueError(_not_finite(self.weight, self.name))
-
-    def proposal(self, absmax: Tensor) -> Tensor:
-        """The alpha of each group that the exact search promises the most of: float64, shape (G,)."""
-        best, _ = best_scale(
-            *(self.weight, self.base, absmax, self.granularity),
-            metric=self.search.metric,
-            tau=self.search.tau,
-            scale_format=self.scale_format,
-            implementation=self.implementation,
-        )
-        return (best.double() / absmax.double()).flatten()
+def _unstack(result: SearchResult, count: int) -> list[SearchResult]:
+    codes, scales, alphas = (tensor.chunk(count) for tensor in (result.codes, result.scale, result.alpha))
+    stats, absmax_stats = (
+        [sums.map(lambda field, part=part: field.chunk(count)[part]) for part in range(count)]
+        for sums in (result.stats, result.absmax_stats)
+    )
+    return [
+        SearchResult(codes=codes[i], scale=scales[i], alpha=alphas[i], stats=stats[i], absmax_stats=absmax_stats[i])
+        for i in range(count)
+    ]
 
 
 def _check_settings(granularity: object, search: object) -> None:

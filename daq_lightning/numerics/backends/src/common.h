@@ -1,9 +1,10 @@
-// What the CPU kernels share: reading a weight in pieces that fit the first-level cache, rounding to the e4m3 grid, and
-// handing out work to threads.
+// What the CPU kernels share: reading a weight in pieces that fit the first-level cache, rounding to the grid of a
+// format, and handing out work to threads.
 //
-// Rounding to the grid is one float32 addition: x + 1.5 * 2^(e + 20), where 2^e is the binade of x (at least 2^-6), has
-// no bits below 2^(e - 3), and the addition itself rounds to nearest, ties to even. That needs a compiler which neither
-// reassociates nor fuses products into sums on its own (-ffp-contract=off).
+// Rounding to the grid is one float32 addition: x + 1.5 * 2^(e + 23 - bits), where `bits` are those of the mantissa and
+// 2^e is the binade of x (at least that of the smallest normal number), has no bits below 2^(e - bits), and the addition
+// itself rounds to nearest, ties to even. That needs a compiler which neither reassociates nor fuses products into sums
+// on its own (-ffp-contract=off).
 //
 // A weight is cut into cells (groups that share a scale) and a cell into chunks. A unit of work owns its outputs, so
 // results do not depend on the number of threads. Loops over elements are plain, for the compiler to vectorize:
@@ -25,15 +26,10 @@
 
 namespace {
 
-constexpr float MAX = 448.0f;
 constexpr int32_t EXPONENT = 0x7f800000, MAGNITUDE = 0x7fffffff;
-constexpr int32_t MIN_NORMAL = (127 - 6) << 23;       // bits of 2^-6
-constexpr int32_t TO_MAGIC = (20 << 23) | (1 << 22);  // bits of 2^e -> bits of 1.5 * 2^(e + 20)
 
 inline int32_t bits_of(float x) { return __builtin_bit_cast(int32_t, x); }
 inline float float_of(int32_t bits) { return __builtin_bit_cast(float, bits); }
-inline float saturate(float x) { return std::max(std::min(x, MAX), -MAX); }
-inline int32_t magic(float x) { return std::max(bits_of(x) & EXPONENT, MIN_NORMAL) + TO_MAGIC; }
 
 inline float from_half(uint16_t half) {
     // the product rebases the exponent and normalizes subnormals; exponent 31 is infinity or NaN
@@ -59,7 +55,13 @@ struct Matrix {
     int64_t bytes;  // from data to the end of its memory
 };
 
-// Numbered as METRICS in ../objectives.py.
+// A small floating point format; see ../../formats.
+struct Format {
+    double max, min_normal;
+    int64_t mantissa_bits;
+};
+
+// Numbered as METRICS in ../../search/settings.py.
 enum Metric { SIGN = 0, COSINE = 1, MSE = 2, HYBRID = 3 };
 
 // How cells and chunks cover a weight.
@@ -69,6 +71,27 @@ struct Plan {
 }
 
 namespace {
+
+// The grid of a format. Loops copy it: what they write could change it otherwise, as far as the compiler knows.
+struct Grid {
+    float max;
+    int32_t min_normal;  // bits of the smallest normal number
+    int32_t shift;       // from float32's mantissa to the format's
+    int32_t to_magic;    // bits of 2^e -> bits of 1.5 * 2^(e + shift)
+
+    explicit Grid(const Format& format)
+        : max((float)format.max),
+          min_normal(bits_of((float)format.min_normal)),
+          shift(23 - (int32_t)format.mantissa_bits),
+          to_magic(shift << 23 | 1 << 22) {}
+
+    float saturate(float x) const { return std::max(std::min(x, max), -max); }
+    int32_t magic(float x) const { return std::max(bits_of(x) & EXPONENT, min_normal) + to_magic; }
+    float round(float x) const {
+        const float m = float_of(magic(x));
+        return (x + m) - m;
+    }
+};
 
 void read(const Matrix& matrix, int64_t row, int64_t col, int64_t count, float* out) {
     const int64_t offset = row * matrix.stride + col;
@@ -137,6 +160,12 @@ struct Check {
         const int64_t item = m.dtype == 0 ? 4 : 2, elements = m.bytes / item;
         need(m.data && (uintptr_t)m.data % item == 0 && m.stride >= 0 && elements >= cover.N, what);
         need(m.stride == 0 || cover.M - 1 <= (elements - cover.N) / m.stride, what);
+    }
+
+    void format(const Format& f) {
+        int exponent;
+        need(f.max > 0 && f.max <= 0x1p100 && f.mantissa_bits >= 1 && f.mantissa_bits <= 6, "the format");
+        need(f.min_normal >= 0x1p-100 && f.min_normal < f.max && std::frexp(f.min_normal, &exponent) == 0.5, "the format");
     }
 
     // Exactly so many: twice the bytes are as wrong as half of them, since then it holds something else.
@@ -219,11 +248,11 @@ void each(APiece*& piece, const Region& region, const Matrix& weight, const Matr
 }
 
 // One row of codes, a few elements at a time.
-inline void encode(const float* w, int64_t count, float reciprocal, uint8_t* codes) {
+inline void encode(const float* w, int64_t count, float reciprocal, const Grid grid, uint8_t* codes) {
     for (int64_t i = 0; i < count; ++i) {
-        const float x = saturate(w[i] * reciprocal), size = float_of(bits_of(x) & MAGNITUDE);
-        const int32_t m = magic(x), steps = bits_of(size + float_of(m)) - m;  // of 2^(e - 3)
-        const int32_t below = ((m - TO_MAGIC) >> 20) - ((127 - 6) << 3);      // codes below the binade
+        const float x = grid.saturate(w[i] * reciprocal), size = float_of(bits_of(x) & MAGNITUDE);
+        const int32_t m = grid.magic(x), steps = bits_of(size + float_of(m)) - m;               // of 2^(e - bits)
+        const int32_t below = (m - grid.to_magic - grid.min_normal) >> grid.shift;  // codes below the binade
         codes[i] = (uint8_t)((below + steps) | ((bits_of(x) >> 24) & 0x80));
     }
 }

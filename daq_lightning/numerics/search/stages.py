@@ -1,0 +1,203 @@
+"""A search step by step, each stage for many groups at once, from the sums that any backend gives.
+
+    incumbent  alpha = 1
+    coarse     the candidates of the search
+    fine       an even grid around the best so far
+
+The incumbent gives way only to a strictly better candidate. Among equally good ones the nearest to 1 wins.
+search.cpp in the CPU backend takes the same steps group by group, in the same float64, and gives the same bits.
+
+Legend: M out, N in, G groups that share a scale, K candidates.
+
+Source: arXiv 2603.22324, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from daq_lightning.numerics.formats import Format, Granularity, ScaleFormat
+from daq_lightning.numerics.objectives import DeltaStats, score
+from daq_lightning.numerics.quantize import absmax_to_scale, round_scale
+from daq_lightning.numerics.search.grid import coarse, fine
+from daq_lightning.numerics.search.settings import ScaleSearch
+from daq_lightning.numerics.tiling import bands
+
+_SUMS = 1 << 14  # groups times candidates whose sums are held at a time, at least
+_SUMS_SHARE = 512  # and for a large weight one such sum for so many elements
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a backend is to search: two matrices of one shape on one device, and how."""
+
+    weight: Tensor
+    base: Tensor
+    granularity: Granularity
+    search: ScaleSearch
+    format: Format
+    scale_format: ScaleFormat
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N)."""
+        return (self.weight.shape[0], self.weight.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What `search_scale` found for one weight.
+
+    Attributes:
+        codes: Codes of the format, shape (M, N).
+        scale: float32 multiplier, shape ``granularity.grid((M, N))``, already rounded to the scale format.
+        alpha: float64 multiple of the absmax scale, same shape as `scale`. Under ``alpha_scope="layer"``
+            all are equal, but for groups of zeros, which keep 1.
+        stats: Sums per group, shape (G,), of exactly these codes and scales.
+        absmax_stats: Sums per group of plain absmax quantization (alpha = 1).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    alpha: Tensor
+    stats: DeltaStats
+    absmax_stats: DeltaStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The functions of a backend that a search step by step is made of; see `daq_lightning.numerics.backends`."""
+
+    absmax: Callable[[Tensor, Granularity], Tensor]
+    delta_stats: Callable[[Tensor, Tensor, Tensor, Granularity, Format], DeltaStats]
+    quantize: Callable[[Tensor, Tensor, Granularity, Format], Tensor]
+
+
+def search_in_steps(task: Task, kernels: Kernels) -> SearchResult:
+    """The search of a task. Scales are NaN or infinite where the weight is."""
+    absmax = kernels.absmax(task.weight, task.granularity)
+    scale = absmax_to_scale(absmax, task.scale_format, task.format)
+    scale_G = scale.flatten()
+
+    def evaluate(band: _Band, alpha_GK: Tensor) -> DeltaStats:
+        scale_GK = _scaled(scale_G[band.groups, None], alpha_GK, task)
+        rows = band.rows
+        return kernels.delta_stats(task.weight[rows], task.base[rows], scale_GK, task.granularity, task.format)
+
+    found = _search_layer(task, evaluate) if task.search.alpha_scope == "layer" else _search_groups(task, evaluate)
+    # a group of zeros has scale 1 whatever the alpha of its layer
+    alpha = torch.where(absmax == 0, 1.0, found.alpha.reshape(scale.shape))
+    best = _scaled(scale, alpha, task)
+    return SearchResult(
+        codes=kernels.quantize(task.weight, best, task.granularity, task.format),
+        scale=best,
+        alpha=alpha,
+        stats=found.stats,
+        absmax_stats=found.absmax_stats,
+    )
+
+
+def _scaled(scale: Tensor, alpha: Tensor, task: Task) -> Tensor:
+    return round_scale((scale.double() * alpha).float(), task.scale_format)
+
+
+class _Band(NamedTuple):
+    """Some rows of the weight, and the groups that lie in them."""
+
+    rows: slice
+    groups: slice
+
+
+class _Found(NamedTuple):
+    """The alpha of every group, float64 of shape (G,), and the sums under it and under alpha = 1."""
+
+    alpha: Tensor
+    stats: DeltaStats
+    absmax_stats: DeltaStats
+
+
+_Evaluate: TypeAlias = Callable[[_Band, Tensor], DeltaStats]
+"""(band, alpha_GK of its groups) -> sums of shape (G, K)."""
+
+
+def _search_groups(task: Task, evaluate: _Evaluate) -> _Found:
+    """One alpha per group: bands of groups are independent of each other."""
+    found = []
+    for band in _bands(task):
+        one_G = _ones(band.groups.stop - band.groups.start, task)
+        found.append(_coarse_to_fine(lambda alpha_GK, band=band: evaluate(band, alpha_GK), one_G, task.search))
+    alphas, stats, absmax_stats = zip(*found, strict=True)
+    return _Found(torch.cat(alphas), _concatenate(stats), _concatenate(absmax_stats))
+
+
+def _search_layer(task: Task, evaluate: _Evaluate) -> _Found:
+    """One alpha for the weight: every stage sums over all bands before it decides."""
+    cut = list(_bands(task))
+
+    def evaluate_all(alpha_1K: Tensor) -> DeltaStats:
+        parts = [evaluate(band, alpha_1K).map(lambda field: field.sum(0, keepdim=True)) for band in cut]
+        return _concatenate(parts).map(lambda field: field.sum(0, keepdim=True))
+
+    one_1 = _ones(1, task)
+    alpha_1 = _coarse_to_fine(evaluate_all, one_1, task.search).alpha
+    both_1K = torch.stack([alpha_1, one_1], 1)
+    both_GK = _concatenate([evaluate(band, both_1K) for band in cut])
+    stats, absmax_stats = (both_GK.map(lambda field, k=k: field[:, k]) for k in (0, 1))
+    return _Found(alpha_1.expand(cut[-1].groups.stop), stats, absmax_stats)
+
+
+def _bands(task: Task) -> Iterator[_Band]:
+    """Bands with few enough groups each that the sums of all candidates stay small."""
+    rows, cols = task.granularity.cell(task.shape)
+    candidates = max(task.search.n_coarse + 1, task.search.n_fine)
+    sums = max(_SUMS, task.shape[0] * task.shape[1] // _SUMS_SHARE)
+    start = 0
+    for band in bands(task.shape, task.granularity, max(1, sums // candidates) * rows * cols):
+        grid_rows, grid_cols = task.granularity.grid((band.stop - band.start, task.shape[1]))
+        yield _Band(band, slice(start, start + grid_rows * grid_cols))
+        start += grid_rows * grid_cols
+
+
+def _coarse_to_fine(evaluate: Callable[[Tensor], DeltaStats], one_G: Tensor, search: ScaleSearch) -> _Found:
+    """Algorithm 1 for many groups at once, in two calls of `evaluate`."""
+    coarse_GK = coarse(search).to(one_G.device).expand(len(one_G), -1)
+    stats_GK = evaluate(torch.cat([one_G[:, None], coarse_GK], 1))
+    absmax_stats = stats_GK.map(lambda field: field[:, 0].clone())  # a view would keep the sums of all candidates
+    stats_GK = stats_GK.map(lambda field: field[:, 1:])
+    alpha_G, stats = _pick(one_G, absmax_stats, coarse_GK, stats_GK, search)
+    if search.n_fine:
+        fine_GK = fine(search, alpha_G)
+        alpha_G, stats = _pick(alpha_G, stats, fine_GK, evaluate(fine_GK), search)
+    return _Found(alpha_G, stats, absmax_stats)
+
+
+def _pick(
+    alpha_G: Tensor, stats: DeltaStats, alpha_GK: Tensor, stats_GK: DeltaStats, search: ScaleSearch
+) -> tuple[Tensor, DeltaStats]:
+    """The best candidate if it strictly beats the incumbent; ties go to the alpha nearest 1; no update, no move."""
+    score_GK = score(stats_GK, search.metric, tau=search.tau)
+    best_G = score_GK.amax(1)
+    # fine grids around 1 are symmetric: of 1 - d and 1 + d take the latter, which does not saturate, not a last bit
+    distance_GK = (alpha_GK - 1).abs() + 1e-9 * (alpha_GK < 1).double()
+    distance_GK = torch.where(score_GK == best_G[:, None], distance_GK, torch.inf)
+    winner_G1 = distance_GK.argmin(1, keepdim=True)
+    better_G = (best_G > score(stats, search.metric, tau=search.tau)) & (stats.n_changed > 0)
+
+    def choose(candidates_GK: Tensor, incumbent_G: Tensor) -> Tensor:
+        return torch.where(better_G, candidates_GK.gather(1, winner_G1)[:, 0], incumbent_G)
+
+    chosen = DeltaStats(*(choose(new, old) for new, old in zip(stats_GK, stats, strict=True)))
+    return choose(alpha_GK, alpha_G), chosen
+
+
+def _ones(count: int, task: Task) -> Tensor:
+    return torch.ones(count, dtype=torch.float64, device=task.weight.device)
+
+
+def _concatenate(parts: list[DeltaStats] | tuple[DeltaStats, ...]) -> DeltaStats:
+    return DeltaStats(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
