@@ -8,11 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from daq_lightning.callback import DeltaAwareQuantization as DeltaAwareQuantization
-    from daq_lightning.chain import Chain as Chain
+    from daq_lightning.audit.chain import Chain as Chain
     from daq_lightning.checkpoint.reader import load_checkpoint as load_checkpoint
     from daq_lightning.checkpoint.tensor_file import CheckpointError as CheckpointError
-    from daq_lightning.export import export_checkpoint as export_checkpoint
+    from daq_lightning.export.run import export_checkpoint as export_checkpoint
     from daq_lightning.metrics import DeltaCosineSimilarity as DeltaCosineSimilarity
     from daq_lightning.metrics import DeltaGain as DeltaGain
     from daq_lightning.metrics import DeltaMeanSquaredError as DeltaMeanSquaredError
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
     from daq_lightning.numerics.search.search import search_scale as search_scale
     from daq_lightning.numerics.search.settings import ScaleSearch as ScaleSearch
     from daq_lightning.numerics.search.stages import SearchResult as SearchResult
-    from daq_lightning.report import ExportReport as ExportReport
+    from daq_lightning.report.figures import ExportReport as ExportReport
+    from daq_lightning.training.callback import DeltaAwareQuantization as DeltaAwareQuantization
 
 __all__ = [
     "Chain",
@@ -56,11 +56,11 @@ __version__ = "0.1.0"
 # Each name is loaded when it is first used: torch takes seconds to import, torchmetrics and lightning take more
 # (they import transformers and matplotlib where they are installed), and `daq-lightning --help` needs none of them.
 _HOMES = {
-    "Chain": "daq_lightning.chain",
-    "DeltaAwareQuantization": "daq_lightning.callback",
+    "Chain": "daq_lightning.audit.chain",
+    "DeltaAwareQuantization": "daq_lightning.training.callback",
     "load_checkpoint": "daq_lightning.checkpoint.reader",
     "CheckpointError": "daq_lightning.checkpoint.tensor_file",
-    "export_checkpoint": "daq_lightning.export",
+    "export_checkpoint": "daq_lightning.export.run",
     "DeltaCosineSimilarity": "daq_lightning.metrics",
     "DeltaGain": "daq_lightning.metrics",
     "DeltaMeanSquaredError": "daq_lightning.metrics",
@@ -75,7 +75,7 @@ _HOMES = {
     "ScaleSearch": "daq_lightning.numerics.search.settings",
     "SearchResult": "daq_lightning.numerics.search.stages",
     "search_scale": "daq_lightning.numerics.search.search",
-    "ExportReport": "daq_lightning.report",
+    "ExportReport": "daq_lightning.report.figures",
 }
 
 

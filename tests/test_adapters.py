@@ -16,11 +16,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from daq_lightning.checkpoint.adapter_folder import read_adapter
+from daq_lightning.checkpoint.adapter import read_adapter
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.model.adapters.merged import find_adapters
+from daq_lightning.model.adapters.save import save_adapter
 from daq_lightning.numerics.lora import LoraFactors, merge_lora, merge_lora_bias, merge_lora_experts
-from daq_lightning.training.adapter_save import save_adapter
-from daq_lightning.training.adapters import find_adapters
 
 SIZES = {
     "hidden_size": 64,
@@ -351,7 +351,7 @@ class TestFindsAdapters:
 
     def test_peft_is_not_imported_for_a_plain_model(self):
         code = (
-            "import sys, torch, daq_lightning.training.adapters as a, daq_lightning.checkpoint.adapter_folder\n"
+            "import sys, torch, daq_lightning.model.adapters.merged as a, daq_lightning.checkpoint.adapter\n"
             "assert a.find_adapters(torch.nn.Linear(2, 2)) is None\n"
             "assert not {'peft', 'transformers'} & set(sys.modules), 'imported'"
         )

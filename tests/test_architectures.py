@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from daq_lightning import CheckpointError, ScaleSearch, export_checkpoint, load_checkpoint
-from daq_lightning.architecture import Architecture
+from daq_lightning.model.architecture import Architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 

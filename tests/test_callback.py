@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from daq_lightning import CheckpointError, DeltaAwareQuantization, ExportReport, ScaleSearch, load_checkpoint
 from daq_lightning.numerics.objectives import measure
-from daq_lightning.report import figures
+from daq_lightning.report.figures import figures
 
 QUICK = ScaleSearch(metric="cosine", n_coarse=3, n_fine=0)
 

@@ -22,7 +22,7 @@ from daq_lightning import (
 )
 from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.numerics.objectives import measure
-from daq_lightning.report import figures
+from daq_lightning.report.figures import figures
 
 QUICK = ScaleSearch(metric="cosine", n_coarse=3, n_fine=0)
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import daq_lightning
 from daq_lightning import Chain, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
-from daq_lightning.arguments import make_parser, normalized
+from daq_lightning.audit.verify import verify_checkpoint
 from daq_lightning.checkpoint.layouts import SCHEMES
 from daq_lightning.cli import _without_interrupts, main
+from daq_lightning.cli.arguments import make_parser, normalized
+from daq_lightning.export.job import ExportSettings
 from daq_lightning.numerics.objectives import METRICS
-from daq_lightning.preparation import ExportSettings
-from daq_lightning.verify import verify_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = transformers.LlamaConfig(
@@ -465,7 +465,7 @@ class OneMergedWeight:
 def adapter(monkeypatch, tmp_path):
     """Stands in for the reader of adapter folders; the folder's name is the weight that is doubled."""
     reader = SimpleNamespace(read_adapter=lambda folder: OneMergedWeight(Path(folder)))
-    monkeypatch.setitem(sys.modules, "daq_lightning.checkpoint.adapter_folder", reader)
+    monkeypatch.setitem(sys.modules, "daq_lightning.checkpoint.adapter", reader)
 
     def make(name):
         (tmp_path / name).mkdir()
@@ -513,7 +513,7 @@ def test_an_adapter_folder_as_post_is_explained(models, tmp_path, capsys):
 
 
 def test_a_lora_folder_is_merged_as_peft_merges_it(models, tmp_path):
-    pytest.importorskip("daq_lightning.checkpoint.adapter_folder")
+    pytest.importorskip("daq_lightning.checkpoint.adapter")
     import peft
 
     model = transformers.AutoModelForCausalLM.from_pretrained(models.base, dtype=torch.float32)

@@ -236,7 +236,7 @@ def test_a_parametrized_layer_beside_adapters_is_refused_by_name(tmp_path):
 
 
 def test_a_saved_state_that_lacks_trained_weights_is_refused_by_name(tmp_path):
-    from daq_lightning.training.model import LiveModel
+    from daq_lightning.model.live import LiveModel
 
     module = Tuning()
     state = module.state_dict()

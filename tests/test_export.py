@@ -17,9 +17,9 @@ from torch import nn
 
 from daq_lightning import CheckpointError, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.checkpoint.tensor_file import TensorEntry
-from daq_lightning.preparation import ExportSettings
-from daq_lightning.report import only_finite
-from daq_lightning.source import Source, _guess_modules
+from daq_lightning.export.job import ExportSettings
+from daq_lightning.export.source import Source, _guess_modules
+from daq_lightning.report.figures import only_finite
 
 QUICK = ScaleSearch(metric="cosine", n_coarse=3, n_fine=2)
 DOWN = "model.layers.0.mlp.down_proj.weight"

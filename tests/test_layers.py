@@ -165,7 +165,7 @@ def test_every_module_imports_only_what_the_table_allows(name):
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("report", "from daq_lightning.export import export_checkpoint"),
+        ("report", "from daq_lightning.export.run import export_checkpoint"),
         ("report", "def f():\n    from daq_lightning import export"),
         ("report", "from . import export"),
         ("plan", "from daq_lightning.checkpoint.reader import load_checkpoint"),

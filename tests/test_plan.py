@@ -5,13 +5,13 @@ import tiny_models
 import torch
 import transformers
 
-from daq_lightning.architecture import Architecture
 from daq_lightning.checkpoint.layouts import make_layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
+from daq_lightning.export.job import ExportSettings, make_plan
+from daq_lightning.export.plan import plan_export
+from daq_lightning.export.source import Source
+from daq_lightning.model.architecture import Architecture
 from daq_lightning.numerics.formats import PerBlock, PerChannel
-from daq_lightning.plan import plan_export
-from daq_lightning.preparation import ExportSettings, make_plan
-from daq_lightning.source import Source
 
 
 def plan(factory=tiny_models.llama, *, dtype=torch.bfloat16, extra=(), drop=(), arguments=(), **changes):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from daq_lightning import ExportReport, PerBlock, ScaleSearch, export_checkpoint, load_checkpoint, search_scale
 from daq_lightning.cli import main
 from daq_lightning.numerics.objectives import DeltaStats
-from daq_lightning.readers import SAMPLE, dequantized_stats
+from daq_lightning.report.readers import SAMPLE, dequantized_stats
 
 ROUND = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16}
 

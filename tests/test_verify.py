@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from daq_lightning import CheckpointError, ExportReport, export_checkpoint, load_checkpoint
+from daq_lightning.audit.recompute import differences, recompute, table, worst_first
+from daq_lightning.audit.verify import checklist, run_checks, verify_checkpoint
 from daq_lightning.checkpoint.layouts import make_layout, read_layout
-from daq_lightning.inspection import differences, recompute, table, worst_first
-from daq_lightning.verify import checklist, run_checks, verify_checkpoint
 
 SIZES = dict(hidden_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, vocab_size=64)
 LLAMA = transformers.LlamaConfig(intermediate_size=256, **SIZES)
@@ -331,7 +331,7 @@ def test_recomputed_figures_are_those_of_numpy_and_of_the_report(pair, clean):
 def test_bands_add_up_to_the_whole(pair, clean, monkeypatch):
     report = ExportReport.load(clean)
     models = load_checkpoint(pair / "post"), load_checkpoint(pair / "base")
-    monkeypatch.setattr("daq_lightning.inspection._BAND", 1)
+    monkeypatch.setattr("daq_lightning.audit.recompute._BAND", 1)
     assert differences(report, recompute(report, *models)) == {}
 
 

@@ -20,7 +20,7 @@ from daq_lightning.checkpoint.tensor_file import CheckpointError
 
 
 class Adapter(Protocol):
-    """What an adapter folder can do; see `daq_lightning.checkpoint.adapter_folder`."""
+    """What an adapter folder can do; see `daq_lightning.checkpoint.adapter`."""
 
     path: Path
 

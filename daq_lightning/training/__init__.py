@@ -1,1 +1,1 @@
-"""The live model inside a Trainer: its weights under checkpoint names, its adapters, its base."""
+"""The Trainer: when to take the base, when to export."""

@@ -32,7 +32,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from daq_lightning.metrics import delta_metrics
-from daq_lightning.report import ExportReport
+from daq_lightning.report.figures import ExportReport
 
 
 def _new_record() -> Path:

@@ -21,15 +21,15 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from daq_lightning.checkpoint.lineage import make_lineage
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
-from daq_lightning.export import export
-from daq_lightning.preparation import Context, ExportSettings, make_plan, match_base
-from daq_lightning.source import Source
+from daq_lightning.export.job import Context, ExportSettings, make_plan, match_base
+from daq_lightning.export.lineage import make_lineage
+from daq_lightning.export.run import export
+from daq_lightning.export.source import Source
+from daq_lightning.model.complete import check_complete
+from daq_lightning.model.live import LiveModel, find_model, owners_of_files
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.claims import free_name, remove_own
-from daq_lightning.training.complete import check_complete
-from daq_lightning.training.model import LiveModel, find_model, owners_of_files
 from daq_lightning.training.other_callbacks import best_saver
 from daq_lightning.training.published import Published
 from daq_lightning.training.resume import own_state, reference_of

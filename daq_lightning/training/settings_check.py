@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeAlias
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from daq_lightning.checkpoint.layouts import SCHEMES, Scheme
+from daq_lightning.export.job import ExportSettings
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search.settings import ScaleSearch
-from daq_lightning.preparation import ExportSettings
 
 MissingBase: TypeAlias = Literal["error", "absmax"]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from daq_lightning.architecture import Architecture
+from daq_lightning.model.architecture import Architecture
 
 
 class LiveWeights(Mapping[str, Tensor]):

@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from daq_lightning.architecture import Architecture
 from daq_lightning.checkpoint.layouts import Layout, read_layout
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.model.architecture import Architecture
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import DeltaStats, cosine, measure
 from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
 from daq_lightning.numerics.tiling import bands
-from daq_lightning.readers import dequantized_stats
-from daq_lightning.report import ExportReport, TensorReport, figures
+from daq_lightning.report.figures import ExportReport, TensorReport, figures
+from daq_lightning.report.readers import dequantized_stats
 
 TOLERANCE = 1e-5
 """Of sums, relative to the largest value that each could have: the kernels add up in another order."""

@@ -31,13 +31,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daq_lightning.arguments import in_options, make_parser, normalized
+from daq_lightning.cli.arguments import in_options, make_parser, normalized
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from daq_lightning.checkpoint.reader import Checkpoint
-    from daq_lightning.source import Source
+    from daq_lightning.export.source import Source
 
 _PATHS = ("post", "base", "out", "adapter", "parent", "folder")  # options that are paths: `~` is the home folder
 _SHOWN = 5  # differing weights in the text of inspect
@@ -122,9 +122,9 @@ def _without_interrupts() -> Iterator[None]:
 
 def _quantize(options: Namespace) -> int:
     from daq_lightning.checkpoint.writer import check_destination, check_inputs
-    from daq_lightning.export import check_device, export
+    from daq_lightning.export.job import ExportSettings, inputs_of, make_context, make_plan, match_base
+    from daq_lightning.export.run import check_device, export
     from daq_lightning.numerics.search.settings import ScaleSearch
-    from daq_lightning.preparation import ExportSettings, inputs_of, make_context, make_plan, match_base
 
     if options.base is None and options.adapter is None:
         raise ValueError("--base is missing: pass the folder of the model that POST was trained from.")
@@ -176,8 +176,8 @@ def _quantize(options: Namespace) -> int:
 
 
 def _inspect(options: Namespace) -> int:
-    from daq_lightning.inspection import differences, recompute, table, worst_first
-    from daq_lightning.report import ExportReport
+    from daq_lightning.audit.recompute import differences, recompute, table, worst_first
+    from daq_lightning.report.figures import ExportReport
 
     post, base = options.post, options.base
     if options.limit is not None and options.limit < 0:
@@ -214,7 +214,7 @@ def _inspect(options: Namespace) -> int:
 
 
 def _chain(options: Namespace) -> int:
-    from daq_lightning.chain import Chain
+    from daq_lightning.audit.chain import Chain
     from daq_lightning.checkpoint.folder import MANIFEST
     from daq_lightning.checkpoint.tensor_file import CheckpointError
 
@@ -239,7 +239,7 @@ def _chain(options: Namespace) -> int:
 
 
 def _verify(options: Namespace) -> int:
-    from daq_lightning.verify import checklist, run_checks
+    from daq_lightning.audit.verify import checklist, run_checks
 
     checks = run_checks(options.out)
     if options.json:
@@ -252,12 +252,12 @@ def _verify(options: Namespace) -> int:
 def _source(post: str, adapter: str | None) -> Source:
     """The fine-tuned model: a folder, or a folder with an adapter merged in."""
     from daq_lightning.checkpoint.adapted import AdaptedCheckpoint
-    from daq_lightning.source import Source
+    from daq_lightning.export.source import Source
 
     _folder(post, "POST")
     if adapter is None:
         return Source.from_folder(post)
-    from daq_lightning.checkpoint.adapter_folder import read_adapter  # type: ignore[import-not-found]
+    from daq_lightning.checkpoint.adapter import read_adapter  # type: ignore[import-not-found]
 
     source, found = Source.from_folder(post), read_adapter(_folder(adapter, "--adapter"))
     ties = getattr(source.architecture.model, "all_tied_weights_keys", None) or {}

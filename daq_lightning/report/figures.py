@@ -3,7 +3,7 @@
 Each quantized tensor is listed with the sums of the scales that were written ("searched") and of plain absmax scales
 ("absmax"), and the figures that follow from them. Both are those of float32 products of code and scale, which FP8
 kernels compute with; "dequantized" are the written scales for a reader that rounds the product to 16 bit, see
-`daq_lightning.readers`. Totals are the figures of the added sums.
+`daq_lightning.report.readers`. Totals are the figures of the added sums.
 """
 
 from __future__ import annotations

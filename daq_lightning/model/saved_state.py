@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from daq_lightning.architecture import name_without_peft
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.model.architecture import name_without_peft
 
 
 class Values:

@@ -6,7 +6,7 @@ stored, one tensor at a time:
 
     verify_checkpoint(folder) -> problems, empty when all is well
 
-The rules themselves are in `daq_lightning.contract`.
+The rules themselves are in `daq_lightning.audit.rules`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from daq_lightning.audit.rules import CHECKS, Stored, UnknownError
 from daq_lightning.checkpoint.folder import INDEX, RawCheckpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.contract import CHECKS, Stored, UnknownError
 
 _SHOWN = 5  # problems per check in the text
 

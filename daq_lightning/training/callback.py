@@ -27,16 +27,16 @@ from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.writer import check_destination
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search.settings import ScaleSearch
-from daq_lightning.report import ExportReport
+from daq_lightning.report.figures import ExportReport
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging
 from daq_lightning.training.published import Published
 from daq_lightning.training.ranks import agreed, raise_on_all
 from daq_lightning.training.resume import states_in
 from daq_lightning.training.run import Run, RunSettings
+from daq_lightning.training.saves import WatchedCheckpointIO, saved_by_model_checkpoint
 from daq_lightning.training.schedule import ExportOn, Moment, Schedule, Which
 from daq_lightning.training.strategies import check_strategy
-from daq_lightning.training.watch import WatchedCheckpointIO, saved_by_model_checkpoint
 
 
 class DeltaAwareQuantization(Callback):

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.plan import TensorPlan, size_text
+from daq_lightning.export.plan import TensorPlan, size_text
 
 Batch: TypeAlias = tuple[TensorPlan, ...]
 

@@ -10,15 +10,15 @@ from typing import Any, Literal
 from torch import Tensor
 
 from daq_lightning.checkpoint.layouts import Container, Scheme, make_layout
-from daq_lightning.checkpoint.lineage import make_lineage
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage, Manifest
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES
+from daq_lightning.export.lineage import make_lineage
+from daq_lightning.export.plan import ExportPlan, plan_export
+from daq_lightning.export.source import Source
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.search.settings import ScaleSearch
-from daq_lightning.plan import ExportPlan, plan_export
-from daq_lightning.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from daq_lightning.architecture import Architecture
 from daq_lightning.checkpoint.folder import companion_files
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
+from daq_lightning.model.architecture import Architecture
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from daq_lightning.checkpoint.adapter_folder import moves_base
-from daq_lightning.numerics.lora import LoraFactors, merge_lora, merge_lora_bias, merge_lora_experts
-from daq_lightning.training.adapter_tree import (
+from daq_lightning.checkpoint.adapter import moves_base
+from daq_lightning.model.adapters.tree import (
     DORA,
     Slot,
     adapter_configs,
@@ -37,7 +36,8 @@ from daq_lightning.training.adapter_tree import (
     unwrap,
     walk,
 )
-from daq_lightning.training.values import Values, whole
+from daq_lightning.model.saved_state import Values, whole
+from daq_lightning.numerics.lora import LoraFactors, merge_lora, merge_lora_bias, merge_lora_experts
 
 _UNTIE = (
     "Train them as one with LoraConfig(ensure_weight_tying=True); or untie the model before adding adapters "

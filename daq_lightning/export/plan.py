@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from daq_lightning.architecture import Architecture, Role
 from daq_lightning.checkpoint.layouts import SCHEMES, Container, Layout, make_layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
+from daq_lightning.export.ignore import check_experts, check_fused, ignored_by, owner_of
+from daq_lightning.model.architecture import Architecture, Role
 from daq_lightning.numerics.formats import PerBlock, ScaleFormat
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
-from daq_lightning.selection import check_experts, check_fused, ignored_by, owner_of
 
 _KEEP_REASON: Mapping[Role, str] = {
     "router": "router",

@@ -15,9 +15,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from daq_lightning.checkpoint.adapter_folder import PREFIX, moves_base, write_adapter_tensors
-from daq_lightning.training.adapter_tree import is_a, unwrap
-from daq_lightning.training.values import whole
+from daq_lightning.checkpoint.adapter import PREFIX, moves_base, write_adapter_tensors
+from daq_lightning.model.adapters.tree import is_a, unwrap
+from daq_lightning.model.saved_state import whole
 
 
 def save_adapter(

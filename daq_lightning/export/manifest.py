@@ -14,11 +14,11 @@ from torch import Tensor
 from daq_lightning.checkpoint.fingerprint import combine, fingerprint
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST
 from daq_lightning.checkpoint.manifest import Manifest, describe_files, relative_to
+from daq_lightning.export.job import Context, ExportSettings
+from daq_lightning.export.plan import ExportPlan, TensorPlan
 from daq_lightning.numerics.backends import delta_stats
 from daq_lightning.numerics.search.stages import SearchResult
-from daq_lightning.plan import ExportPlan, TensorPlan
-from daq_lightning.preparation import Context, ExportSettings
-from daq_lightning.report import TensorReport, alpha_statistics, settings
+from daq_lightning.report.figures import TensorReport, alpha_statistics, settings
 
 
 def as_searched(tensor: Tensor) -> Tensor:

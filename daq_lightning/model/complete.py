@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from daq_lightning.architecture import Architecture
-from daq_lightning.training.model import LiveModel
+from daq_lightning.model.architecture import Architecture
+from daq_lightning.model.live import LiveModel
 
 
 def check_complete(model: LiveModel) -> None:

@@ -25,13 +25,7 @@ from daq_lightning.checkpoint.layouts import Container, Scheme
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination, check_inputs
-from daq_lightning.numerics.formats import ScaleFormat
-from daq_lightning.numerics.objectives import DeltaStats
-from daq_lightning.numerics.search.search import search_batch
-from daq_lightning.numerics.search.settings import ScaleSearch
-from daq_lightning.pipeline import WriteBehind, read_ahead, with_progress
-from daq_lightning.plan import ExportPlan, TensorPlan
-from daq_lightning.preparation import (
+from daq_lightning.export.job import (
     Context,
     ExportSettings,
     inputs_of,
@@ -40,10 +34,23 @@ from daq_lightning.preparation import (
     make_plan,
     match_base,
 )
-from daq_lightning.readers import dequantized_stats
-from daq_lightning.record import as_searched, make_config, make_fingerprints, make_manifest, make_notes, make_report
-from daq_lightning.report import ExportReport, TensorReport, settings
-from daq_lightning.source import Source
+from daq_lightning.export.manifest import (
+    as_searched,
+    make_config,
+    make_fingerprints,
+    make_manifest,
+    make_notes,
+    make_report,
+)
+from daq_lightning.export.plan import ExportPlan, TensorPlan
+from daq_lightning.export.source import Source
+from daq_lightning.export.stream import WriteBehind, read_ahead, with_progress
+from daq_lightning.numerics.formats import ScaleFormat
+from daq_lightning.numerics.objectives import DeltaStats
+from daq_lightning.numerics.search.search import search_batch
+from daq_lightning.numerics.search.settings import ScaleSearch
+from daq_lightning.report.figures import ExportReport, TensorReport, settings
+from daq_lightning.report.readers import dequantized_stats
 
 _BATCH = 64 << 20  # bytes of weights that are searched together
 Weights: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from daq_lightning.architecture import Role
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
+from daq_lightning.model.architecture import Role
 
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daq_lightning.architecture import Architecture, Role
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE, RawCheckpoint, read_index
 from daq_lightning.checkpoint.layouts import Layout, listed_modules, read_layout
 from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.checkpoint.patterns import BoundedMatcher
 from daq_lightning.checkpoint.reader import config_dtype
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry
+from daq_lightning.export.ignore import FUSED
+from daq_lightning.model.architecture import Architecture, Role
 from daq_lightning.numerics.formats import PerBlock
-from daq_lightning.report import ExportReport
-from daq_lightning.selection import FUSED
+from daq_lightning.report.figures import ExportReport
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".tmp", ".incomplete"}

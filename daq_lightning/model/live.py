@@ -16,13 +16,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from daq_lightning.architecture import Architecture
 from daq_lightning.checkpoint.tensor_file import TensorSpec
-from daq_lightning.training.adapter_save import save_adapter
-from daq_lightning.training.adapters import find_adapters
-from daq_lightning.training.computed import ComputedTensors, find_computed
-from daq_lightning.training.values import adapters_in, check_adapters, in_full
-from daq_lightning.training.weights import LiveWeights, live_tensors
+from daq_lightning.model.adapters.merged import find_adapters
+from daq_lightning.model.adapters.save import save_adapter
+from daq_lightning.model.architecture import Architecture
+from daq_lightning.model.computed import ComputedTensors, find_computed
+from daq_lightning.model.saved_state import adapters_in, check_adapters, in_full
+from daq_lightning.model.weights import LiveWeights, live_tensors
 
 
 def find_model(module: LightningModule, path: str | None) -> tuple[str, nn.Module]:

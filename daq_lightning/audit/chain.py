@@ -19,7 +19,7 @@ from daq_lightning.checkpoint.fingerprint import fingerprint
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST, RawCheckpoint
 from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.report import ExportReport
+from daq_lightning.report.figures import ExportReport
 
 
 @dataclass(frozen=True, kw_only=True)

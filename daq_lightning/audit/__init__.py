@@ -1,0 +1,1 @@
+"""Reads a finished export: rules, checks, figures computed again, chains."""

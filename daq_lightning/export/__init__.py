@@ -1,0 +1,1 @@
+"""The hall: two mappings of weights in, one folder out."""

@@ -1,0 +1,1 @@
+"""A model in memory: names, roles, adapters, whole weights."""

@@ -1,0 +1,1 @@
+"""PEFT adapters of a model in memory."""

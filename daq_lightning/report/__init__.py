@@ -1,0 +1,1 @@
+"""What an export did, and how it is shown."""
