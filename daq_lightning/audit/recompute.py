@@ -58,7 +58,7 @@ def recompute(
     tensors = []
     for tensor in _with_progress(report.tensors, progress):
         weight = _read(post, tensor.name, tensor, "fine-tuned model")
-        reference = weight if tensor.note else _read(base, names[tensor.name], tensor, "base")
+        reference = weight if tensor.without_base else _read(base, names[tensor.name], tensor, "base")
         if tensor.name not in files.raw or layout.scale_name(tensor.name) not in files.raw:
             raise CheckpointError(f"{report.path} has no codes and scale of {tensor.name}: run `daq-lightning verify`.")
         written = files.raw[tensor.name], files.raw[layout.scale_name(tensor.name)]
@@ -90,7 +90,7 @@ def worst_first(report: ExportReport) -> list[TensorReport]:
     """Its tensors by the cosine of update and kept update, lowest first; those without an update or base come last."""
 
     def rank(tensor: TensorReport) -> tuple[bool, float]:
-        return bool(tensor.note) or float(tensor.searched.delta_sq) == 0, float(cosine(tensor.searched))
+        return bool(tensor.without_base) or float(tensor.searched.delta_sq) == 0, float(cosine(tensor.searched))
 
     return sorted(report.tensors, key=rank)
 
@@ -121,7 +121,7 @@ def table(report: ExportReport, limit: int | None = None) -> str:
         no_update = "no update" if float(tensor.searched.delta_sq) == 0 else ""
         lines.append(
             f"{tensor.name:{width}} {'x'.join(map(str, tensor.shape)):>14} {_row(now, before)} "
-            f"{tensor.alpha['moved']:>7.1%} {tensor.note or no_update}".rstrip()
+            f"{tensor.alpha['moved']:>7.1%} {tensor.without_base or no_update}".rstrip()
         )
     if len(tensors) < len(report.tensors):
         lines.append(f"and {len(report.tensors) - len(tensors)} more")

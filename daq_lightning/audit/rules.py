@@ -26,8 +26,8 @@ from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.checkpoint.patterns import BoundedMatcher
 from daq_lightning.checkpoint.reader import config_dtype
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry
-from daq_lightning.export.ignore import FUSED
 from daq_lightning.model.architecture import Architecture, Role
+from daq_lightning.model.fusion import FUSED
 from daq_lightning.numerics.formats import PerBlock
 from daq_lightning.report.figures import ExportReport
 
@@ -171,7 +171,7 @@ def _check_scales(stored: Stored) -> Iterator[str]:
         elif scales != [expected]:
             yield f"{name} has {' and '.join(scales) or 'no scale'}, expected exactly {expected}"
         else:
-            scale, shape = stored.entry(expected), stored.layout.scale_shape((entry.shape[0], entry.shape[1]))
+            scale, shape = stored.entry(expected), stored.layout.stored(entry)["scale"].shape
             if (scale.dtype, scale.shape) != (torch.float32, shape):
                 yield f"{expected} is {scale.dtype} {scale.shape}, expected float32 {shape}"
     for name in stored.names:

@@ -9,32 +9,16 @@ update away before the search sees it.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.adapter import AdapterFolder
+from daq_lightning.checkpoint.buffers import Buffers
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-
-
-class Adapter(Protocol):
-    """What an adapter folder can do; see `daq_lightning.checkpoint.adapter`."""
-
-    path: Path
-
-    def merged(self, name: str, weight: Tensor) -> Tensor | None:
-        """The merged tensor, or None where the adapter leaves it alone."""
-        ...
-
-    def unused(self, names: Iterable[str]) -> Collection[str]:
-        """The tensors that the adapter changes and that are not among `names`."""
-        ...
-
-    def unties(self, tied: Sequence[Sequence[str]]) -> Collection[str]:
-        """The tensors of these groups of tied names that the adapter changes in one place and not in the others."""
-        ...
 
 
 class AdaptedCheckpoint(Checkpoint):
@@ -44,14 +28,21 @@ class AdaptedCheckpoint(Checkpoint):
         path: The folder that the adapter was trained on.
         adapter: The adapter.
         tied: Groups of names that are one tensor in the model.
+        dtype: Of dequantized weights; see `Checkpoint`.
 
     Raises:
         CheckpointError: As for `Checkpoint`, or the adapter changes a tensor that the folder lacks, or one of two that
             are tied.
     """
 
-    def __init__(self, path: str | os.PathLike[str], adapter: Adapter, tied: Sequence[Sequence[str]] = ()) -> None:
-        super().__init__(path)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        adapter: AdapterFolder,
+        tied: Sequence[Sequence[str]] = (),
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(path, dtype)
         self._adapter = adapter
         unused = sorted(adapter.unused(self.specs))
         if unused:
@@ -73,7 +64,8 @@ class AdaptedCheckpoint(Checkpoint):
         """The folder, and that of the adapter."""
         return (self.path, self._adapter.path)
 
-    def __getitem__(self, name: str) -> Tensor:
-        weight = super().__getitem__(name)
+    def read(self, name: str, buffers: Buffers | None = None) -> Tensor:
+        """One tensor with the adapter merged in, in float32; as it is where the adapter leaves it alone."""
+        weight = super().read(name, buffers)
         merged = self._adapter.merged(name, weight)
         return weight if merged is None else merged

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from daq_lightning.checkpoint.buffers import Buffers
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -58,7 +59,11 @@ class RawCheckpoint(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.path}: the quantization_config is not a JSON object.")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.entries[name].read()
+        return self.read(name)
+
+    def read(self, name: str, buffers: Buffers | None = None) -> Tensor:
+        """One tensor as it is stored; see `TensorEntry.read`."""
+        return self.entries[name].read(buffers)
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries  # Mapping would read the tensor

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.buffers import Buffers
 from daq_lightning.checkpoint.folder import RawCheckpoint
-from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
+from daq_lightning.checkpoint.tensor_file import CheckpointError, LazyTensors, TensorSpec
 from daq_lightning.numerics.formats import Granularity, PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.quantize import dequantize
 
@@ -27,7 +28,7 @@ _CACHE_SCALES = ("q_scale", "k_scale", "v_scale", "prob_output_scale", "kv_scale
 _FP8 = torch.float8_e4m3fn
 
 
-class Checkpoint(Mapping[str, Tensor]):
+class Checkpoint(LazyTensors):
     """A checkpoint folder in high precision: FP8 weights are dequantized, one tensor at a time.
 
     Args:
@@ -69,11 +70,20 @@ class Checkpoint(Mapping[str, Tensor]):
         return bool(self._scales)
 
     def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def read(self, name: str, buffers: Buffers | None = None) -> Tensor:
+        """One tensor in high precision.
+
+        Args:
+            name: Its name.
+            buffers: Where the memory of what is read comes from; None takes new memory.
+        """
         if name not in self.specs:
             raise KeyError(name)
         if name not in self._scales:
-            return self.raw[name]
-        codes, scale = self.raw[name], self.raw[self._scales[name]]
+            return self.raw.read(name, buffers)
+        codes, scale = self.raw.read(name, buffers), self.raw.read(self._scales[name], buffers)
         if scale.dtype == torch.float8_e8m0fnu:
             scale = scale.float()
         granularity = self._granularities[name]
@@ -88,6 +98,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.specs)
+
+    def spec(self, name: str) -> TensorSpec:
+        """dtype and shape of a tensor, as it is handed out."""
+        return self.specs[name]
 
     def granularity(self, name: str) -> Granularity:
         """Which elements of an FP8 weight share a scale."""

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-import weakref
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from daq_lightning.checkpoint.buffers import Buffers
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -65,6 +66,11 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def spec_of(name: str, tensor: Tensor) -> TensorSpec:
+    """The description of a tensor at hand."""
+    return TensorSpec(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape))
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry(TensorSpec):
     """A tensor and its place: absolute byte offset in a file."""
@@ -72,13 +78,16 @@ class TensorEntry(TensorSpec):
     path: Path
     offset: int
 
-    def read(self) -> Tensor:
-        """Reads the tensor into memory of its own.
+    def read(self, buffers: Buffers | None = None) -> Tensor:
+        """Reads the tensor.
+
+        Args:
+            buffers: Where the memory comes from; None takes new memory.
 
         Raises:
             CheckpointError: The file is shorter than its header says.
         """
-        data = _buffers.take(self.nbytes)
+        data = (buffers or Buffers()).take(self.nbytes)
         view, done = data.numpy().data, 0
         with open(self.path, "rb", buffering=0) as file:
             while done < self.nbytes:
@@ -91,41 +100,12 @@ class TensorEntry(TensorSpec):
         return data.view(self.dtype).reshape(self.shape)
 
 
-class _Buffers:
-    """Memory for tensors that are read one after another.
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are described before any of them is read, and read when asked for."""
 
-    New memory costs more time (the system hands out and zeroes every page) than copying a file from its cache into
-    it, so a buffer is used again as soon as no tensor refers to it any more. torch keeps the memoryview that a tensor
-    was made from alive as long as the tensor's storage, views of it included; its end gives the buffer back.
-    """
-
-    _SMALL, _LARGE, _KEPT = 1 << 20, 64 << 20, 8
-
-    def __init__(self) -> None:
-        self._free: list[bytearray] = []
-        self._lock = threading.RLock()  # a buffer may come back while one is taken, in the same thread
-
-    def take(self, nbytes: int) -> Tensor:
-        """Uninitialized bytes that belong to the caller."""
-        if not self._SMALL <= nbytes <= self._LARGE:
-            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        with self._lock:
-            fitting = [buffer for buffer in self._free if nbytes <= len(buffer) <= 2 * nbytes]
-            buffer = min(fitting, key=len, default=None)
-            if buffer is not None:
-                self._free = [other for other in self._free if other is not buffer]
-        if buffer is None:
-            buffer = bytearray(nbytes)
-        view = memoryview(buffer)[:nbytes]
-        weakref.finalize(view, self._give_back, buffer).atexit = False
-        return torch.frombuffer(view, dtype=torch.uint8)
-
-    def _give_back(self, buffer: bytearray) -> None:
-        with self._lock:
-            self._free = [buffer, *self._free][: self._KEPT]
-
-
-_buffers = _Buffers()
+    @abstractmethod
+    def spec(self, name: str) -> TensorSpec:
+        """dtype and shape of a tensor, without computing or reading it."""
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

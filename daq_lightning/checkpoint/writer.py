@@ -30,9 +30,9 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE
 from daq_lightning.checkpoint.manifest import foreign_files
+from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, TensorSpec, make_header, tensor_bytes
 
-DEFAULT_SHARD_BYTES = 5 * 10**9
 _FLUSH = 64 << 20  # bytes after which written data is pushed to the disk, so that the final fsync has little to do
 
 

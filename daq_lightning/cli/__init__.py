@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from daq_lightning.checkpoint.reader import Checkpoint
-    from daq_lightning.export.source import Source
 
 _PATHS = ("post", "base", "out", "adapter", "parent", "folder")  # options that are paths: `~` is the home folder
 _SHOWN = 5  # differing weights in the text of inspect
@@ -122,8 +121,10 @@ def _without_interrupts() -> Iterator[None]:
 
 def _quantize(options: Namespace) -> int:
     from daq_lightning.checkpoint.writer import check_destination, check_inputs
-    from daq_lightning.export.job import ExportSettings, inputs_of, make_context, make_plan, match_base
-    from daq_lightning.export.run import check_device, export
+    from daq_lightning.export.job import prepare
+    from daq_lightning.export.run import check_device, run
+    from daq_lightning.export.settings import ExportSettings
+    from daq_lightning.export.source import Source
     from daq_lightning.numerics.search.settings import ScaleSearch
 
     if options.base is None and options.adapter is None:
@@ -147,27 +148,24 @@ def _quantize(options: Namespace) -> int:
         missing_base=options.missing_base,
     )
     check_device(options.device)
-    source, base = _source(options.post, options.adapter), _checkpoint(options.base or options.post, "--base")
-    plan = make_plan(source, choices)
-    names = [tensor.spec.name for tensor in plan.quantized]
-    context = make_context(base, names, parent=options.parent, chain_from=options.chain_from)
+    adapter = None if options.adapter is None else _folder(options.adapter, "--adapter")
+    source = Source.from_folder(_folder(options.post, "POST"), adapter)
+    base = _checkpoint(options.base or options.post, "--base")
+    job = prepare(source, base, choices, parent=options.parent, chain_from=options.chain_from)
     if options.dry_run:
         if options.out is not None:
-            check_inputs(Path(options.out), inputs_of(source, base, context))
+            check_inputs(Path(options.out), job.inputs())
             check_destination(Path(options.out))
-        _, without_base = match_base(plan, base, source, choices)
         if options.json:
-            _print_json(plan.to_dict() | {"without_base": without_base})
+            _print_json(job.plan.to_dict() | {"without_base": dict(job.without_base)})
             return 0
-        print(plan.table())
-        print(
-            f"base: {len(plan.quantized) - len(without_base)} of {len(plan.quantized)} FP8 weights are in {base.path}"
-        )
-        print("".join(f"  {name}: plain scale, {problem}\n" for name, problem in without_base.items()), end="")
+        quantized, missing = len(job.plan.quantized), len(job.without_base)
+        print(job.plan.table())
+        print(f"base: {quantized - missing} of {quantized} FP8 weights are in {base.path}")
+        print("".join(f"  {name}: plain scale, {why}\n" for name, why in job.without_base.items()), end="")
         print("dry run: nothing was written")
         return 0
-    out, progress = Path(str(options.out)), not options.quiet
-    report = export(source, base, out, choices, context=context, device=options.device, progress=progress)
+    report = run(job, Path(str(options.out)), device=options.device, progress=not options.quiet)
     if options.json:
         _print_json({"path": report.path, **report.to_dict()})
     elif not options.quiet:
@@ -189,9 +187,7 @@ def _inspect(options: Namespace) -> int:
     report = found = ExportReport.load(_export_folder(options.out))
     if base is not None:
         progress = sys.stderr.isatty()
-        found = recompute(
-            report, _source(post, options.adapter).weights, _checkpoint(base, "--base"), progress=progress
-        )
+        found = recompute(report, _weights(post, options.adapter), _checkpoint(base, "--base"), progress=progress)
     differing = differences(report, found)
     if options.json:
         content = found.to_dict()
@@ -249,20 +245,14 @@ def _verify(options: Namespace) -> int:
     return 1 if any(check.problems for check in checks) else 0
 
 
-def _source(post: str, adapter: str | None) -> Source:
-    """The fine-tuned model: a folder, or a folder with an adapter merged in."""
+def _weights(post: str, adapter: str | None) -> Checkpoint:
+    """The fine-tuned weights: of a folder, or of a folder with an adapter merged in."""
     from daq_lightning.checkpoint.adapted import AdaptedCheckpoint
-    from daq_lightning.export.source import Source
+    from daq_lightning.checkpoint.adapter import read_adapter
 
-    _folder(post, "POST")
     if adapter is None:
-        return Source.from_folder(post)
-    from daq_lightning.checkpoint.adapter import read_adapter  # type: ignore[import-not-found]
-
-    source, found = Source.from_folder(post), read_adapter(_folder(adapter, "--adapter"))
-    ties = getattr(source.architecture.model, "all_tied_weights_keys", None) or {}
-    tied = [(name, copy) for copy, name in ties.items()]
-    return dataclasses.replace(source, weights=AdaptedCheckpoint(post, found, tied))
+        return _checkpoint(post, "POST")
+    return AdaptedCheckpoint(_folder(post, "POST"), read_adapter(_folder(adapter, "--adapter")))
 
 
 def _checkpoint(path: str, role: str) -> Checkpoint:

@@ -1,21 +1,11 @@
-"""Which weights a user leaves out, and which cannot be left out one by one."""
+"""Which weights a user leaves out."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
-from daq_lightning.model.architecture import Role
-
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("query", "key", "value"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
-"""Projections that servers join into one matrix."""
 
 
 def ignored_by(patterns: Sequence[str], specs: Sequence[TensorSpec], keys: Mapping[str, str]) -> set[str]:
@@ -46,41 +36,6 @@ def ignored_by(patterns: Sequence[str], specs: Sequence[TensorSpec], keys: Mappi
             )
         ignored |= matched
     return ignored
-
-
-def check_fused(chosen: Collection[str], roles: Mapping[str, Role]) -> None:
-    """Raises CheckpointError where servers fuse weights of which only some are chosen."""
-    for name in chosen:
-        prefix, _, leaf = name.removesuffix(".weight").rpartition(".")
-        for group in FUSED:
-            if leaf not in group:
-                continue
-            siblings = [f"{prefix}.{sibling}.weight" for sibling in group]
-            left_out = [sibling for sibling in siblings if sibling in roles and sibling not in chosen]
-            if left_out:
-                raise CheckpointError(
-                    f"{name} would be quantized and {', '.join(left_out)} not, but servers fuse them into one matrix: "
-                    "ignore all of them or none."
-                )
-
-
-def check_experts(
-    chosen: Sequence[TensorSpec], specs: Sequence[TensorSpec], keys: Mapping[str, str], roles: Mapping[str, Role]
-) -> None:
-    """Raises CheckpointError where only some experts of a layer are chosen."""
-    names = {spec.name for spec in chosen}
-    layers = {owner_of(keys[spec.name]) for spec in chosen if roles[spec.name] == "expert"}
-    for spec in specs:
-        if roles[spec.name] == "expert" and spec.name not in names and owner_of(keys[spec.name]) in layers:
-            raise CheckpointError(
-                f"{spec.name} would be kept and other experts of {owner_of(keys[spec.name])} quantized, but servers "
-                "hold the experts of a layer in one tensor: ignore all of them or none."
-            )
-
-
-def owner_of(key: str) -> str:
-    """The module that holds a tensor."""
-    return key.rpartition(".")[0]
 
 
 def _aliases(name: str, keys: Mapping[str, str]) -> list[str]:

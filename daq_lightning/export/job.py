@@ -1,73 +1,131 @@
-"""What is settled before an export reads its first weight: settings, plan, the base of every weight, the lineage."""
+"""What is settled before an export reads its first weight, once: the plan, the base of every weight, the lineage.
+
+    prepare(source, base, settings) -> Job        job.plan is what a dry run shows; `run(job, out)` writes
+
+The callback prepares when training starts, so that whatever does not fit is known before the first step, and keeps
+its job: each export only puts another source and step into it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from daq_lightning.checkpoint.layouts import Container, Scheme, make_layout
-from daq_lightning.checkpoint.manifest import ChainFrom, Lineage, Manifest
+from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES
-from daq_lightning.export.lineage import make_lineage
+from daq_lightning.export.lineage import ancestors, make_lineage
 from daq_lightning.export.plan import ExportPlan, plan_export
-from daq_lightning.export.source import Source
-from daq_lightning.numerics.formats import ScaleFormat
-from daq_lightning.numerics.search.settings import ScaleSearch
+from daq_lightning.export.settings import ExportSettings
+from daq_lightning.export.source import Source, described, spec_in
+
+_LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSettings:
-    """Everything that decides what an export writes.
+class Job:
+    """An export, settled.
 
     Attributes:
-        scheme: "FP8_BLOCK", "FP8_DYNAMIC", "FP8A16", or "auto": blocks where all sizes allow it, else channels.
-        search: Objective and candidates of the scale search.
-        ignore: Modules to keep as they are: full names, or `re:` patterns of full names.
-        container: "fp8" or "compressed-tensors"; None takes the scheme's usual one.
-        scale_format: None, or "ue8m0" for scales that are powers of two.
-        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or "absmax" to
-            quantize it without a search and say so in the report.
-        max_shard_bytes: Size at which a new safetensors file begins.
+        source: The fine-tuned model.
+        base: The weights before fine-tuning.
+        settings: What the user chose.
+        plan: What happens to each tensor of the source.
+        base_names: Weight name -> its name in the base, for every quantized weight that has a base.
+        without_base: Weight name -> why it has none; it is quantized without a search.
+        lineage: Its place in a chain of exports.
+        root: The base of the chain's first stage: what is kept of the change since then is reported too.
+        training: Step, epoch and checkpoint of the run that made the weights.
     """
 
-    scheme: Scheme = "auto"
-    search: ScaleSearch = field(default_factory=ScaleSearch)
-    ignore: tuple[str, ...] = ()
-    container: Container | None = None
-    scale_format: ScaleFormat | None = None
-    missing_base: Literal["error", "absmax"] = "error"
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    source: Source
+    base: Mapping[str, Tensor] = field(repr=False)
+    settings: ExportSettings
+    plan: ExportPlan
+    base_names: Mapping[str, str]
+    without_base: Mapping[str, str]
+    lineage: Lineage
+    root: Mapping[str, Tensor] | None = field(repr=False)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if self.scheme != "auto":
-            make_layout(self.scheme, container=self.container, scale_format=self.scale_format)
-        if self.missing_base not in ("error", "absmax"):
-            raise ValueError(f"Unknown missing_base {self.missing_base!r}: expected 'error' or 'absmax'.")
-        if self.max_shard_bytes < 1:
-            raise ValueError(f"max_shard_bytes must be at least 1, got {self.max_shard_bytes}.")
+    def inputs(self) -> list[tuple[str, Path]]:
+        """The folders and files that the export reads or names as its origin, with their roles."""
+        roles = (("fine-tuned model", self.source.weights), ("base", self.base), ("chain's root", self.root))
+        read = [(role, place) for role, mapping in roles if isinstance(mapping, Checkpoint) for place in mapping.places]
+        stages = ancestors(self.lineage)
+        return [*read, *(("parent" if stage is stages[0] else "chain's earlier stage", stage) for stage in stages)]
+
+    def against(self, base: Mapping[str, Tensor], *, kind: str, path: str) -> Job:
+        """The same export measured against a later base, which holds every weight of the plan under its own name."""
+        lineage = dataclasses.replace(self.lineage, base_kind=kind, base_path=path)
+        names = {tensor.spec.name: tensor.spec.name for tensor in self.plan.quantized}
+        return dataclasses.replace(self, base=base, base_names=names, without_base={}, lineage=lineage)
+
+    def after_training(self, source: Source, training: Mapping[str, Any]) -> Job:
+        """The same export with the weights of another step of the run.
+
+        Raises:
+            CheckpointError: The source has other tensors than the one that was planned.
+        """
+        if source.specs != self.source.specs:
+            changed = sorted({spec.name for spec in set(source.specs) ^ set(self.source.specs)})
+            raise CheckpointError(
+                f"The model has other tensors than when training began: {', '.join(changed[:_LISTED])} appeared, went "
+                "or changed dtype or shape. Add layers and cast the model before `fit`."
+            )
+        return dataclasses.replace(self, source=source, training=training)
 
 
-def make_plan(source: Source, choices: ExportSettings) -> ExportPlan:
-    """The plan of an export: reads no weight and writes nothing."""
-    return plan_export(
-        source.specs,
-        source.keys,
-        source.architecture,
-        scheme=choices.scheme,
-        container=choices.container,
-        scale_format=choices.scale_format,
-        ignore=choices.ignore,
+def prepare(
+    source: Source,
+    base: Mapping[str, Tensor],
+    settings: ExportSettings,
+    *,
+    plan: ExportPlan | None = None,
+    lineage: Lineage | None = None,
+    parent: str | None = None,
+    chain_from: ChainFrom | None = None,
+) -> Job:
+    """Plans an export, finds the base of every weight and checks its place in a chain. Writes nothing.
+
+    Args:
+        source: The fine-tuned model.
+        base: The weights before fine-tuning, under the names of any form of the same model.
+        settings: What the user chose.
+        plan: The plan of source and settings, where it is made already.
+        lineage: What is known of the base; None takes that of the folder or mapping.
+        parent: Folder of the stage before; None takes the base's folder if that is an export.
+        chain_from: Whether training began with the parent's "weights" or its "deployed" ones; None begins a chain.
+
+    Raises:
+        CheckpointError: Nothing to quantize, a base that does not fit, or a base that is not what `chain_from` says.
+    """
+    if plan is None:
+        plan = plan_export(source.specs, source.keys, source.architecture, settings)
+    base = described(base, [tensor.spec.name for tensor in plan.quantized])
+    base_names, without_base = _match_base(plan, base, source, settings)
+    names = [tensor.spec.name for tensor in plan.quantized]
+    known = lineage_of(base) if lineage is None else lineage
+    lineage, root = make_lineage(known, base, names, parent=parent, chain_from=chain_from)
+    return Job(
+        source=source,
+        base=base,
+        settings=settings,
+        plan=plan,
+        base_names=base_names,
+        without_base=without_base,
+        lineage=lineage,
+        root=root,
     )
 
 
-def match_base(
-    plan: ExportPlan, base: Mapping[str, Tensor], source: Source, choices: ExportSettings
+def _match_base(
+    plan: ExportPlan, base: Mapping[str, Tensor], source: Source, settings: ExportSettings
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Weight name -> base name for every quantized weight, and why the others have none."""
     by_identity: dict[tuple[str, str], str] = {}
@@ -80,14 +138,14 @@ def match_base(
         if base_name not in base:
             problems[name] = "the base has no such weight"
             continue
-        shape = base.specs[base_name].shape if isinstance(base, Checkpoint) else tuple(base[base_name].shape)
+        shape = spec_in(base, base_name).shape
         if shape != tensor.spec.shape:
             problems[name] = f"the base has shape {shape}, the weight {tensor.spec.shape}"
         else:
             names[name] = base_name
-    if problems and choices.missing_base == "error":
-        listed = "; ".join(f"{name}: {problem}" for name, problem in list(problems.items())[:5])
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    if problems and settings.missing_base == "error":
+        listed = "; ".join(f"{name}: {problem}" for name, problem in list(problems.items())[:_LISTED])
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         where = f" {base.path}" if isinstance(base, Checkpoint) else ""
         raise CheckpointError(
             f"The base{where} does not fit {len(problems)} of {len(plan.quantized)} weights: {listed}{more}. Pass the "
@@ -100,49 +158,6 @@ def _identity(name: str, key: str) -> tuple[str, str]:
     """What a tensor is whatever prefix its checkpoint uses: memory name, and which slice of a stack of experts."""
     _, found, expert = name.rpartition(".experts.")
     return key, expert if found else ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """Where an export belongs, beyond the weights themselves.
-
-    Attributes:
-        lineage: Its place in a chain of exports.
-        root: The base of the first stage: what is kept of the change since then is reported too.
-        training: Step, epoch and checkpoint of the run that made the weights.
-    """
-
-    lineage: Lineage = field(default_factory=Lineage)
-    root: Mapping[str, Tensor] | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
-
-
-def make_context(
-    base: Mapping[str, Tensor], names: Iterable[str], *, parent: str | None = None, chain_from: ChainFrom | None = None
-) -> Context:
-    """The context of an export outside a training run; its arguments and errors are those of `make_lineage`."""
-    lineage, root = make_lineage(lineage_of(base), base, names, parent=parent, chain_from=chain_from)
-    return Context(lineage=lineage, root=root)
-
-
-def inputs_of(source: Source, base: Mapping[str, Tensor], context: Context) -> list[tuple[str, Path]]:
-    """The folders and files that an export reads or names as its origin, with their roles."""
-    inputs = [
-        (role, place)
-        for role, mapping in (("fine-tuned model", source.weights), ("base", base), ("chain's root", context.root))
-        if isinstance(mapping, Checkpoint)
-        for place in mapping.places
-    ]
-    stages: list[Path] = []
-    stage = Path(context.lineage.parent) if context.lineage.parent else None
-    while stage is not None and stage.is_dir() and not any(stage.samefile(known) for known in stages):
-        stages.append(stage)
-        try:
-            lineage = Manifest.load(stage).lineage
-        except CheckpointError:  # of an ancestor of the parent, which `chain` reports
-            break
-        stage = stage / lineage.parent if lineage.parent else None
-    return [*inputs, *(("parent" if stage is stages[0] else "chain's earlier stage", stage) for stage in stages)]
 
 
 def lineage_of(base: Mapping[str, Tensor]) -> Lineage:

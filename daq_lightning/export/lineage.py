@@ -74,6 +74,20 @@ def make_lineage(
     return linked, Checkpoint(root) if root is not None and root.is_dir() else None
 
 
+def ancestors(lineage: Lineage) -> list[Path]:
+    """The folders of the stages before an export, the nearest first, as far as they are there."""
+    stages: list[Path] = []
+    stage = Path(lineage.parent) if lineage.parent else None
+    while stage is not None and stage.is_dir() and not any(stage.samefile(known) for known in stages):
+        stages.append(stage)
+        try:
+            before = Manifest.load(stage).lineage
+        except CheckpointError:  # of an ancestor of the parent, which `chain` reports
+            break
+        stage = stage / before.parent if before.parent else None
+    return stages
+
+
 def _check_base(
     parent: Path, manifest: Manifest, chain_from: ChainFrom, base: Mapping[str, Tensor], names: list[str]
 ) -> None:

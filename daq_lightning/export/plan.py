@@ -19,12 +19,16 @@ from typing import Any
 
 import torch
 
-from daq_lightning.checkpoint.layouts import SCHEMES, Container, Layout, make_layout
+from daq_lightning.checkpoint.layouts import Layout, make_layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
-from daq_lightning.export.ignore import check_experts, check_fused, ignored_by, owner_of
-from daq_lightning.model.architecture import Architecture, Role
-from daq_lightning.numerics.formats import PerBlock, ScaleFormat
-from daq_lightning.numerics.formats.fp8 import FP8_E4M3
+from daq_lightning.export.ignore import ignored_by
+from daq_lightning.export.settings import ExportSettings
+from daq_lightning.model.architecture import Architecture, Role, owner_of
+from daq_lightning.model.fusion import check_experts, check_fused
+from daq_lightning.numerics.formats import PerBlock
+
+KEPT = "kept"
+"""The one part of a tensor that is not quantized."""
 
 _KEEP_REASON: Mapping[Role, str] = {
     "router": "router",
@@ -47,7 +51,7 @@ class TensorPlan:
         key: Its name in memory.
         role: What it is to the model.
         quantize: Whether it is stored as codes and scale.
-        stored: What the file will hold: codes and scale, or the tensor in its final dtype.
+        stored: Part -> what the file will hold of it: those of the layout, or `KEPT`, the tensor in its final dtype.
         reason: Why, in a few words.
     """
 
@@ -55,7 +59,7 @@ class TensorPlan:
     key: str
     role: Role
     quantize: bool
-    stored: tuple[TensorSpec, ...]
+    stored: Mapping[str, TensorSpec]
     reason: str
 
 
@@ -85,7 +89,7 @@ class ExportPlan:
     @property
     def stored(self) -> list[TensorSpec]:
         """Everything that the files will hold, in order."""
-        return [spec for tensor in self.tensors for spec in tensor.stored]
+        return [spec for tensor in self.tensors for spec in tensor.stored.values()]
 
     def table(self) -> str:
         """The plan as text, one line per tensor, then a summary and the notes."""
@@ -93,13 +97,13 @@ class ExportPlan:
         lines = [
             f"{tensor.spec.name:{width}}  {'x'.join(map(str, tensor.spec.shape)):>14}  "
             f"{str(tensor.spec.dtype).removeprefix('torch.'):>9} -> "
-            f"{'e4m3' if tensor.quantize else str(tensor.stored[0].dtype).removeprefix('torch.'):9} {tensor.reason}"
+            f"{'e4m3' if tensor.quantize else str(tensor.stored[KEPT].dtype).removeprefix('torch.'):9} {tensor.reason}"
             for tensor in self.tensors
         ]
         before = sum(tensor.spec.nbytes for tensor in self.tensors)
         after = sum(spec.nbytes for spec in self.stored)
         lines.append(
-            f"{self.layout.scheme}: {len(self.quantized)} of {len(self.tensors)} tensors in FP8, "
+            f"{self.layout.scheme.name}: {len(self.quantized)} of {len(self.tensors)} tensors in FP8, "
             f"{size_text(before)} -> {size_text(after)}"
         )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
@@ -111,7 +115,7 @@ class ExportPlan:
             for tensor in self.tensors
         }
         size = sum(spec.nbytes for spec in self.stored)
-        return {"scheme": self.layout.scheme, "bytes": size, "tensors": tensors, "notes": list(self.notes)}
+        return {"scheme": self.layout.scheme.name, "bytes": size, "tensors": tensors, "notes": list(self.notes)}
 
 
 def size_text(size: float) -> str:
@@ -129,11 +133,7 @@ def plan_export(
     specs: Sequence[TensorSpec],
     keys: Mapping[str, str],
     architecture: Architecture,
-    *,
-    scheme: str = "auto",
-    container: Container | None = None,
-    scale_format: ScaleFormat | None = None,
-    ignore: Sequence[str] = (),
+    settings: ExportSettings,
 ) -> ExportPlan:
     """Decides what happens to every tensor.
 
@@ -141,20 +141,14 @@ def plan_export(
         specs: The tensors of the checkpoint, in order.
         keys: Checkpoint name -> memory name.
         architecture: Says which role each tensor has.
-        scheme: "FP8_BLOCK", "FP8_DYNAMIC", "FP8A16", or "auto": blocks where all sizes allow it, else channels.
-        container: Of the layout, see `make_layout`.
-        scale_format: Of the layout, see `make_layout`.
-        ignore: Modules or weights to keep as they are: full names, or patterns after `re:` that match a full name.
+        settings: What the user chose.
 
     Raises:
         CheckpointError: Nothing to quantize, sizes that FP8_BLOCK cannot hold, an ignore pattern that matches
             nothing, or one that splits projections which servers fuse.
-        ValueError: Unknown scheme or combination.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"Unknown scheme {scheme!r}: expected one of {', '.join(SCHEMES)}.")
     roles: dict[str, Role] = {spec.name: architecture.role(keys[spec.name], len(spec.shape)) for spec in specs}
-    ignored = ignored_by(ignore, specs, keys)
+    ignored = ignored_by(settings.ignore, specs, keys)
     chosen = [
         spec for spec in specs if roles[spec.name] in ("linear", "expert") and spec.name not in ignored
         and spec.dtype.is_floating_point and min(spec.shape) > 0
@@ -167,7 +161,7 @@ def plan_export(
         )
     check_fused({spec.name for spec in chosen}, roles)
     check_experts(chosen, specs, keys, roles)
-    layout, notes = _choose_layout(scheme, container, scale_format, chosen, roles)
+    layout, notes = _choose_layout(settings, chosen, roles)
     dtype, masters = _kept_dtype(specs)
     doubles = sum(spec.dtype == torch.float64 for spec in chosen)
     if doubles:
@@ -216,12 +210,9 @@ def _is_expert(tensor: TensorPlan) -> bool:
 
 
 def _choose_layout(
-    scheme: str,
-    container: Container | None,
-    scale_format: ScaleFormat | None,
-    chosen: Iterable[TensorSpec],
-    roles: Mapping[str, Role],
+    settings: ExportSettings, chosen: Iterable[TensorSpec], roles: Mapping[str, Role]
 ) -> tuple[Layout, list[str]]:
+    scheme, container = settings.scheme, settings.container
     notes = []
     odd = [spec for spec in chosen if spec.shape[0] % 128 or spec.shape[1] % 128]
     if scheme == "auto":
@@ -232,7 +223,7 @@ def _choose_layout(
                 f"FP8_DYNAMIC instead of FP8_BLOCK: {len(odd)} weights have sizes that are not multiples of 128, "
                 f"such as {odd[0].name} {odd[0].shape}."
             )
-    layout = make_layout(scheme, container=container, scale_format=scale_format)
+    layout = make_layout(scheme, container=container, scale_format=settings.scale_format)
     if isinstance(layout.granularity, PerBlock) and odd:
         listed = ", ".join(f"{spec.name} {spec.shape}" for spec in odd[:8]) + (", ..." if len(odd) > 8 else "")
         raise CheckpointError(
@@ -246,8 +237,8 @@ def _choose_layout(
                 "use the fp8 container of FP8_BLOCK."
             )
         notes.append(
-            f"{layout.scheme} of a mixture-of-experts model loads in transformers and in vLLM on a GPU; vLLM on a CPU "
-            "has no backend for it. FP8_BLOCK loads in all of them."
+            f"{layout.scheme.name} of a mixture-of-experts model loads in transformers and in vLLM on a GPU; vLLM on "
+            "a CPU has no backend for it. FP8_BLOCK loads in all of them."
         )
     return layout, notes
 
@@ -267,11 +258,13 @@ def _kept_dtype(specs: Sequence[TensorSpec]) -> tuple[torch.dtype, bool]:
 
 
 def _quantized(spec: TensorSpec, keys: Mapping[str, str], role: Role, layout: Layout) -> TensorPlan:
-    shape_MN = (spec.shape[0], spec.shape[1])
-    codes = TensorSpec(name=spec.name, dtype=FP8_E4M3.dtype, shape=spec.shape)
-    scale = TensorSpec(name=layout.scale_name(spec.name), dtype=torch.float32, shape=layout.scale_shape(shape_MN))
     return TensorPlan(
-        spec=spec, key=keys[spec.name], role=role, quantize=True, stored=(codes, scale), reason=layout.scheme
+        spec=spec,
+        key=keys[spec.name],
+        role=role,
+        quantize=True,
+        stored=layout.stored(spec),
+        reason=layout.scheme.name,
     )
 
 
@@ -286,6 +279,6 @@ def _kept(
         key=keys[spec.name],
         role=role,
         quantize=False,
-        stored=(stored,),
+        stored={KEPT: stored},
         reason=f"kept: {reason or _KEEP_REASON.get(role, role)}",
     )

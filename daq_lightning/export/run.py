@@ -1,15 +1,16 @@
-"""From two mappings of tensors to an FP8 checkpoint: the one way a weight takes.
+"""From a job to an FP8 checkpoint: the one way a weight takes.
 
-    (name, weight), base[name] -> search -> codes, scale -> file
-                                         -> sums         -> report
+    Pair(plan, weight, base) -> search -> codes, scale -> file
+                                       -> sums         -> report
 
-Weights are read, searched and written one tensor at a time: while one is searched, the next is read and the last is
+Weights are read, searched and written one batch at a time: while one is searched, the next is read and the last is
 written by threads of their own. Nothing here knows whether a mapping is a folder, a model on a GPU or a merge of
 adapters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
@@ -19,40 +20,26 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.fingerprint import fingerprint
 from daq_lightning.checkpoint.folder import MANIFEST, REPORT
-from daq_lightning.checkpoint.layouts import Container, Scheme
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, check_destination, check_inputs
-from daq_lightning.export.job import (
-    Context,
-    ExportSettings,
-    inputs_of,
-    lineage_of,
-    make_context,
-    make_plan,
-    match_base,
-)
-from daq_lightning.export.manifest import (
-    as_searched,
-    make_config,
-    make_fingerprints,
-    make_manifest,
-    make_notes,
-    make_report,
-)
-from daq_lightning.export.plan import ExportPlan, TensorPlan
+from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, SchemeName
+from daq_lightning.checkpoint.writer import CheckpointWriter, check_destination, check_inputs
+from daq_lightning.export.job import Job, prepare
+from daq_lightning.export.manifest import TensorPrints, make_manifest, prints_of
+from daq_lightning.export.plan import KEPT, TensorPlan
+from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
-from daq_lightning.export.stream import WriteBehind, read_ahead, with_progress
+from daq_lightning.export.stream import Batch, Behind, Pair, stream
+from daq_lightning.numerics.backends import delta_stats
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.search.search import search_batch
 from daq_lightning.numerics.search.settings import ScaleSearch
-from daq_lightning.report.figures import ExportReport, TensorReport, settings
+from daq_lightning.numerics.search.stages import SearchResult
+from daq_lightning.report.figures import ExportReport, TensorReport, alpha_statistics
 from daq_lightning.report.readers import dequantized_stats
 
-_BATCH = 64 << 20  # bytes of weights that are searched together
 Weights: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
 
 
@@ -61,7 +48,8 @@ def export_checkpoint(
     base: Weights,
     out: str | os.PathLike[str],
     *,
-    scheme: Scheme = "auto",
+    adapter: str | os.PathLike[str] | None = None,
+    scheme: SchemeName = "auto",
     search: ScaleSearch | None = None,
     ignore: Iterable[str] = (),
     container: Container | None = None,
@@ -76,16 +64,21 @@ def export_checkpoint(
     """Writes an FP8 checkpoint whose scales preserve the difference between two sets of weights.
 
     Args:
-        weights: The fine-tuned model: a Hugging Face folder, or checkpoint names -> tensors.
+        weights: The fine-tuned model: a Hugging Face folder, what `load_checkpoint` returned of one, or checkpoint
+            names -> tensors. A mapping that computes its tensors is read once and held.
         base: The model it was trained from, likewise. An FP8 folder is dequantized.
         out: Destination folder. An earlier export there is replaced on success; anything else is refused.
-        scheme: See `ExportSettings`, also for the following five.
-        search: None takes the defaults of `ScaleSearch`.
-        ignore: Modules to keep in high precision.
-        container: Of the layout.
-        scale_format: Of the scales.
-        missing_base: "error" or "absmax".
-        max_shard_bytes: Size at which a new file begins.
+        adapter: Folder of a LoRA adapter (PEFT), merged into `weights` (then the folder it was trained on) in float32.
+        scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel, 16-bit
+            activations), or "auto": blocks where all sizes are multiples of 128, else channels.
+        search: Objective and candidates of the scale search; None takes the defaults of `ScaleSearch`.
+        ignore: Modules to keep in high precision: full names, or regular expressions of full names after `re:`.
+        container: How tensors are named and described: "fp8" or "compressed-tensors"; None takes the scheme's usual
+            one.
+        scale_format: None for what the readers keep, or "ue8m0" for scales that are powers of two.
+        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or "absmax" to
+            quantize it without a search and say so in the report.
+        max_shard_bytes: Bytes at which a new safetensors file begins.
         parent: Folder of the export that this stage of a chain follows; None takes `base` if it is one.
         chain_from: Makes this a stage of a chain: whether it was trained from the parent's high-precision "weights" or
             its "deployed" ones.
@@ -99,12 +92,14 @@ def export_checkpoint(
         CheckpointError: A folder cannot be read, base and weights do not fit, or the destination cannot be written.
         ValueError: NaN or Inf in a weight, a device that is not there, or settings that contradict each other.
 
+    Example:
+        >>> export_checkpoint("fine-tuned", "base", "fp8", scheme="FP8_BLOCK")  # doctest: +SKIP
+
     Source: arXiv 2603.22324, Algorithm 1.
     """
-    out, parent = Path(out).expanduser(), None if parent is None else os.path.expanduser(parent)
+    parent = None if parent is None else os.path.expanduser(parent)
     check_device(device)
-    source = Source.from_mapping(weights) if isinstance(weights, Mapping) else Source.from_folder(weights)
-    choices = ExportSettings(
+    settings = ExportSettings(
         scheme=scheme,
         search=ScaleSearch() if search is None else search,
         ignore=tuple(ignore),
@@ -113,122 +108,188 @@ def export_checkpoint(
         missing_base=missing_base,
         max_shard_bytes=max_shard_bytes,
     )
-    reference = base if isinstance(base, Mapping) else Checkpoint(base)
-    names = [tensor.spec.name for tensor in make_plan(source, choices).quantized]
-    context = make_context(reference, names, parent=parent, chain_from=chain_from)
-    return export(source, reference, out, choices, context=context, device=device, progress=progress)
+    before = base if isinstance(base, Mapping) else Checkpoint(base)
+    job = prepare(Source.of(weights, adapter), before, settings, parent=parent, chain_from=chain_from)
+    return run(job, Path(out).expanduser(), device=device, progress=progress)
 
 
 def check_device(device: str | torch.device | None) -> None:
     """Raises ValueError for a device that does not exist here or does not compute, such as "meta"."""
+    if device is None:
+        return
     try:
-        torch.ones(1, device=device).item()
+        torch.ones(1, dtype=torch.float32, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def export(
-    source: Source,
-    base: Mapping[str, Tensor],
+def as_searched(tensor: Tensor) -> Tensor:
+    """A weight in the dtype in which it is searched and measured: float64 as float32, any other as it is."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def run(
+    job: Job,
     out: Path,
-    choices: ExportSettings,
     *,
-    context: Context | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
 ) -> ExportReport:
-    """`export_checkpoint` for a source, settings and a context that are made already."""
-    context = context or Context(lineage=lineage_of(base))
-    check_inputs(out, inputs_of(source, base, context))
+    """Writes the checkpoint of a job.
+
+    Args:
+        job: What `prepare` settled.
+        out: Destination folder. An earlier export there is replaced on success; anything else is refused.
+        device: Where to search; None searches where each weight lies.
+        progress: Whether to show how far it is.
+
+    Returns:
+        The report, also written as `daq_report.json`.
+
+    Raises:
+        CheckpointError: A tensor cannot be read, or the destination cannot be written.
+        ValueError: NaN or Inf in a weight, by name.
+    """
+    check_inputs(out, job.inputs())
     check_destination(out)
-    plan = make_plan(source, choices)
-    base_names, without_base = match_base(plan, base, source, choices)
     reports: dict[str, TensorReport] = {}
-    prints: dict[str, dict[str, Any]] = {}
     dequantized: dict[str, DeltaStats] = {}
-    with CheckpointWriter(out, plan.stored, choices.max_shard_bytes) as writer, WriteBehind() as behind:
+    prints: dict[str, TensorPrints] = {}
+    with (
+        CheckpointWriter(out, job.plan.stored, job.settings.max_shard_bytes) as writer,
+        Behind() as behind,
+        contextlib.closing(stream(job, device=device, progress=progress)) as batches,
+    ):
 
-        def finish(tensor: TensorPlan, stored: tuple[Tensor, ...], weight: Tensor, reference: Tensor | None) -> None:
-            for spec, values in zip(tensor.stored, stored, strict=True):
-                writer.write(spec.name, values)
-            prints[tensor.spec.name] = make_fingerprints(stored, weight, reference) if tensor.quantize else {
-                "stored": fingerprint(stored[0])
-            }  # fmt: skip
-            if tensor.quantize:
-                known = weight if reference is None else reference
-                stats = dequantized_stats(weight, known, stored[0], stored[1], plan.layout.granularity, plan.dtype)
-                dequantized[tensor.spec.name] = stats.map(Tensor.cpu)
+        def write(plan: TensorPlan, stored: Mapping[str, Tensor]) -> None:
+            for part, tensor in stored.items():
+                writer.write(plan.stored[part].name, tensor)
 
-        batches = _batches(plan, choices.search)
-        order = [tensor for batch in batches for tensor in batch]
-        weights = read_ahead(source.weights, [tensor.spec.name for tensor in order])
-        bases = read_ahead(base, [base_names[tensor.spec.name] for tensor in order if tensor.spec.name in base_names])
-        for batch in with_progress(batches, progress):
-            values = [next(weights) for _ in batch]
-            if device is not None:
-                values = [weight.to(device) for weight in values]
-            if not batch[0].quantize:
-                _check_finite(values[0], batch[0].spec.name)
-                behind.run(finish, batch[0], (values[0].to(batch[0].stored[0].dtype),), values[0], None)
+        def finish(pair: Pair, result: SearchResult) -> None:
+            stored = job.plan.layout.pack(result.codes, result.scale)
+            write(pair.plan, stored)
+            prints[pair.plan.spec.name] = prints_of(stored, pair.weight, pair.base)
+            dequantized[pair.plan.spec.name] = _as_dequantized(job, pair, result)
+
+        def finish_kept(plan: TensorPlan, stored: Mapping[str, Tensor]) -> None:
+            write(plan, stored)
+            prints[plan.spec.name] = prints_of(stored)
+
+        for batch in batches:
+            if not batch[0].plan.quantize:
+                [(plan, tensor, _)] = batch
+                _check_finite(tensor, plan.spec.name)
+                behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
                 continue
-            references = [
-                next(bases).to(weight.device) if tensor.spec.name in base_names else None
-                for tensor, weight in zip(batch, values, strict=True)
-            ]
-            searched = [as_searched(weight) for weight in values]
-            results = search_batch(
-                searched,
-                [
-                    weight if known is None else as_searched(known)
-                    for weight, known in zip(searched, references, strict=True)
-                ],
-                plan.layout.granularity,
-                choices.search,
-                scale_format=plan.layout.scale_format,
-                names=[tensor.spec.name for tensor in batch],
-            )
-            for tensor, weight, reference, result in zip(batch, values, references, results, strict=True):
-                note = without_base.get(tensor.spec.name, "")
-                reports[tensor.spec.name] = make_report(tensor, weight, result, plan, context, note)
-                behind.run(finish, tensor, (result.codes, result.scale), weight, reference)
+            for pair, result in zip(batch, _search(job, batch), strict=True):
+                reports[pair.plan.spec.name] = _report(job, pair, result)
+                behind.run(finish, pair, result)
         behind.wait()
         report = ExportReport(
             path=str(out),
-            scheme=plan.layout.scheme,
-            search=settings(choices.search),
+            scheme=job.plan.layout.scheme.name,
+            search=dataclasses.asdict(job.settings.search),
             tensors=tuple(
                 dataclasses.replace(reports[tensor.spec.name], dequantized=dequantized[tensor.spec.name])
-                for tensor in plan.quantized
+                for tensor in job.plan.quantized
             ),
-            kept={tensor.spec.name: tensor.reason for tensor in plan.tensors if not tensor.quantize},
-            notes=(*plan.notes, *make_notes(plan, without_base, reports)),
-            dtype=str(plan.dtype).removeprefix("torch."),
+            kept={tensor.spec.name: tensor.reason for tensor in job.plan.tensors if not tensor.quantize},
+            notes=(*job.plan.notes, *_notes(job, reports)),
+            dtype=str(job.plan.dtype).removeprefix("torch."),
         )
-        writer.add_files(source.copy_files)
-        quantization = plan.layout.quantization_config(plan.ignore)
-        if source.config is not None:
-            writer.write_json("config.json", make_config(source.config, quantization, plan.dtype))
+        writer.add_files(job.source.copy_files)
+        if job.source.config is not None:
+            writer.write_json("config.json", _config(job))
         writer.write_json(REPORT, report.to_dict())
-        writer.write_json(MANIFEST, make_manifest(plan, choices, context, prints, writer.folder, out).to_dict())
+        writer.write_json(MANIFEST, make_manifest(job, prints, writer.folder, out).to_dict())
         writer.publish()
     return report
 
 
-def _batches(plan: ExportPlan, search: ScaleSearch) -> list[tuple[TensorPlan, ...]]:
-    """What is searched together: experts of one layer and shape, up to a bounded size; everything else by itself."""
-    batches: list[list[TensorPlan]] = []
-    open_batches: dict[tuple[str, tuple[int, ...]], list[TensorPlan]] = {}
-    for tensor in plan.tensors:
-        layer, found, _ = tensor.spec.name.rpartition(".experts.")
-        if not (tensor.quantize and tensor.role == "expert" and found and search.alpha_scope == "group"):
-            batches.append([tensor])
-            continue
-        batch = open_batches.setdefault((layer, tensor.spec.shape), [])
-        if not batch or (len(batch) + 1) * tensor.spec.nbytes > _BATCH:
-            batch = open_batches[layer, tensor.spec.shape] = []
-            batches.append(batch)
-        batch.append(tensor)
-    return [tuple(batch) for batch in batches]
+def _search(job: Job, batch: Batch) -> list[SearchResult]:
+    """The scales of a batch; a weight without a base is searched against itself, which keeps its absmax scale."""
+    weights = [as_searched(pair.weight) for pair in batch]
+    bases = [
+        weight if pair.base is None else as_searched(pair.base) for weight, pair in zip(weights, batch, strict=True)
+    ]
+    return search_batch(
+        weights,
+        bases,
+        job.plan.layout.granularity,
+        job.settings.search,
+        scale_format=job.plan.layout.scale_format,
+        names=[pair.plan.spec.name for pair in batch],
+    )
+
+
+def _report(job: Job, pair: Pair, result: SearchResult) -> TensorReport:
+    """The line of one quantized tensor in the report."""
+    name = pair.plan.spec.name
+    return TensorReport(
+        name=name,
+        shape=pair.plan.spec.shape,
+        dtype=str(pair.weight.dtype).removeprefix("torch."),
+        scheme=job.plan.layout.scheme.name,
+        alpha=alpha_statistics(result.alpha),
+        searched=result.stats.total().map(Tensor.cpu),
+        absmax=result.absmax_stats.total().map(Tensor.cpu),
+        root=_since_root(job, pair, result.scale),
+        without_base=job.without_base.get(name, ""),
+    )
+
+
+def _since_root(job: Job, pair: Pair, scale: Tensor) -> DeltaStats | None:
+    """Sums of the written scales against the base of the chain's first stage, where that is at hand."""
+    name = pair.plan.spec.name
+    if job.root is None or name not in job.root:
+        return None
+    root = as_searched(job.root[name]).to(pair.weight.device)
+    if root.shape != pair.weight.shape:
+        return None
+    stats = delta_stats(as_searched(pair.weight), root, scale.reshape(-1, 1), job.plan.layout.granularity)
+    return stats.total().map(lambda field: field[0].cpu())
+
+
+def _as_dequantized(job: Job, pair: Pair, result: SearchResult) -> DeltaStats:
+    """Sums of the written scales for a reader that dequantizes to 16 bit."""
+    base = pair.weight if pair.base is None else pair.base
+    granularity, dtype = job.plan.layout.granularity, job.plan.dtype
+    return dequantized_stats(pair.weight, base, result.codes, result.scale, granularity, dtype).map(Tensor.cpu)
+
+
+def _notes(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
+    """What a reader of the report has to know: no change at all, weights without a base, and casts."""
+    measured = [report.searched for name, report in reports.items() if name not in job.without_base]
+    notes = []
+    if measured and not any(bool(stats.n_changed) for stats in measured):
+        notes.append(f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?")
+    notes += [f"{name}: plain absmax scale, because {problem}." for name, problem in job.without_base.items()]
+    kept = [tensor for tensor in job.plan.tensors if not tensor.quantize]
+    cast = [tensor for tensor in kept if tensor.stored[KEPT].dtype != tensor.spec.dtype]
+    if cast:
+        notes.append(
+            f"{len(cast)} kept tensors were cast from {str(cast[0].spec.dtype).removeprefix('torch.')} to "
+            f"{str(job.plan.dtype).removeprefix('torch.')}, which FP8 readers need."
+        )
+    return notes
+
+
+def _config(job: Job) -> dict[str, Any]:
+    """config.json of the export: the model's own, in the dtype of the kept tensors, and how it is quantized."""
+    assert job.source.config is not None
+
+    def with_dtype(level: Mapping[str, Any], top: bool) -> dict[str, Any]:
+        result = {
+            key: with_dtype(value, False) if isinstance(value, Mapping) and key.endswith("_config") else value
+            for key, value in level.items()
+            if key not in ("dtype", "torch_dtype", "quantization_config")
+        }
+        if top or "dtype" in level or "torch_dtype" in level:
+            result["dtype"] = str(job.plan.dtype).removeprefix("torch.")
+        return result
+
+    quantization = job.plan.layout.quantization_config(job.plan.ignore)
+    return with_dtype(job.source.config, True) | {"quantization_config": quantization}
 
 
 def _check_finite(tensor: Tensor, name: str) -> None:

@@ -5,9 +5,10 @@ A source is made from a Hugging Face folder, from tensors in a mapping, or (by t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from daq_lightning.checkpoint.adapted import AdaptedCheckpoint
+from daq_lightning.checkpoint.adapter import read_adapter
 from daq_lightning.checkpoint.folder import companion_files
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
+from daq_lightning.checkpoint.tensor_file import CheckpointError, LazyTensors, TensorSpec, spec_of
 from daq_lightning.model.architecture import Architecture
 
 
@@ -42,19 +45,51 @@ class Source:
     copy_files: Callable[[Path], None]
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike[str]) -> Source:
-        """The source that a Hugging Face model folder is."""
-        checkpoint = Checkpoint(path)
+    def of(
+        cls, weights: str | os.PathLike[str] | Mapping[str, Tensor], adapter: str | os.PathLike[str] | None = None
+    ) -> Source:
+        """The source that a model folder, an open one, or a mapping is.
+
+        Raises:
+            CheckpointError: An adapter for weights that are not a folder.
+        """
+        if not isinstance(weights, Mapping):
+            return cls.from_folder(weights, adapter)
+        if isinstance(weights, Checkpoint) and weights.path.is_dir():
+            return cls.from_checkpoint(weights, adapter)
+        if adapter is not None:
+            raise CheckpointError(
+                f"adapter={str(adapter)!r} is merged into the model folder it was trained on: pass that folder as the "
+                "weights, not a mapping."
+            )
+        return cls.from_mapping(weights)
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> Source:
+        """The source that a Hugging Face model folder is.
+
+        Args:
+            path: The folder.
+            adapter: Folder of a LoRA adapter (PEFT) that was trained on it, to be merged in, one weight at a time.
+        """
+        return cls.from_checkpoint(Checkpoint(path), adapter)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, adapter: str | os.PathLike[str] | None = None) -> Source:
+        """The source that an open model folder is; see `from_folder`."""
         architecture = Architecture.from_folder(checkpoint.path, len(checkpoint.raw))
         keys = architecture.keys_of(checkpoint)
         _check_complete(checkpoint, architecture, keys)
+        specs = tuple(
+            spec for name, spec in checkpoint.specs.items() if not _is_tied_copy(name, checkpoint, architecture, keys)
+        )
+        weights = checkpoint
+        if adapter is not None:
+            tied = [(name, copy) for copy, name in architecture.ties.items()]
+            weights = AdaptedCheckpoint(checkpoint.path, read_adapter(adapter), tied, checkpoint.dtype)
         return cls(
-            weights=checkpoint,
-            specs=tuple(
-                spec
-                for name, spec in checkpoint.specs.items()
-                if not _is_tied_copy(name, checkpoint, architecture, keys)
-            ),
+            weights=weights,
+            specs=specs,
             keys=keys,
             architecture=architecture,
             config=checkpoint.config,
@@ -66,14 +101,13 @@ class Source:
         """The source that tensors under checkpoint names are.
 
         Args:
-            weights: Checkpoint name -> tensor.
+            weights: Checkpoint name -> tensor; see `described` for lazy ones.
             model: Says what the tensors are (may be on the meta device). None takes every matrix named `*.weight`
                 for a Linear weight, unless its name speaks of an embedding, norm, router or head.
         """
-        architecture = Architecture(_guess_modules(weights) if model is None else model)
-        specs = tuple(
-            TensorSpec(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in weights.items()
-        )
+        weights = described(weights)
+        specs = tuple(spec_in(weights, name) for name in weights)
+        architecture = Architecture(_guess_modules(specs) if model is None else model)
         return cls(
             weights=weights,
             specs=specs,
@@ -82,6 +116,32 @@ class Source:
             config=None,
             copy_files=lambda folder: None,
         )
+
+
+def described(weights: Mapping[str, Tensor], names: Iterable[str] | None = None) -> Mapping[str, Tensor]:
+    """Tensors whose dtypes and shapes are known without reading them again.
+
+    `LazyTensors` (a folder, a model in training) say what they hold, and a dict holds it; both come back as they are.
+    Any other mapping may compute its tensors, so each is read once, here, and held until the export ends.
+
+    Args:
+        weights: Name -> tensor.
+        names: The tensors that are needed; None takes all.
+    """
+    if isinstance(weights, (dict, LazyTensors)):
+        return weights
+    if names is None:
+        return dict(weights)
+    held = {}
+    for name in names:
+        with contextlib.suppress(KeyError):  # `name in weights` might read the tensor
+            held[name] = weights[name]
+    return held
+
+
+def spec_in(weights: Mapping[str, Tensor], name: str) -> TensorSpec:
+    """dtype and shape of a tensor of `described` weights."""
+    return weights.spec(name) if isinstance(weights, LazyTensors) else spec_of(name, weights[name])
 
 
 def _check_complete(checkpoint: Checkpoint, architecture: Architecture, keys: Mapping[str, str]) -> None:
@@ -104,7 +164,7 @@ def _check_complete(checkpoint: Checkpoint, architecture: Architecture, keys: Ma
 
 def _is_tied_copy(name: str, checkpoint: Checkpoint, architecture: Architecture, keys: Mapping[str, str]) -> bool:
     """Whether this is a second copy of a tied tensor, which no export writes."""
-    target = architecture.tied_to(keys[name])
+    target = architecture.ties.get(keys[name])
     original = next((other for other, key in keys.items() if key == target), None) if target else None
     if original is None or original == name:
         return False
@@ -123,22 +183,22 @@ def _copy_companions(source: Path, folder: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _guess_modules(weights: Mapping[str, Tensor]) -> nn.Module:
+def _guess_modules(specs: Iterable[TensorSpec]) -> nn.Module:
     """A skeleton whose Linear modules are the matrices that look like Linear weights by name."""
     root = nn.Module()
-    for name, tensor in weights.items():
-        path, _, parameter = name.rpartition(".")
+    for spec in specs:
+        path, _, parameter = spec.name.rpartition(".")
         words = path.lower()
         kept = any(word in words for word in ("embed", "norm", "router", "wte", "wpe")) or words.endswith(
             (".gate", "shared_expert_gate")
         )
-        if parameter != "weight" or tensor.ndim != 2 or kept or not path:
+        if parameter != "weight" or len(spec.shape) != 2 or kept or not path:
             continue
         parent, (*parents, leaf) = root, path.split(".")
         for part in parents:  # not add_module, which refuses names such as "type"
             parent = parent._modules.setdefault(part, nn.Module()) or root
         with torch.device("meta"):
-            linear = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False)
+            linear = nn.Linear(spec.shape[1], spec.shape[0], bias=False)
         if leaf in parent._modules:
             linear._modules.update(parent._modules[leaf]._modules)  # type: ignore[union-attr]
         parent._modules[leaf] = linear

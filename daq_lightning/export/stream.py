@@ -1,6 +1,10 @@
-"""Reading ahead, writing behind, and telling how far it is: so that the disk and the arithmetic work at once.
+"""The weights of an export on their way: read ahead, handed out in batches of pairs, written behind.
 
-Threads only read, write and fingerprint, which leaves the cores to the search; at most a few tensors are held.
+    Pair(plan, weight, base | None)        one tensor, with what it is measured against
+
+A weight and its base come out of one place, together: nothing can put a weight beside another's base. While a batch is
+searched, the next pair is read and the last result is written by threads of their own, so that the disk and the
+arithmetic work at once. At most a few tensors are held; buffers and threads end with the stream.
 """
 
 from __future__ import annotations
@@ -9,37 +13,48 @@ import ctypes
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeAlias
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.buffers import Buffers
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.export.plan import TensorPlan, size_text
+from daq_lightning.export.job import Job
+from daq_lightning.export.plan import ExportPlan, TensorPlan, size_text
 
-Batch: TypeAlias = tuple[TensorPlan, ...]
-
-
-def read_ahead(mapping: Mapping[str, Tensor], names: list[str]) -> Iterator[Tensor]:
-    """The tensors of some names in order; those of a folder are read one ahead by a thread."""
-    if not isinstance(mapping, Checkpoint):
-        yield from (mapping[name] for name in names)
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        ahead: deque[Future[Tensor]] = deque()
-        for name in names:
-            ahead.append(pool.submit(mapping.__getitem__, name))
-            if len(ahead) > 1:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+_BATCH = 64 << 20  # bytes of weights that are searched together
+_AHEAD = 2  # pairs that are being read or wait to be taken
+_LINE_SECONDS = 5.0
 
 
-class WriteBehind:
-    """Runs calls one after the other in a thread; at most one waits. An error surfaces in the next call."""
+class Pair(NamedTuple):
+    """One tensor of an export.
 
-    def __enter__(self) -> WriteBehind:
+    Attributes:
+        plan: What happens to it.
+        weight: The fine-tuned tensor, on the device of the search.
+        base: The tensor before fine-tuning, on the same device; None where there is none or none is needed.
+    """
+
+    plan: TensorPlan
+    weight: Tensor
+    base: Tensor | None
+
+
+Batch: TypeAlias = tuple[Pair, ...]
+
+
+class Behind:
+    """Runs calls one after the other in a thread, a bounded number of them ahead of it; use as a context manager.
+
+    An error of a call surfaces in a later `run` or in `wait`.
+    """
+
+    def __enter__(self) -> Behind:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
         self._pending: deque[Future[None]] = deque()
         return self
@@ -49,19 +64,87 @@ class WriteBehind:
 
     def run(self, function: Callable[..., None], *arguments: object) -> None:
         """Queues a call; waits while another is queued already."""
-        self._pending.append(self._pool.submit(self._call, function, arguments))
+        self._pending.append(self._pool.submit(function, *arguments))
         while len(self._pending) > 1:
             self._pending.popleft().result()
-
-    @staticmethod
-    def _call(function: Callable[..., None], arguments: tuple[object, ...]) -> None:
-        function(*arguments)
-        _return_freed_memory()
 
     def wait(self) -> None:
         """Waits for all calls."""
         while self._pending:
             self._pending.popleft().result()
+
+
+def stream(
+    job: Job, *, device: str | torch.device | None = None, progress: bool = False
+) -> Generator[Batch, None, None]:
+    """The tensors of a job in batches: experts of one layer and shape together, everything else by itself.
+
+    Args:
+        job: What is exported; its weights and bases are read once each.
+        device: Where pairs are moved to; None leaves each where it lies.
+        progress: Whether to show how far it is.
+    """
+    batches = batches_of(job.plan, together=job.settings.search.alpha_scope == "group")
+    pairs = _read_ahead(job, [plan for batch in batches for plan in batch])
+    for batch in _with_progress(batches, progress):
+        yield tuple(_on_device(pair, device) for pair in (next(pairs) for _ in batch))
+
+
+def batches_of(plan: ExportPlan, *, together: bool) -> list[tuple[TensorPlan, ...]]:
+    """What is searched together, up to a bounded size.
+
+    Args:
+        plan: Of the export.
+        together: Whether weights may share a search, which alphas of a whole layer forbid.
+    """
+    batches: list[list[TensorPlan]] = []
+    open_batches: dict[tuple[str, tuple[int, ...]], list[TensorPlan]] = {}
+    for tensor in plan.tensors:
+        layer, found, _ = tensor.spec.name.rpartition(".experts.")
+        if not (together and tensor.quantize and tensor.role == "expert" and found):
+            batches.append([tensor])
+            continue
+        batch = open_batches.setdefault((layer, tensor.spec.shape), [])
+        if not batch or (len(batch) + 1) * tensor.spec.nbytes > _BATCH:
+            batch = open_batches[layer, tensor.spec.shape] = []
+            batches.append(batch)
+        batch.append(tensor)
+    return [tuple(batch) for batch in batches]
+
+
+def _read_ahead(job: Job, order: Sequence[TensorPlan]) -> Iterator[Pair]:
+    """Pairs in order. What lies in a folder is read ahead by threads; what lives in memory is taken when it is due."""
+    buffers = Buffers()
+    pool = ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
+
+    def ask(mapping: Mapping[str, Tensor], name: str) -> Callable[[], Tensor]:
+        if isinstance(mapping, Checkpoint):
+            return pool.submit(mapping.read, name, buffers).result
+        return partial(mapping.__getitem__, name)
+
+    ahead: deque[tuple[TensorPlan, Callable[[], Tensor], Callable[[], Tensor] | None]] = deque()
+    try:
+        for plan in order:
+            base_name = job.base_names.get(plan.spec.name)
+            base = None if base_name is None else ask(job.base, base_name)
+            ahead.append((plan, ask(job.source.weights, plan.spec.name), base))
+            if len(ahead) == _AHEAD:
+                yield _take(*ahead.popleft())
+        while ahead:
+            yield _take(*ahead.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+        buffers.close()
+        _return_freed_memory()
+
+
+def _take(plan: TensorPlan, weight: Callable[[], Tensor], base: Callable[[], Tensor] | None) -> Pair:
+    return Pair(plan, weight(), None if base is None else base())
+
+
+def _on_device(pair: Pair, device: str | torch.device | None) -> Pair:
+    weight = pair.weight if device is None else pair.weight.to(device)
+    return pair._replace(weight=weight, base=None if pair.base is None else pair.base.to(weight.device))
 
 
 def _return_freed_memory() -> None:
@@ -71,35 +154,36 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def with_progress(batches: Sequence[Batch], progress: bool) -> Iterator[Batch]:
-    """Yields batches; shows how far it is, the rate and the time left: a bar on a terminal, else lines."""
+def _with_progress(batches: Sequence[tuple[TensorPlan, ...]], progress: bool) -> Iterable[tuple[TensorPlan, ...]]:
+    """The batches; a bar on a terminal, else lines, say how far it is, the rate and the time left."""
     if not progress:
-        yield from batches
-        return
-    total = sum(map(_size, batches))
-    if not sys.stderr.isatty():
-        yield from _with_lines(batches, total)
-        return
+        return batches
+    return _with_bar(batches) if sys.stderr.isatty() else _with_lines(batches)
+
+
+def _size(batch: tuple[TensorPlan, ...]) -> int:
+    return sum(spec.nbytes for plan in batch for spec in plan.stored.values())
+
+
+def _with_bar(batches: Sequence[tuple[TensorPlan, ...]]) -> Iterator[tuple[TensorPlan, ...]]:
     from tqdm import tqdm
 
+    total = sum(map(_size, batches))
     with tqdm(total=total, unit="B", unit_scale=True, desc="FP8 export", dynamic_ncols=True) as bar:
         for batch in batches:
             yield batch
             bar.update(_size(batch))
 
 
-def _size(batch: Batch) -> int:
-    return sum(spec.nbytes for tensor in batch for spec in tensor.stored)
-
-
-def _with_lines(batches: Sequence[Batch], total: int) -> Iterator[Batch]:
+def _with_lines(batches: Sequence[tuple[TensorPlan, ...]]) -> Iterator[tuple[TensorPlan, ...]]:
     """Progress for a log file: one line in five seconds, and one at the end."""
-    done, start, last = 0, time.monotonic(), time.monotonic()
+    total, done = sum(map(_size, batches)), 0
+    start = last = time.monotonic()
     for batch in batches:
         yield batch
         done += _size(batch)
         now = time.monotonic()
-        if done == total or now - last > 5:
+        if done == total or now - last > _LINE_SECONDS:
             last, rate = now, done / max(now - start, 1e-9)
             print(
                 f"FP8 export: {done / max(total, 1):.0%} of {size_text(total)}, {rate / 1e6:.3g} MB/s, "

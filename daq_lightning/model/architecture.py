@@ -136,7 +136,7 @@ class Architecture:
         """Parameters that a checkpoint of these memory names leaves at random values; tied ones are not missed."""
         if not self.is_transformers:
             return []
-        present, tied = set(keys), getattr(self.model, "all_tied_weights_keys", None) or {}
+        present, tied = set(keys), self.ties
         present |= {key for key, source in tied.items() if source in present}
         present |= {source for key, source in tied.items() if key in present}
         patterns = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
@@ -144,10 +144,10 @@ class Architecture:
         names = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
         return [name for name in names if name not in present and not any(pattern.search(name) for pattern in optional)]
 
-    def tied_to(self, key: str) -> str | None:
-        """The memory name whose tensor this one shares, if it is a tied copy."""
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        return tied.get(key)
+    @property
+    def ties(self) -> dict[str, str]:
+        """Memory name of a tied copy -> of the tensor that it shares."""
+        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
 
     def has_module(self, name: str) -> bool:
         """Whether the model has a module of this memory name."""
@@ -322,6 +322,11 @@ def _quiet_and_offline() -> Iterator[None]:
 def _dequantizes(conversion: Any) -> bool:
     operations = getattr(conversion, "operations", None) or ()
     return any(type(operation).__name__.endswith("Dequantize") for operation in operations)
+
+
+def owner_of(key: str) -> str:
+    """The module that holds a tensor."""
+    return key.rpartition(".")[0]
 
 
 def name_without_peft(name: str) -> str | None:

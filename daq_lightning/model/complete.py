@@ -10,7 +10,6 @@ import copy
 import logging
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from daq_lightning.model.architecture import Architecture
@@ -21,7 +20,7 @@ def check_complete(model: LiveModel) -> None:
     """Compares what would be exported with what the model of its config.json has.
 
     Raises:
-        MisconfigurationException: Names that the export would lack, or tied weights that are not tied in the model.
+        ValueError: Names that the export would lack, or tied weights that are not tied in the model.
     """
     if not model.architecture.is_transformers:
         return  # nobody else but the module itself says what its names are
@@ -35,7 +34,7 @@ def check_complete(model: LiveModel) -> None:
         known = set(reference.model.state_dict())
         foreign = [key for key in model.keys.values() if key not in known]
         instead = f" It has {_listed(foreign)} instead." if foreign else ""
-        raise MisconfigurationException(
+        raise ValueError(
             f"The export would lack {_listed(missing)}, which the {type(model.model).__name__} of its config.json has "
             f"and readers would leave at random values.{instead} Expected a model with the layers and names that its "
             "config describes: put the original layers back before the export, or merge what was added into them."
@@ -45,9 +44,9 @@ def check_complete(model: LiveModel) -> None:
 def _check_ties(model: LiveModel) -> None:
     names = {key: name for name, key in model.keys.items()}
     for key, name in names.items():
-        source = model.architecture.tied_to(key)
+        source = model.architecture.ties.get(key)
         if source is not None and source != key and source in names:  # of one tensor only the source is written
-            raise MisconfigurationException(
+            raise ValueError(
                 f"{name} and {names[source]} are tied by config.json, but are two tensors in the model: readers would "
                 "use one of them for both. Set tie_word_embeddings=False in the config before the model is made, or "
                 "tie them again with tie_weights()."

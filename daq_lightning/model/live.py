@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from daq_lightning.checkpoint.tensor_file import TensorSpec
+from daq_lightning.checkpoint.tensor_file import LazyTensors, TensorSpec, spec_of
 from daq_lightning.model.adapters.merged import find_adapters
 from daq_lightning.model.adapters.save import save_adapter
 from daq_lightning.model.architecture import Architecture
 from daq_lightning.model.computed import ComputedTensors, find_computed
 from daq_lightning.model.saved_state import adapters_in, check_adapters, in_full
-from daq_lightning.model.weights import LiveWeights, live_tensors
 
 
-def find_model(module: LightningModule, path: str | None) -> tuple[str, nn.Module]:
+def find_model(module: nn.Module, path: str | None) -> tuple[str, nn.Module]:
     """The model to export and its name in the LightningModule.
 
     Args:
@@ -34,21 +31,21 @@ def find_model(module: LightningModule, path: str | None) -> tuple[str, nn.Modul
             itself.
 
     Raises:
-        MisconfigurationException: No such submodule, or several models to choose from.
+        ValueError: No such submodule, or several models to choose from.
     """
     if path is not None:
         try:
             return path, module.get_submodule(path)
         except AttributeError as error:
             children = ", ".join(name for name, _ in module.named_children()) or "none"
-            raise MisconfigurationException(
+            raise ValueError(
                 f"module={path!r}: {type(module).__name__} has no such submodule. Its submodules: {children}."
             ) from error
     found = list(_outermost_models(module))
     if len(found) == 1 and any(type(part).__module__.startswith("peft.") for part in module.modules()):
         return "", module  # the adapters know their model; a PeftModel around it holds their configuration
     if len(found) > 1:
-        raise MisconfigurationException(
+        raise ValueError(
             f"{type(module).__name__} holds {len(found)} models ({', '.join(name for name, _ in found)}): "
             f"say which one to export, for example module={found[0][0]!r}."
         )
@@ -73,13 +70,13 @@ class LiveModel:
         architecture: The modules.
 
     Raises:
-        MisconfigurationException: As for `find_model`.
+        ValueError: As for `find_model`.
         ValueError: Adapters that cannot be merged, or a state with adapters that the module does not have.
     """
 
     def __init__(
         self,
-        module: LightningModule,
+        module: nn.Module,
         path: str | None = None,
         state: Mapping[str, Tensor] | None = None,
         *,
@@ -118,11 +115,9 @@ class LiveModel:
         self.architecture = Architecture(self.model)
         saved = self.architecture.saved(outlines, identities)
         self.keys = {name: key for name, (key, _) in saved.items()}
-        self.weights = self.view(tensors)
-        self.specs = tuple(
-            TensorSpec(name=name, dtype=outline.dtype, shape=tuple(outline.shape))
-            for name, (_, outline) in saved.items()
-        )
+        specs = {name: spec_of(name, outline) for name, (_, outline) in saved.items()}
+        self.specs = tuple(specs.values())
+        self.weights = LiveWeights(tensors, self.keys, self.architecture, specs)
 
     def saved(self, state: Mapping[str, Tensor]) -> LiveWeights:
         """The weights that a saved state of the LightningModule holds, under the names of this model.
@@ -171,9 +166,54 @@ class LiveModel:
                     return
 
 
-def owners_of_files(trainer: Trainer) -> tuple[object, ...]:
-    """Where a tokenizer may be found."""
-    return (trainer.lightning_module, getattr(trainer, "datamodule", None))
+class LiveWeights(LazyTensors):
+    """Tensors in memory under the names that a saved checkpoint would give them.
+
+    Nothing is copied: a plain parameter is handed out as it is, stacked experts as views of their slices, and whatever
+    has to be computed (a merged LoRA weight) is computed when it is asked for, one tensor at a time.
+
+    Args:
+        tensors: Memory name -> tensor; may itself be lazy.
+        names: Checkpoint name -> memory name, see `Architecture.saved`.
+        architecture: Splits a tensor in memory into those of the checkpoint.
+        specs: Descriptions of tensors that have to be computed; None where all are at hand.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        names: Mapping[str, str],
+        architecture: Architecture,
+        specs: Mapping[str, TensorSpec] | None = None,
+    ) -> None:
+        self._tensors, self._names, self._architecture, self._specs = tensors, names, architecture, specs
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        key = self._names[name]
+        if key == name:
+            return self._tensors[key].detach()
+        if self._last[0] != key:
+            self._last = (key, self._architecture.split(key, self._tensors[key].detach()))
+        return self._last[1][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names and self._names[name] in self._tensors  # type: ignore[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def spec(self, name: str) -> TensorSpec:
+        """dtype and shape of a tensor."""
+        return spec_of(name, self[name]) if self._specs is None else self._specs[name]
+
+
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a module under their names: references, not copies."""
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
 
 
 def _inside(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -46,7 +46,7 @@ class TensorReport:
         root: Sums of the written scales against the first base of a chain, if the tensor is part of one.
         dequantized: Sums of the written scales for a reader that dequantizes to 16 bit, over sampled rows; None in
             reports of a version that did not look at it.
-        note: Anything unusual, such as a missing base.
+        without_base: Why it has no base; its scale is the plain one, and it is left out of the totals. "" with a base.
     """
 
     name: str
@@ -58,7 +58,7 @@ class TensorReport:
     absmax: DeltaStats
     root: DeltaStats | None = None
     dequantized: DeltaStats | None = None
-    note: str = ""
+    without_base: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class ExportReport:
 
     def totals(self, side: Side = "searched") -> DeltaStats:
         """Sums over all quantized tensors whose base is known."""
-        stats = [getattr(tensor, side) for tensor in self.tensors if not tensor.note] or [
+        stats = [getattr(tensor, side) for tensor in self.tensors if not tensor.without_base] or [
             getattr(tensor, side) for tensor in self.tensors
         ]
         return DeltaStats(*(torch.stack(fields).sum(0) for fields in zip(*stats, strict=True)))
@@ -120,7 +120,7 @@ class ExportReport:
                     **({"dequantized": _with_sums(tensor.dequantized)} if tensor.dequantized is not None else {}),
                     "absmax": _with_sums(tensor.absmax),
                     **({"root": _with_sums(tensor.root)} if tensor.root is not None else {}),
-                    **({"note": tensor.note} if tensor.note else {}),
+                    **({"without_base": tensor.without_base} if tensor.without_base else {}),
                 }
                 for tensor in self.tensors
             },
@@ -207,11 +207,6 @@ def alpha_statistics(alpha: Tensor) -> dict[str, float]:
     return dict(zip(("min", "mean", "max", "moved"), values, strict=True))
 
 
-def settings(search: Any) -> dict[str, Any]:
-    """The fields of a `ScaleSearch` as plain values."""
-    return asdict(search)
-
-
 def _with_sums(stats: DeltaStats) -> dict[str, Any]:
     values: dict[str, Any] = {key: value if math.isfinite(value) else None for key, value in figures(stats).items()}
     return values | {"sums": {name: value.item() for name, value in stats._asdict().items()}}
@@ -228,7 +223,7 @@ def _tensor_from(name: str, entry: Mapping[str, Any]) -> TensorReport:
         absmax=_stats_from(entry["absmax"]["sums"]),
         root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
         dequantized=_stats_from(entry["dequantized"]["sums"]) if "dequantized" in entry else None,
-        note=entry.get("note", ""),
+        without_base=entry.get("without_base", ""),
     )
 
 
@@ -260,8 +255,8 @@ def _check_shape(content: Mapping[str, Any], file: Path) -> None:
         shape, alpha = entry.get("shape"), entry.get("alpha")
         is_shape = isinstance(shape, list) and len(shape) == 2 and all(_is_count(size) for size in shape)
         check(is_shape, f"the two sizes of {name} in shape")
-        texts = (entry.get("dtype"), entry.get("scheme"), entry.get("note", ""))
-        check(all(isinstance(text, str) for text in texts), f"text in dtype, scheme and note of {name}")
+        texts = (entry.get("dtype"), entry.get("scheme"), entry.get("without_base", ""))
+        check(all(isinstance(text, str) for text in texts), f"text in dtype, scheme and without_base of {name}")
         is_alpha = isinstance(alpha, dict) and {"min", "mean", "max", "moved"} <= set(alpha)
         check(is_alpha and all(map(_is_number, alpha.values())), f"min, mean, max and moved in alpha of {name}")
         for side in ("searched", "absmax", *(side for side in ("dequantized", "root") if side in entry)):

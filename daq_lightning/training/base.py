@@ -17,7 +17,6 @@ its first step.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -32,6 +31,7 @@ from daq_lightning.checkpoint.lightning_file import read_lightning_checkpoint
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.checkpoint.writer import CheckpointWriter
+from daq_lightning.export.stream import Behind
 from daq_lightning.model.live import LiveModel
 from daq_lightning.model.saved_state import adapters_in
 from daq_lightning.training.claims import claim, mark_shared, versions
@@ -168,16 +168,12 @@ def take_snapshot(
 def _write_snapshot(weights: Mapping[str, Tensor], names: list[str], target: Path) -> Base:
     fingerprints: dict[str, str] = {}
     specs = [TensorSpec(name=name, dtype=weights[name].dtype, shape=tuple(weights[name].shape)) for name in names]
-    with CheckpointWriter(target, specs) as writer, ThreadPoolExecutor(1) as behind:
-        written: Future[None] | None = None
+    with CheckpointWriter(target, specs) as writer, Behind() as behind:
         for name in names:
             weight = weights[name].detach()
-            if written is not None:
-                written.result()
-            written = behind.submit(writer.write, name, weight)  # while it is fingerprinted
+            behind.run(writer.write, name, weight)  # while it is fingerprinted
             fingerprints[name] = fingerprint(weight)
-        if written is not None:
-            written.result()
+        behind.wait()
         writer.write_json(MANIFEST, {"snapshot_version": _SNAPSHOT_VERSION, "fingerprints": fingerprints})
         writer.publish()
     checkpoint = Checkpoint(target)

@@ -22,8 +22,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from daq_lightning.checkpoint.layouts import Scheme
 from daq_lightning.checkpoint.manifest import ChainFrom
+from daq_lightning.checkpoint.schemes import SchemeName
 from daq_lightning.checkpoint.writer import check_destination
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search.settings import ScaleSearch
@@ -107,7 +107,7 @@ class DeltaAwareQuantization(Callback):
         self,
         dirpath: str = "exports",
         base: str = "auto",
-        scheme: Scheme = "auto",
+        scheme: SchemeName = "auto",
         metric: Metric | None = None,
         alpha_range: tuple[float, float] | None = None,
         search: ScaleSearch | None = None,

@@ -129,7 +129,7 @@ def share(trainer: Trainer, metrics: Mapping[str, float]) -> None:
 
 def warn_if_unchanged(report: ExportReport) -> None:
     """Says what it means if every weight equals its base: nothing to keep, and figures that are NaN."""
-    compared = [tensor for tensor in report.tensors if not tensor.note]
+    compared = [tensor for tensor in report.tensors if not tensor.without_base]
     if compared and not any(tensor.searched.n_changed for tensor in compared):
         rank_zero_warn(
             f"No weight changed: each of the {len(compared)} quantized weights equals the base, so there is no "

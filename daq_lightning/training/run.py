@@ -22,12 +22,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
-from daq_lightning.export.job import Context, ExportSettings, make_plan, match_base
-from daq_lightning.export.lineage import make_lineage
-from daq_lightning.export.run import export
+from daq_lightning.export.job import Job, prepare
+from daq_lightning.export.plan import plan_export
+from daq_lightning.export.run import run
+from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.model.complete import check_complete
-from daq_lightning.model.live import LiveModel, find_model, owners_of_files
+from daq_lightning.model.live import LiveModel, find_model
 from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.claims import free_name, remove_own
 from daq_lightning.training.other_callbacks import best_saver
@@ -109,7 +110,7 @@ class Run:
         model = self._model(None)
         check_complete(model)
         source = self._source(model)
-        plan = make_plan(source, settings.choices)
+        plan = plan_export(source.specs, source.keys, source.architecture, settings.choices)
         names = tuple(tensor.spec.name for tensor in plan.quantized)
         resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path is not None else None
         own = settings.description(model=find_model(module, settings.module)[0], place=place)
@@ -118,20 +119,21 @@ class Run:
         dirpath = Path(settings.dirpath).absolute()
         request = BaseRequest(base=where, names=names, dirpath=dirpath, resumed_from=resumed_from, saved=saved)
         self.base = resolve_base(request, model)
+        root = (state or {}).get("root") or self.base.path
         try:
-            match_base(plan, self.base.weights, source, settings.choices)
-            root = (state or {}).get("root") or self.base.path
-            self._lineage, self._root = make_lineage(
-                Lineage(base_kind=self.base.kind, base_path=self.base.path, root=root),
+            self._job: Job = prepare(
+                source,
                 self.base.weights,
-                names,
+                settings.choices,
+                plan=plan,
+                lineage=Lineage(base_kind=self.base.kind, base_path=self.base.path, root=root),
                 parent=settings.parent,
                 chain_from=settings.chain_from,
             )
         except Exception:
             self.remove_unused_base()
             raise
-        self.state: dict[str, Any] = {"base": self.base.state(), "root": self._lineage.root, "callback": own}
+        self.state: dict[str, Any] = {"base": self.base.state(), "root": self._job.lineage.root, "callback": own}
 
     @torch.no_grad()
     def export(self, state: Mapping[str, Any] | None = None, checkpoint: Path | None = None) -> None:
@@ -196,19 +198,14 @@ class Run:
     def _write(self, model: LiveModel, checkpoint: Path | None) -> None:
         trainer, settings = self._trainer, self._settings
         bar = trainer.progress_bar_callback
-        training = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
-        context = Context(
-            lineage=dataclasses.replace(self._lineage, base_kind=self.base.kind, base_path=self.base.path),
-            root=self._root,
-            training=training | ({"checkpoint": str(checkpoint.absolute())} if checkpoint else {}),
-        )
+        training: dict[str, Any] = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
+        if checkpoint is not None:
+            training["checkpoint"] = str(checkpoint.absolute())
+        job = self._job.after_training(self._source(model), training)
         with free_name(Path(settings.dirpath) / settings.schedule.name(trainer)) as out:
-            report = export(
-                self._source(model),
-                self.base.weights,
+            report = run(
+                job,
                 out,
-                settings.choices,
-                context=context,
                 device=trainer.strategy.root_device,
                 progress=isinstance(bar, TQDMProgressBar) and bar.is_enabled,
             )
@@ -218,6 +215,7 @@ class Run:
         rank_zero_info(report.summary())
         if settings.reference == "previous_checkpoint":
             self.base = self._retaken or self._snapshot(model)
+            self._job = self._job.against(self.base.weights, kind=self.base.kind, path=self.base.path)
             self.state["base"] = self.base.state()
         self._kept.forget_old()
 
@@ -227,7 +225,7 @@ class Run:
 
     def _source(self, model: LiveModel) -> Source:
         def copy_files(folder: Path) -> None:
-            model.copy_files(folder, *owners_of_files(self._trainer))
+            model.copy_files(folder, self._trainer.lightning_module, getattr(self._trainer, "datamodule", None))
 
         return Source(
             weights=model.weights,
@@ -240,7 +238,8 @@ class Run:
 
     def _snapshot(self, model: LiveModel) -> Base:
         folder = Path(self._settings.dirpath).absolute() / f"base-step={self._trainer.global_step}"
-        base = take_snapshot(model.weights, self.base.fingerprints, folder, own=self._kept.snapshots)
+        names = [tensor.spec.name for tensor in self._job.plan.quantized]
+        base = take_snapshot(model.weights, names, folder, own=self._kept.snapshots)
         if base.created:
             self._kept.snapshots.append(Path(base.path))
         return base

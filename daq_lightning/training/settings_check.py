@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from daq_lightning.checkpoint.layouts import SCHEMES, Scheme
-from daq_lightning.export.job import ExportSettings
+from daq_lightning.checkpoint.schemes import SchemeName
+from daq_lightning.export.settings import ExportSettings
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search.settings import ScaleSearch
@@ -81,7 +81,7 @@ def chain(parent: Any, chain_from: Any, base: str) -> str | None:
 
 
 def make_settings(
-    scheme: Scheme,
+    scheme: SchemeName,
     metric: Metric | None,
     alpha_range: tuple[float, float] | None,
     search: ScaleSearch | None,
@@ -94,7 +94,7 @@ def make_settings(
     Raises:
         MisconfigurationException: A value of a wrong kind, or values that contradict each other.
     """
-    choice("scheme", scheme, SCHEMES)
+    choice("scheme", scheme, get_args(SchemeName))
     require(metric is None or isinstance(metric, str), "metric", metric, "None or a str, such as 'cosine'")
     require(
         search is None or isinstance(search, ScaleSearch), "search", search,
@@ -123,5 +123,5 @@ def make_settings(
             scale_format=scale_format,
             missing_base=missing_base,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise MisconfigurationException(str(error)) from error
