@@ -1,4 +1,5 @@
-"""All backends give the same sums: counts bit for bit, float sums to 2e-6, and their codes are `quantize`'s."""
+"""All backends give the same sums: counts bit for bit, float sums to 2e-6, and their codes are
+`quantize`'s."""
 
 import importlib.util
 import os
@@ -94,7 +95,8 @@ def test_updates_beyond_float32_show_as_infinite_sums(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [1.0, 0.37, 3.0 * 2**-9])
 def test_scores_the_codes_of_quantize_for_every_bfloat16(scale, backend):
-    """Where the base is what `quantize` makes of the weight, delta_q is 0 in every element or a code differs."""
+    """Where the base is what `quantize` makes of the weight, delta_q is 0 in every element or a code
+    differs."""
     values = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     values = values[(values >= 2.0**-40) & (values < 2.0**40)]
     weight = torch.cat([values, -values]).reshape(-1, 256)
@@ -193,7 +195,8 @@ def test_offsets_beyond_32_bits():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_leaves_the_process_as_it_was(backend):
-    """Random state, thread count, and the arithmetic of subnormal numbers; also when called from another thread."""
+    """Random state, thread count, and the arithmetic of subnormal numbers; also when called from another
+    thread."""
     weight, base = pair((50, 60))
     scale_GK = candidates(weight, PerChannel())
     state, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -213,7 +216,7 @@ def test_without_a_compiler_a_search_warns_once_and_uses_the_reference(monkeypat
     weight, base = pair((2, 2))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(library, "_find", library._find.__wrapped__)
-    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
+    monkeypatch.setattr(cpu, "_entry_point", cpu._entry_point.__wrapped__)
     backends._choose.cache_clear()
     try:
         with pytest.warns(UserWarning, match="reference implementation: No C\\+\\+ compiler.*no-such-compiler"):

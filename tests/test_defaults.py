@@ -175,7 +175,7 @@ def test_exports_do_not_depend_on_the_default_dtype_and_device(tmp_path):
 
 
 def callback_job(folder: str, name: str) -> None:
-    """Under a default dtype the whole training runs; under a default device, which no Trainer bears, the hooks do."""
+    """Under a default dtype all of training runs; under a default device, which no Trainer bears, hooks."""
     import copy
 
     from live import Tuning, fit, tiny_llama

@@ -1,4 +1,5 @@
-"""What the C++ library is given it checks: wrong arguments are an exception that says which, never a crash."""
+"""What the C++ library is given it checks: wrong arguments are an exception that says which, never a
+crash."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from daq_lightning.numerics.backends import cpu
+from daq_lightning.numerics.backends import cpu, fold
+from daq_lightning.numerics.backends.library import array as array_of
 from daq_lightning.numerics.formats import PerBlock, PerChannel
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 
@@ -23,7 +25,7 @@ def arguments(function: str) -> tuple[list[Any], list[torch.Tensor]]:
 
     def array(*shape: int, dtype: torch.dtype) -> Any:
         kept.append(torch.ones(shape, dtype=dtype))
-        return cpu._array(kept[-1])
+        return array_of(kept[-1])
 
     matrices = [cpu._matrix(weight), cpu._matrix(base)]
     plan, fmt = cpu._plan(weight, PerBlock(2, 4))[0], cpu._format(FP8_E4M3)
@@ -54,6 +56,10 @@ def arguments(function: str) -> tuple[list[Any], list[torch.Tensor]]:
 
 FUNCTIONS = ["absmax", "quantize", "delta_stats", "fold", "search"]
 PLANS = {"m": -1, "n": 0, "cell_rows": 0, "cell_cols": 9, "chunk_rows": 3, "chunk_cols": -(2**63)}
+
+
+def entry_point(function):
+    return fold._fold() if function == "fold" else cpu._entry_point(function)
 
 
 def faults(function: str) -> list[tuple[str, str, Any]]:
@@ -95,7 +101,7 @@ def faults(function: str) -> list[tuple[str, str, Any]]:
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_right_arguments_are_taken(function):
     given, _kept = arguments(function)
-    getattr(cpu._library(), f"daq_{function}")(*given)
+    entry_point(function)(*given)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,7 @@ def test_wrong_arguments_are_refused(function, place, name, value):
     else:
         given[int(place)] = value
     with pytest.raises(RuntimeError, match=f"daq_{function} refused its arguments"):
-        getattr(cpu._library(), f"daq_{function}")(*given)
+        entry_point(function)(*given)
     assert all(torch.equal(tensor, copied) for tensor, copied in zip(kept, before, strict=True))
 
 

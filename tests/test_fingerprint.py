@@ -5,7 +5,7 @@ import torch
 
 from daq_lightning.checkpoint import fingerprint as module
 from daq_lightning.checkpoint.fingerprint import combine, fingerprint
-from daq_lightning.numerics.backends import cpu
+from daq_lightning.numerics.backends import fold
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 4096, 8 * 65536, 8 * 65536 + 13])
@@ -15,7 +15,7 @@ def test_all_paths_give_the_same(size, monkeypatch):
     expected = fingerprint(data)
     monkeypatch.setattr(module, "_rows", module._rows_on_device)
     assert fingerprint(data) == expected
-    monkeypatch.setattr(module, "_rows", lambda words: cpu.fold_words(words, module._odd_numbers(words.device)))
+    monkeypatch.setattr(module, "_rows", lambda words: fold.fold_words(words, module._odd_numbers(words.device)))
     assert fingerprint(data) == expected
 
 

@@ -1,4 +1,4 @@
-"""The C++ library: what is loaded only this user can have written, it is built once, and a bad cache costs a build."""
+"""The C++ library: only this user can have written it, it is built once, a bad cache costs a build."""
 
 from __future__ import annotations
 

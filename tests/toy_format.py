@@ -4,4 +4,4 @@ import torch
 
 from daq_lightning.numerics.formats import Format
 
-E5M2 = Format(name="e5m2", dtype=torch.float8_e5m2, max=57344.0, min_normal=2.0**-14, mantissa_bits=2)
+E5M2 = Format(dtype=torch.float8_e5m2, max=57344.0, min_normal=2.0**-14, mantissa_bits=2)

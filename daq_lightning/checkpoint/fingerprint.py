@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.backends import cpu, library
+from daq_lightning.numerics.backends import fold, library
 
 _ROW = 1 << 16
 _STEP = 8  # rows that are multiplied at a time on a device
@@ -69,7 +69,7 @@ def _rows(words: Tensor) -> Tensor:
     """One sum for each row of words; the last row may be shorter."""
     if words.is_cuda:
         return _rows_on_device(words)
-    return cpu.fold_words(words, _odd_numbers(words.device)) if library.why_not() is None else _rows_in_numpy(words)
+    return fold.fold_words(words, _odd_numbers(words.device)) if library.why_not() is None else _rows_in_numpy(words)
 
 
 def _rows_on_device(words: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Pure arithmetic on tensors: formats, rounding, objectives, search, backends. No files, no names, no Lightning."""
+"""Pure arithmetic on tensors: formats, rounding, objectives, search, backends; no files, no Lightning."""

@@ -3,10 +3,10 @@
     merged = weight + sum_a scaling_a * (B_a @ A_a)                              LoRA, adapters a
     merged = magnitude * V / |V|,   V = weight + scaling * (B @ A)               DoRA, |V| per row of V
 
-Adding the update in place, in bfloat16, rounds away one entry in seven of a small update; so the sum goes to float32,
-once. It is formed in float64, band by band: then neither the TF32 or bfloat16 matrix products that a Trainer may have
-switched on nor the blocking of a BLAS library can be seen in the result, and every device gives the same weight. With
-ranks of 8 to 256 the cost is that of reading the weight.
+Adding the update in place, in bfloat16, rounds away one entry in seven of a small update; so the sum goes to
+float32, once. It is formed in float64, band by band: then neither the TF32 or bfloat16 matrix products that a
+Trainer may have switched on nor the blocking of a BLAS library can be seen in the result, and every device
+gives the same weight. With ranks of 8 to 256 the cost is that of reading the weight.
 
 Legend: M out, N in, R rank, E experts.
 
@@ -98,8 +98,8 @@ def merge_lora_experts(weight: Tensor, adapters: Sequence[LoraFactors], *, trans
 
     Args:
         weight: Shape (E, M, N), or (E, N, M) where `transposed`.
-        adapters: The factors of all experts in one: A of shape (E * R, N), grouped by expert; B of shape (M, R * E),
-            grouped by rank, as PEFT keeps them for `target_parameters`.
+        adapters: The factors of all experts in one: A of shape (E * R, N), grouped by expert; B of shape (M,
+            R * E), grouped by rank, as PEFT keeps them for `target_parameters`.
         transposed: As for `merge_lora`.
 
     Returns:
@@ -125,7 +125,7 @@ def merge_lora_experts(weight: Tensor, adapters: Sequence[LoraFactors], *, trans
 
 @torch.no_grad()
 def merge_lora_bias(bias_M: Tensor, updates: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """The bias of a layer with the biases of its adapters added: ``bias + sum scaling * update``, in float32."""
+    """The bias of a layer with those of its adapters: ``bias + sum scaling * update``, in float32."""
     merged_M = bias_M.to(torch.float64, copy=True)
     for update_M, scaling in updates:
         merged_M.add_(update_M.to(bias_M.device, torch.float64), alpha=scaling)

@@ -3,8 +3,8 @@
     delta   = weight - base             both upcast to float32 first
     delta_q = code * scale - base
 
-Sums over disjoint sets of elements add, so backends, search, metrics, ranks and reports all share `DeltaStats` and
-nothing is measured twice in two ways.
+Sums over disjoint sets of elements add, so backends, search, metrics, ranks and reports all share
+`DeltaStats` and nothing is measured twice in two ways.
 
 | metric | score (larger is better) |
 | --- | --- |
@@ -13,9 +13,9 @@ nothing is measured twice in two ways.
 | mse | -error_sq / n; does not look at the base (Eq. 7) |
 | hybrid | -[(gain - 1)^2 + tau * (delta_q_sq / delta_sq - gain^2)], gain = dot / delta_sq |
 
-`gain` says at which strength the update survives along its own direction: 1 in full, 0 not at all. The second term of
-the hybrid is the energy of the quantization noise orthogonal to the update; tau = 1 makes the hybrid -MSE up to a
-factor, tau = 0 asks for the right strength and nothing else.
+`gain` says at which strength the update survives along its own direction: 1 in full, 0 not at all. The second
+term of the hybrid is the energy of the quantization noise orthogonal to the update; tau = 1 makes the hybrid
+-MSE up to a factor, tau = 0 asks for the right strength and nothing else.
 
 Sources: arXiv 2603.22324, Eq. 6 (mse), 7, 8 (sign), 9 (cosine); the hybrid is this project's.
 """
@@ -84,7 +84,7 @@ def cosine(stats: DeltaStats) -> Tensor:
 
 
 def gain(stats: DeltaStats) -> Tensor:
-    """Strength of the update along its own direction: dot / delta_sq. An update of zero: 1 if kept, else NaN."""
+    """Strength of the update along its direction: dot / delta_sq. An update of zero: 1 if kept, else NaN."""
     unchanged = torch.where(stats.delta_q_sq == 0, 1.0, torch.nan).to(stats.dot.dtype)
     return torch.where(stats.delta_sq > 0, stats.dot / stats.delta_sq, unchanged)
 
@@ -103,8 +103,8 @@ def score(stats: DeltaStats, metric: Metric, *, tau: float = 0.01) -> Tensor:
         tau: Weight of the orthogonal noise in the hybrid, >= 0.
 
     Returns:
-        float64 scores of the shape of the sums. A group without any update scores -inf under "hybrid" unless it is
-        reproduced exactly (then 0).
+        float64 scores of the shape of the sums. A group without any update scores -inf under "hybrid" unless
+        it is reproduced exactly (then 0).
 
     Raises:
         ValueError: Unknown metric.
@@ -130,7 +130,7 @@ def score(stats: DeltaStats, metric: Metric, *, tau: float = 0.01) -> Tensor:
 
 
 def measure(weight: Tensor, base: Tensor, dequantized: Tensor) -> DeltaStats:
-    """Sums of three tensors of equal shape, in float64 from float32 inputs: the definition, written to be read.
+    """Sums of three tensors of one shape, in float64 from float32 inputs: the definition, to be read.
 
     Args:
         weight: The fine-tuned weight, any floating dtype.

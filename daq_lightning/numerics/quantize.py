@@ -6,10 +6,10 @@
 
 where max is the largest code of the format.
 
-All arithmetic is float32: a bfloat16 division picks another code for some 3 % of the weights. The weight is multiplied
-by a float32 reciprocal that is computed once per group, because that product (unlike a division) is the same to the
-last bit in eager mode, in compiled C++ and in Triton. The search scores `encode` and `decode`; the file holds their
-result.
+All arithmetic is float32: a bfloat16 division picks another code for some 3 % of the weights. The weight is
+multiplied by a float32 reciprocal that is computed once per group, because that product (unlike a division)
+is the same to the last bit in eager mode, in compiled C++ and in Triton. The search scores `encode` and
+`decode`; the file holds their result.
 
 Legend: M out, N in, G groups.
 
@@ -42,7 +42,8 @@ def absmax_scale(
         fmt: The format of the codes.
 
     Returns:
-        float32 scale of shape ``granularity.grid((M, N))``. NaN or Inf in a group shows as a NaN or Inf scale.
+        float32 scale of shape ``granularity.grid((M, N))``. NaN or Inf in a group shows as a NaN or Inf
+        scale.
 
     Example:
         >>> from daq_lightning.numerics.formats import PerChannel
@@ -54,7 +55,7 @@ def absmax_scale(
 
 
 def absmax(weight_MN: Tensor, granularity: Granularity) -> Tensor:
-    """Largest magnitude of each group: float32 of shape ``granularity.grid((M, N))``; NaN or Inf where it has one."""
+    """Largest magnitude of each group, or its NaN or Inf: float32, shape ``granularity.grid((M, N))``."""
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     grid = granularity.grid(shape_MN)
     if weight_MN.numel() == 0:
@@ -74,8 +75,8 @@ def absmax_to_scale(absmax: Tensor, scale_format: ScaleFormat, fmt: Format) -> T
 def round_scale(scale: Tensor, scale_format: ScaleFormat) -> Tensor:
     """Rounds float32 scales to those that a reader keeps, never below the smallest normal float32.
 
-    "float32" keeps them, "bfloat16" rounds to nearest, "ue8m0" rounds UP to a power of two (rounding down would
-    saturate the group's largest weight).
+    "float32" keeps them, "bfloat16" rounds to nearest, "ue8m0" rounds UP to a power of two (rounding down
+    would saturate the group's largest weight).
 
     Example:
         >>> round_scale(torch.tensor([0.3, 0.5]), "ue8m0")
@@ -157,7 +158,7 @@ def dequantize(codes_MN: Tensor, scale: Tensor, granularity: Granularity, dtype:
 
 
 def encode(scaled: Tensor, fmt: Format = FP8_E4M3) -> Tensor:
-    """Rounds float32 values that are already divided by their scale: saturates, then nearest, ties to even."""
+    """Rounds float32 values that are divided by their scale: saturates, then nearest, ties to even."""
     return scaled.clamp(-fmt.max, fmt.max).to(fmt.dtype)
 
 

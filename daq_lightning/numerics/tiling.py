@@ -1,8 +1,8 @@
 """From a weight to its groups, ``weight_MN -> groups_GE``, and where to cut it into pieces of whole groups.
 
-A group is the set of elements that share a scale. Groups are numbered row by row of the scale tensor. A ragged block
-is filled up with zeros; a zero weight over a zero base adds to no sum except the number of equal signs, from which
-`group_sizes` takes the filling away again.
+A group is the set of elements that share a scale. Groups are numbered row by row of the scale tensor. A
+ragged block is filled up with zeros; a zero weight over a zero base adds to no sum except the number of equal
+signs, from which `group_sizes` takes the filling away again.
 
 Legend: M out, N in, G groups, E elements in a (filled) group.
 """
@@ -17,13 +17,12 @@ from torch import Tensor
 from daq_lightning.numerics.formats import Granularity, PerBlock, PerTensor
 
 
-def to_groups(weight_MN: Tensor, granularity: Granularity, dtype: torch.dtype | None = None) -> Tensor:
+def to_groups(weight_MN: Tensor, granularity: Granularity) -> Tensor:
     """Rearranges a weight into groups.
 
     Args:
         weight_MN: Any dtype, shape (M, N).
         granularity: Which elements share a scale.
-        dtype: Of the result; None keeps that of the weight.
 
     Returns:
         groups_GE. A view where the layout allows it (rows, whole tensor), else one copy.
@@ -36,8 +35,6 @@ def to_groups(weight_MN: Tensor, granularity: Granularity, dtype: torch.dtype | 
         filled_MN[: shape_MN[0], : shape_MN[1]] = weight_MN
         weight_MN = filled_MN
     blocks = weight_MN.reshape(grid_rows, rows, grid_cols, cols).transpose(1, 2)
-    if dtype not in (None, weight_MN.dtype):
-        blocks = blocks.to(dtype, memory_format=torch.contiguous_format)  # one pass for both
     return blocks.reshape(grid_rows * grid_cols, rows * cols)
 
 
@@ -50,7 +47,7 @@ def group_sizes(shape_MN: tuple[int, int], granularity: Granularity, device: tor
 
 
 def bands(shape_MN: tuple[int, int], granularity: Granularity, elements: int) -> Iterator[slice]:
-    """Cuts the rows of a weight into bands of whole groups, of about `elements` elements each (at least one group).
+    """Cuts the rows of a weight into bands of whole groups, of about `elements` elements, or one group.
 
     Yields:
         Row slices. The bands of `PerTensor` are the whole weight.
@@ -67,8 +64,8 @@ def patches(
     """Cuts a weight into patches of whole groups, of about `elements` elements each (at least one group).
 
     Yields:
-        Rows and columns of a patch, and its groups, which follow those of the patch before. A patch spans all columns
-        unless a single row of blocks has more elements than that.
+        Rows and columns of a patch, and its groups, which follow those of the patch before. A patch spans all
+        columns unless a single row of blocks has more elements than that.
     """
     start, (_, cell_cols) = 0, granularity.cell(shape_MN)
     for rows in bands(shape_MN, granularity, elements):

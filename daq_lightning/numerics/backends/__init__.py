@@ -6,9 +6,9 @@
 | `cpu` | C++ that reads weight and base once for all candidates; built on the first use | CPU with a C++ compiler |
 | `cuda` | Triton, likewise | CUDA |
 
-For one scale, codes and counts are equal bit for bit among them, and float sums agree to 2e-6 of their size (`dot`: of
-``sqrt(delta_sq * delta_q_sq)``): they are added in another order. So of two candidates that are as good as equal, each
-backend may take another one. Measured speeds are in README.md beside this file.
+For one scale, codes and counts are equal bit for bit among them, and float sums agree to 2e-6 of their size
+(`dot`: of ``sqrt(delta_sq * delta_q_sq)``): they are added in another order. So of two candidates that are as
+good as equal, each backend may take another one. Measured speeds are in README.md beside this file.
 
 Legend: M out, N in, G groups, K candidates.
 """
@@ -70,8 +70,8 @@ def delta_stats(
     Args:
         weight_MN: float32, bfloat16 or float16, shape (M, N), finite.
         base_MN: Same shape and device, any of these dtypes, finite.
-        scale_GK: float32 candidates of each group, finite and at least the smallest normal float32. Groups are
-            numbered row by row of the granularity's grid.
+        scale_GK: float32 candidates of each group, finite and at least the smallest normal float32. Groups
+            are numbered row by row of the granularity's grid.
         granularity: Which elements share a scale.
         fmt: The format of the codes.
 

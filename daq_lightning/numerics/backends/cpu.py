@@ -2,11 +2,11 @@
 
 | source | what it does in one pass over a weight |
 | --- | --- |
-| src/passes.cpp | the sums of given candidates; absmax; codes; fingerprints |
+| src/passes.cpp | the sums of given candidates; absmax; codes |
 | src/search.cpp | a whole search, group after group in the cache |
 
-C++ writes where it is told to: every buffer made here states its dtype and device, whatever torch's defaults are, and
-is handed over with its size, which the library checks before it writes.
+C++ writes where it is told to: every buffer made here states its dtype and device, whatever torch's defaults
+are, and is handed over with its size, which the library checks before it writes.
 
 Legend: M out, N in, G groups, C chunks of a group, K candidates.
 """
@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from daq_lightning.numerics.backends import library
+from daq_lightning.numerics.backends.library import Array, array, entry_point
 from daq_lightning.numerics.formats import SCALE_FORMATS, Format, Granularity
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.search.grid import coarse, fine_steps
@@ -30,10 +30,6 @@ from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, se
 _CHUNK = 1 << 15  # elements of a unit of work
 _CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class _Array(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_int64))
 
 
 class _Matrix(ctypes.Structure):
@@ -59,12 +55,12 @@ class _Search(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ["metric", "scale_format", "n_coarse", "n_fine"]),
         *((name, ctypes.c_double) for name in ["tau", "alpha_min", "alpha_max", "radius"]),
-        *((name, _Array) for name in ["coarse", "steps"]),
+        *((name, Array) for name in ["coarse", "steps"]),
     )
 
 
 class _Found(ctypes.Structure):
-    _fields_ = tuple((name, _Array) for name in ["scale", "alpha", "counts", "totals", "codes"])
+    _fields_ = tuple((name, Array) for name in ["scale", "alpha", "counts", "totals", "codes"])
 
 
 def search(task: Task) -> SearchResult:
@@ -83,16 +79,16 @@ def delta_stats(
     counts = torch.empty(6, groups, chunks, candidates, dtype=torch.int64, device=_CPU)
     totals = torch.empty(4, groups, chunks, candidates, dtype=torch.float64, device=_CPU)
     weight_MN, base_MN, scale_GK = _rows(weight_MN), _rows(base_MN), scale_GK.contiguous()
-    _library().daq_delta_stats(
+    _entry_point("delta_stats")(
         _matrix(weight_MN),
         _matrix(base_MN),
         plan,
         _format(fmt),
-        _array(scale_GK),
+        array(scale_GK),
         candidates,
         torch.get_num_threads(),
-        _array(counts),
-        _array(totals),
+        array(counts),
+        array(totals),
     )
     fields = [field.sum(1) if chunks > 1 else field[:, 0] for field in (*counts, *totals)]
     return DeltaStats(*fields)
@@ -104,7 +100,7 @@ def absmax(weight_MN: Tensor, granularity: Granularity) -> Tensor:
     grid = granularity.grid((weight_MN.shape[0], weight_MN.shape[1]))
     absmax_GC = torch.empty(grid[0] * grid[1], chunks, dtype=torch.float32, device=_CPU)
     weight_MN = _rows(weight_MN)
-    _library().daq_absmax(_matrix(weight_MN), plan, torch.get_num_threads(), _array(absmax_GC))
+    _entry_point("absmax")(_matrix(weight_MN), plan, torch.get_num_threads(), array(absmax_GC))
     return absmax_GC.amax(1).reshape(grid)
 
 
@@ -113,13 +109,13 @@ def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Fo
     plan, _ = _plan(weight_MN, granularity)
     codes_MN = torch.empty(weight_MN.shape, dtype=torch.uint8, device=_CPU)
     weight_MN, scale = _rows(weight_MN), scale.contiguous()
-    _library().daq_quantize(
+    _entry_point("quantize")(
         _matrix(weight_MN),
         plan,
         _format(fmt),
-        _array(scale),
+        array(scale),
         torch.get_num_threads(),
-        _array(codes_MN),
+        array(codes_MN),
     )
     return codes_MN.view(fmt.dtype)
 
@@ -150,17 +146,17 @@ def _search_in_cache(task: Task) -> SearchResult:
         alpha_min=task.search.alpha_min,
         alpha_max=task.search.alpha_max,
         radius=task.search.radius,
-        coarse=_array(coarse_K),
-        steps=_array(steps_K),
+        coarse=array(coarse_K),
+        steps=array(steps_K),
     )
     found = _Found(
-        scale=_array(scale_G),
-        alpha=_array(alpha_G),
-        counts=_array(counts),
-        totals=_array(totals),
-        codes=_array(codes_MN),
+        scale=array(scale_G),
+        alpha=array(alpha_G),
+        counts=array(counts),
+        totals=array(totals),
+        codes=array(codes_MN),
     )
-    _library().daq_search(
+    _entry_point("search")(
         _matrix(weight_MN),
         _matrix(base_MN),
         plan,
@@ -177,18 +173,6 @@ def _search_in_cache(task: Task) -> SearchResult:
         stats=stats,
         absmax_stats=absmax_stats,
     )
-
-
-def fold_words(words: Tensor, odd: Tensor) -> Tensor:
-    """One sum ``(word ^ (word >> 32)) * odd`` modulo 2^64 for each row of as many words as there are odd numbers.
-
-    Args:
-        words: int64, contiguous; the last row may be shorter.
-        odd: int64.
-    """
-    sums = torch.empty(-(-words.numel() // odd.numel()), dtype=torch.int64, device=_CPU)
-    _library().daq_fold(_array(words), words.numel(), _array(odd), odd.numel(), _array(sums))
-    return sums
 
 
 def _plan(weight_MN: Tensor, granularity: Granularity) -> tuple[_Plan, int]:
@@ -217,32 +201,13 @@ def _matrix(weight_MN: Tensor) -> _Matrix:
     return _Matrix(weight_MN.data_ptr(), _DTYPES[weight_MN.dtype], weight_MN.stride(0), size)
 
 
-def _array(tensor: Tensor) -> _Array:
-    """Where a contiguous tensor lies, and how long it is: 0 bytes at no place if the processor cannot reach it."""
-    reachable = tensor.device.type == "cpu" and tensor.is_contiguous()
-    return _Array(tensor.data_ptr(), tensor.nbytes) if reachable else _Array(None, 0)
-
-
 @functools.cache
-def _library() -> ctypes.CDLL:
-    loaded = library.library()
+def _entry_point(name: str) -> Callable[..., None]:
     integer = ctypes.c_int64
     arguments = {
-        "delta_stats": [_Matrix, _Matrix, _Plan, _Format, _Array, integer, integer, _Array, _Array],
-        "absmax": [_Matrix, _Plan, integer, _Array],
-        "quantize": [_Matrix, _Plan, _Format, _Array, integer, _Array],
+        "absmax": [_Matrix, _Plan, integer, Array],
+        "quantize": [_Matrix, _Plan, _Format, Array, integer, Array],
+        "delta_stats": [_Matrix, _Matrix, _Plan, _Format, Array, integer, integer, Array, Array],
         "search": [_Matrix, _Matrix, _Plan, _Format, _Search, integer, _Found],
-        "fold": [_Array, integer, _Array, integer, _Array],
     }
-    for name, types in arguments.items():
-        function = getattr(loaded, f"daq_{name}")
-        function.argtypes, function.restype, function.errcheck = types, ctypes.c_char_p, _raise_problem
-    return loaded
-
-
-def _raise_problem(problem: bytes | None, function: Any, _: tuple[object, ...]) -> None:
-    """Every entry point returns what is wrong with its arguments, or null."""
-    if problem == b"out of memory":
-        raise MemoryError(f"{function.__name__}: out of memory")
-    if problem is not None:
-        raise RuntimeError(f"{function.__name__} refused its arguments: {problem.decode()}. Please report this.")
+    return entry_point(name, arguments[name])

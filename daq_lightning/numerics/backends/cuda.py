@@ -1,13 +1,14 @@
-"""The CUDA backend: a kernel by hand, in Triton, whose programs hold a tile in registers and evaluate all candidates.
+"""The CUDA backend: a kernel in Triton whose programs hold a tile in registers and try all candidates on it.
 
-    x = clamp(w * (1 / s), -max, max),  q = round(x) * s      the hardware's cast, or arithmetic where there is none
-    counts and products of w - b, q - b and q - w             summed in float32 within a tile, in float64 across tiles
+    x = clamp(w * (1 / s), -max, max),  q = round(x) * s      the hardware's cast, or else arithmetic
+    counts and products of w - b, q - b and q - w             in float32 within a tile, float64 across tiles
 
-A program is one warp with a tile of 1,024 elements, so sums never leave the warp. Tiles are cut from the weight in
-place, without a copy; offsets are 64 bits wide. Triton is imported with this module and nowhere else. What is not
-measured against all candidates (absmax, codes) is left to torch.
+A program is one warp with a tile of 1,024 elements, so sums never leave the warp. Tiles are cut from the
+weight in place, without a copy; offsets are 64 bits wide. Triton is imported with this module and nowhere
+else. What is not measured against all candidates (absmax, codes) is left to torch.
 
-The reciprocals of the scales are computed by torch, as in `quantize`; a division in Triton need not round correctly.
+The reciprocals of the scales are computed by torch, as in `quantize`; a division in Triton need not round
+correctly.
 
 Legend: M out, N in, G groups, T tiles of a group, K candidates.
 """
@@ -128,8 +129,8 @@ def _round(x, MIN_NORMAL: tl.constexpr, MANTISSA_BITS: tl.constexpr, HARDWARE_CA
     """Nearest value of the format, ties to even, of values within its range."""
     if HARDWARE_CAST:
         return x.to(tl.float8e4nv).to(tl.float32)
-    # adding 1.5 * 2^(e + 23 - bits), where 2^e is the binade of x (at least that of the smallest normal number), leaves
-    # no bits below 2^(e - bits)
+    # adding 1.5 * 2^(e + 23 - bits), where 2^e is the binade of x (at least that of the smallest normal
+    # number), leaves no bits below 2^(e - bits)
     binade = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, MIN_NORMAL << 23)
     magic = (binade + (((23 - MANTISSA_BITS) << 23) | (1 << 22))).to(tl.float32, bitcast=True)
     return (x + magic) - magic

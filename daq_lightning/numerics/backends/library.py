@@ -2,18 +2,18 @@
 
 The library knows nothing of Python or torch, so it builds in seconds and runs without the interpreter's lock.
 
-Built libraries are kept in the user's cache folder (`$XDG_CACHE_HOME/daq_lightning`, else `~/.cache/daq_lightning`)
-under a name that hashes the source, the flags and everything that the compiler predefines for this processor: another
-compiler version or another machine on a shared home builds its own. The name also ends in a hash of the library, since
-loading one that was cut off can kill the process.
+Built libraries are kept in the user's cache folder (`$XDG_CACHE_HOME/daq_lightning`, else
+`~/.cache/daq_lightning`) under a name that hashes the source, the flags and everything that the compiler
+predefines for this processor: another compiler version or another machine on a shared home builds its own.
+The name also ends in a hash of the library, since loading one that was cut off can kill the process.
 
-What is loaded is run, so nobody else may have been able to write it: the folder and the file must belong to this user,
-be no links, and be writable for nobody else. Where there is no such folder, a process builds for itself, in a
-temporary folder that is removed as soon as the library is loaded (the system keeps it mapped).
+What is loaded is run, so nobody else may have been able to write it: the folder and the file must belong to
+this user, be no links, and be writable for nobody else. Where there is no such folder, a process builds for
+itself, in a temporary folder that is removed as soon as the library is loaded (the system keeps it mapped).
 
-A build takes some seconds, perhaps in the middle of a training step. It says so in one line at level INFO of the logger
-"daq_lightning", or on stderr where no logging is set up: worth knowing, nothing to worry about, so not a warning.
-Threads and processes that need the library meanwhile wait for it.
+A build takes some seconds, perhaps in the middle of a training step. It says so in one line at level INFO of
+the logger "daq_lightning", or on stderr where no logging is set up: worth knowing, nothing to worry about, so
+not a warning. Threads and processes that need the library meanwhile wait for it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     import fcntl
@@ -41,7 +45,8 @@ except ImportError:  # not on this system: two processes may build at once, whic
     fcntl = None
 
 _COMPILERS = ("c++", "g++", "clang++")
-# no -ffast-math: rounding relies on (x + m) - m being evaluated as written, and sums must see a base that is NaN
+# no -ffast-math: rounding relies on (x + m) - m being evaluated as written, and sums must see a base that is
+# NaN
 _FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd", "-ffp-contract=off"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros"),
@@ -69,6 +74,37 @@ def library() -> ctypes.CDLL:
     if isinstance(found, str):
         raise LibraryMissingError(found)
     return found
+
+
+class Array(ctypes.Structure):
+    """A contiguous array as the library takes it: it checks the size before it writes."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_int64))
+
+
+def array(tensor: Tensor) -> Array:
+    """Where a contiguous tensor lies, and how long it is; nothing at no place if it is not on the CPU."""
+    reachable = tensor.device.type == "cpu" and tensor.is_contiguous()
+    return Array(tensor.data_ptr(), tensor.nbytes) if reachable else Array(None, 0)
+
+
+def entry_point(name: str, types: Sequence[type]) -> Callable[..., None]:
+    """A function of the library. It raises RuntimeError for arguments that it refuses, and MemoryError.
+
+    Raises:
+        LibraryMissingError: As `library`.
+    """
+    function = getattr(library(), f"daq_{name}")
+    function.argtypes, function.restype, function.errcheck = list(types), ctypes.c_char_p, _raise_problem
+    return function
+
+
+def _raise_problem(problem: bytes | None, function: Any, _: tuple[object, ...]) -> None:
+    """Every entry point returns what is wrong with its arguments, or null."""
+    if problem == b"out of memory":
+        raise MemoryError(f"{function.__name__}: out of memory")
+    if problem is not None:
+        raise RuntimeError(f"{function.__name__} refused its arguments: {problem.decode()}. Please report this.")
 
 
 def why_not() -> str | None:
@@ -102,7 +138,7 @@ def _find() -> ctypes.CDLL | str:
 
 
 def _load(command: list[str]) -> ctypes.CDLL:
-    """The library that this command builds: from the cache, else built there, else built for this process alone."""
+    """The library that this command builds: from the cache, built there, or for this process alone."""
     key = _key(command)
     folder, problem = _cache_folder()
     if folder is not None:
@@ -179,7 +215,7 @@ def _cache_folder() -> tuple[Path | None, str]:
 
 
 def why_not_ours(path: Path) -> str | None:
-    """None if nobody but this user (and root) can have written a file or folder, else what speaks against it."""
+    """None if only this user (and root) can have written a file or folder, else what speaks against it."""
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
         return f"{path} is a link"

@@ -1,14 +1,15 @@
 """What a number format, a granularity and a scale format are: data, and what follows from it.
 
-A weight is stored as codes of a `Format` and one scale per group of elements; the granularity says which elements
-share a scale. A scale MULTIPLIES to dequantize: ``weight = code * scale``. A format is one file beside this one:
-search, rounding and kernels take all they need from it.
+A weight is stored as codes of a `Format` and one scale per group of elements; the granularity says which
+elements share a scale. A scale MULTIPLIES to dequantize: ``weight = code * scale``. A format is one file
+beside this one: search, rounding and kernels take all they need from it.
 
 Nothing here needs torch to be imported.
 
 Legend: M out, N in, G groups.
 
-Sources: arXiv 2603.22324, section 3.1 (block 128 and per channel); https://docs.vllm.ai (power-of-two scales, "ue8m0").
+Sources: arXiv 2603.22324, section 3.1 (block 128 and per channel); https://docs.vllm.ai (power-of-two scales,
+    "ue8m0").
 """
 
 from __future__ import annotations
@@ -25,23 +26,17 @@ class Format:
     """A small floating point format whose codes have a sign, an exponent and a mantissa, 8 bits in all.
 
     Attributes:
-        name: Short name, as checkpoints write it.
         dtype: The torch dtype that holds the codes.
         max: Largest finite value; larger magnitudes saturate to it.
-        min_normal: Smallest normal number, a power of two. Below it the grid is even, with step `subnormal_step`.
+        min_normal: Smallest normal number, a power of two. Below it the grid is even, with step
+            ``min_normal / 2^mantissa_bits``.
         mantissa_bits: Explicit bits of the significand.
     """
 
-    name: str
     dtype: torch.dtype
     max: float
     min_normal: float
     mantissa_bits: int
-
-    @property
-    def subnormal_step(self) -> float:
-        """Distance between neighbours below `min_normal`."""
-        return self.min_normal / 2**self.mantissa_bits
 
 
 ScaleFormat: TypeAlias = Literal["float32", "bfloat16", "ue8m0"]

@@ -9,4 +9,4 @@ import torch
 
 from daq_lightning.numerics.formats import Format
 
-FP8_E4M3 = Format(name="e4m3", dtype=torch.float8_e4m3fn, max=448.0, min_normal=2.0**-6, mantissa_bits=3)
+FP8_E4M3 = Format(dtype=torch.float8_e4m3fn, max=448.0, min_normal=2.0**-6, mantissa_bits=3)

@@ -1,1 +1,1 @@
-"""The scale search: `settings` (how to search), `grid` (candidates), `stages` (step by step), `search` (for users)."""
+"""The scale search: `settings` (how), `grid` (candidates), `stages` (step by step), `search` (for users)."""

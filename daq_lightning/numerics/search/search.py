@@ -3,9 +3,10 @@
     scale(alpha) = round_scale(alpha * absmax_scale)
     alpha*       = argmax score(sums of (weight, base, scale(alpha)))         over a coarse, then a fine grid
 
-The incumbent is alpha = 1 and gives way only to a strictly better candidate, so the result is never worse than plain
-absmax quantization on the objective. Among equally good candidates the nearest to 1 wins. Where the update is all
-zero there is no evidence and alpha stays 1. Scores are taken from the very codes and scales that are returned.
+The incumbent is alpha = 1 and gives way only to a strictly better candidate, so the result is never worse
+than plain absmax quantization on the objective. Among equally good candidates the nearest to 1 wins. Where
+the update is all zero there is no evidence and alpha stays 1. Scores are taken from the very codes and scales
+that are returned.
 
 Source: arXiv 2603.22324, Algorithm 1.
 """
@@ -47,14 +48,17 @@ def search_scale(
         scale_format: What scales are rounded to before they are scored.
         name: How error messages call the weight.
         fmt: The format of the codes.
-        backend: A module of `daq_lightning.numerics.backends`; None takes the fastest for the weight's device.
+        backend: A module of `daq_lightning.numerics.backends`; None takes the fastest for the weight's
+            device.
 
     Returns:
         `SearchResult` on the weight's device.
 
     Raises:
-        ValueError: Not two matrices of one shape on one device, NaN or Inf in one of them, or an unknown scale format.
-        TypeError: No dense tensors, a dtype other than the three, or something else than a granularity or a search.
+        ValueError: Not two matrices of one shape on one device, NaN or Inf in one of them, or an unknown
+            scale format.
+        TypeError: No dense tensors, a dtype other than the three, or something else than a granularity or a
+            search.
 
     Source: arXiv 2603.22324, Algorithm 1.
 
@@ -93,8 +97,8 @@ def search_batch(
 ) -> list[SearchResult]:
     """`search_scale` for several weights of one shape at once, such as the many small experts of a layer.
 
-    Groups are searched independently of each other, so weights may be stacked row upon row wherever no group crosses
-    the seam, and one call serves them all. Where it would, they are searched one by one.
+    Groups are searched independently of each other, so weights may be stacked row upon row wherever no group
+    crosses the seam, and one call serves them all. Where it would, they are searched one by one.
 
     Args:
         weights: Matrices of one shape (M, N), dtype and device.

@@ -1,8 +1,8 @@
 """How to search for scales: the objective, and which multiples alpha of the absmax scale are tried.
 
 Two ways through the candidates: the paper's coarse and fine grids, and one dense logarithmic grid over [1, 2)
-(`ScaleSearch()`, `ScaleSearch.dense(n)`). [1, 2) covers every distinct grid of a floating point format: alpha and
-2 alpha give the same one up to subnormal codes, and below 1 the largest weights saturate.
+(`ScaleSearch()`, `ScaleSearch.dense(n)`). [1, 2) covers every distinct grid of a floating point format: alpha
+and 2 alpha give the same one up to subnormal codes, and below 1 the largest weights saturate.
 
 Nothing here needs torch, so that a command line can be built from these settings at once.
 
@@ -20,13 +20,12 @@ METRICS: tuple[str, ...] = get_args(Metric)
 """The objectives, see `daq_lightning.numerics.objectives`; numbered in this order in the C++ sources."""
 
 MOST_CANDIDATES = 1 << 14
-"""Of one stage. The codes of a bfloat16 group change at some 2,000 scales per octave, so more find nothing new, while
-each costs a pass over the weight, and 100 bytes for its sums with every group that is searched at a time."""
+"""Of one stage. The codes of a bfloat16 group change at some 2,000 scales per octave, so more find nothing
+new, while each costs a pass over the weight, and 100 bytes for its sums with every group that is searched at
+a time."""
 
 WIDE_RANGE = (0.5, 2.0)
-MEDIUM_RANGE = (0.8, 1.25)
-NARROW_RANGE = (0.9, 1.11)
-"""The three ranges of alpha in the paper's experiments."""
+"""The widest range of alpha in the paper's experiments; the others are 0.8 to 1.25 and 0.9 to 1.11."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +37,13 @@ class ScaleSearch:
         alpha_min: Lower end of the range of alpha, > 0.
         alpha_max: Upper end, >= alpha_min.
         n_coarse: Candidates of the coarse stage, evenly spaced over the range, 1 to 16,384.
-        n_fine: Candidates of the fine stage around the best so far, within half a coarse interval, 0 to 16,384.
-        alpha_scope: "group": each block or row has its own alpha. "layer": one alpha for the weight, as Algorithm 1
-            is printed.
+        n_fine: Candidates of the fine stage around the best so far, within half a coarse interval, 0 to
+            16,384.
+        alpha_scope: "group": each block or row has its own alpha. "layer": one alpha for the weight, as
+            Algorithm 1 is printed.
         tau: Weight of the orthogonal noise in the hybrid objective, >= 0.
-        spacing: Of the coarse stage. "linear": both ends included, as in the paper. "log": n_coarse steps of one
-            factor, alpha_max excluded.
+        spacing: Of the coarse stage. "linear": both ends included, as in the paper. "log": n_coarse steps of
+            one factor, alpha_max excluded.
 
     Raises:
         TypeError: A field of another type.

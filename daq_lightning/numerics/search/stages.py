@@ -5,7 +5,8 @@
     fine       an even grid around the best so far
 
 The incumbent gives way only to a strictly better candidate. Among equally good ones the nearest to 1 wins.
-search.cpp in the CPU backend takes the same steps group by group, in the same float64, and gives the same bits.
+search.cpp in the CPU backend takes the same steps group by group, in the same float64: the
+same bits.
 
 Legend: M out, N in, G groups that share a scale, K candidates.
 
@@ -71,7 +72,7 @@ class SearchResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The functions of a backend that a search step by step is made of; see `daq_lightning.numerics.backends`."""
+    """The functions of a backend that a search step by step is made of."""
 
     absmax: Callable[[Tensor, Granularity], Tensor]
     delta_stats: Callable[[Tensor, Tensor, Tensor, Granularity, Format], DeltaStats]
@@ -179,10 +180,11 @@ def _coarse_to_fine(evaluate: Callable[[Tensor], DeltaStats], one_G: Tensor, sea
 def _pick(
     alpha_G: Tensor, stats: DeltaStats, alpha_GK: Tensor, stats_GK: DeltaStats, search: ScaleSearch
 ) -> tuple[Tensor, DeltaStats]:
-    """The best candidate if it strictly beats the incumbent; ties go to the alpha nearest 1; no update, no move."""
+    """The best candidate if it beats the incumbent; ties go to the alpha nearest 1; no update, no move."""
     score_GK = score(stats_GK, search.metric, tau=search.tau)
     best_G = score_GK.amax(1)
-    # fine grids around 1 are symmetric: of 1 - d and 1 + d take the latter, which does not saturate, not a last bit
+    # fine grids around 1 are symmetric: of 1 - d and 1 + d take the latter, which does not saturate, not a
+    # last bit
     distance_GK = (alpha_GK - 1).abs() + 1e-9 * (alpha_GK < 1).double()
     distance_GK = torch.where(score_GK == best_G[:, None], distance_GK, torch.inf)
     winner_G1 = distance_GK.argmin(1, keepdim=True)

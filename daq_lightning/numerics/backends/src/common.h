@@ -1,14 +1,14 @@
-// What the CPU kernels share: reading a weight in pieces that fit the first-level cache, rounding to the grid of a
-// format, and handing out work to threads.
+// What the CPU kernels share: reading a weight in pieces that fit the first-level cache, rounding to the grid
+// of a format, and handing out work to threads.
 //
-// Rounding to the grid is one float32 addition: x + 1.5 * 2^(e + 23 - bits), where `bits` are those of the mantissa and
-// 2^e is the binade of x (at least that of the smallest normal number), has no bits below 2^(e - bits), and the addition
-// itself rounds to nearest, ties to even. That needs a compiler which neither reassociates nor fuses products into sums
-// on its own (-ffp-contract=off).
+// Rounding to the grid is one float32 addition: x + 1.5 * 2^(e + 23 - bits), where `bits` are those of the
+// mantissa and 2^e is the binade of x (at least that of the smallest normal number), has no bits below 2^(e -
+// bits), and the addition itself rounds to nearest, ties to even. That needs a compiler which neither
+// reassociates nor fuses products into sums on its own (-ffp-contract=off).
 //
-// A weight is cut into cells (groups that share a scale) and a cell into chunks. A unit of work owns its outputs, so
-// results do not depend on the number of threads. Loops over elements are plain, for the compiler to vectorize:
-// measured, that is as fast as intrinsics and runs on any processor.
+// A weight is cut into cells (groups that share a scale) and a cell into chunks. A unit of work owns its
+// outputs, so results do not depend on the number of threads. Loops over elements are plain, for the compiler
+// to vectorize: measured, that is as fast as intrinsics and runs on any processor.
 //
 // Legend: M out, N in, G groups, C chunks of a group, K candidates.
 
@@ -72,7 +72,8 @@ struct Plan {
 
 namespace {
 
-// The grid of a format. Loops copy it: what they write could change it otherwise, as far as the compiler knows.
+// The grid of a format. Loops copy it: what they write could change it otherwise, as far as the compiler
+// knows.
 struct Grid {
     float max;
     int32_t min_normal;  // bits of the smallest normal number
@@ -135,8 +136,9 @@ struct Cover : Plan {
     }
 };
 
-// The first thing that is wrong with the arguments of an entry point. Entry points return it, or nullptr: what they
-// are given comes from another language, and writing past a buffer there is a crash somewhere else, much later.
+// The first thing that is wrong with the arguments of an entry point. Entry points return it, or nullptr:
+// what they are given comes from another language, and writing past a buffer there is a crash somewhere else,
+// much later.
 struct Check {
     static constexpr int64_t MOST = (int64_t)1 << 40;  // elements: sizes and offsets in bytes stay far from overflow
     Cover cover{Plan{1, 1, 1, 1, 1, 1}};               // of the plan, if that can be trusted
@@ -225,7 +227,8 @@ struct alignas(64) Piece {
     }
 };
 
-// Fills one piece after the other, of about equal sizes, and calls use() for each, which may move on to another one.
+// Fills one piece after the other, of about equal sizes, and calls use() for each, which may move on to
+// another one.
 template <class APiece, class Use>
 void each(APiece*& piece, const Region& region, const Matrix& weight, const Matrix* base, const Use& use) {
     const int64_t elements = region.rows * region.cols, pieces = ceil_div(elements, Piece::SIZE);

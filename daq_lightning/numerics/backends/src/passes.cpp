@@ -1,4 +1,5 @@
-// The passes over a weight on a CPU that are not a search: sums of given candidates, absmax, codes, fingerprint.
+// The passes over a weight on a CPU that are not a search: sums of given candidates, absmax, codes,
+// fingerprint.
 
 #include "sums.h"
 

@@ -1,6 +1,7 @@
-// The whole search of one group after the other, while it is in the cache: absmax scale, coarse candidates, fine
-// candidates, the sums of the scale that wins, and its codes. The same steps as ../../search/stages.py in the same float64, so
-// both give the same bits; only the sums that the objective does not need are left out until the winner is known.
+// The whole search of one group after the other, while it is in the cache: absmax scale, coarse candidates,
+// fine candidates, the sums of the scale that wins, and its codes. The same steps as ../../search/stages.py
+// in the same float64, so both give the same bits; only the sums that the objective does not need are left
+// out until the winner is known.
 //
 // Legend: G groups, K candidates of a stage.
 
@@ -90,8 +91,8 @@ struct Contest {
         return total;
     }
 
-    // Candidates against the incumbent: a strictly better score wins; of equal candidates the one nearest to alpha 1,
-    // of two as near the larger.
+    // Candidates against the incumbent: a strictly better score wins; of equal candidates the one nearest to
+    // alpha 1, of two as near the larger.
     void stage(const double* alpha_K, int64_t K) {
         std::vector<Sums> sums_K(K, Sums{});
         std::vector<float> scale_K(K);

@@ -1,5 +1,5 @@
-// The sums of all candidate scales on a CPU, and beside them absmax and codes: every weight is read from memory once,
-// and all candidates are evaluated from the first-level cache.
+// The sums of all candidate scales on a CPU, and beside them absmax and codes: every weight is read from
+// memory once, and all candidates are evaluated from the first-level cache.
 //
 //     x = clamp(w * (1 / s), -max, max)       one float32 product, as in quantize.py
 //     q = round(x) * s                        to the grid of the format
@@ -122,8 +122,8 @@ struct Fixed {
     }
 };
 
-// One column of DeltaStats: counts [6, ...] n, n_changed, sign_equal, preserved, flipped, lost, and totals [4, ...] dot,
-// delta_sq, delta_q_sq, error_sq, each field so many places after the one before.
+// One column of DeltaStats: counts [6, ...] n, n_changed, sign_equal, preserved, flipped, lost, and totals
+// [4, ...] dot, delta_sq, delta_q_sq, error_sq, each field so many places after the one before.
 inline void write(const Fixed& fixed, const Sums& sums, int64_t* counts, double* totals, int64_t field) {
     counts[0 * field] = fixed.n;
     counts[1 * field] = fixed.changed;
