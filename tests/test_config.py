@@ -79,8 +79,8 @@ def test_the_recipe_and_its_printed_form_make_the_same_callback(monkeypatch, tmp
     file.write_text(print_config(monkeypatch, RECIPES / "config.yaml"))
     one, two = (parsed_callback(monkeypatch, file) for file in (RECIPES / "config.yaml", file))
     assert vars(one) == vars(two)
-    assert one._choices.scheme == "FP8_BLOCK"
-    assert one._choices.search == ScaleSearch(metric="hybrid", alpha_min=0.5, alpha_max=2.0)
+    assert one._settings.choices.scheme == "FP8_BLOCK"
+    assert one._settings.choices.search == ScaleSearch(metric="hybrid", alpha_min=0.5, alpha_max=2.0)
 
 
 def test_a_search_is_written_out_in_yaml(monkeypatch, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_search_is_written_out_in_yaml(monkeypatch, tmp_path: Path) -> None:
     arguments["search"] = {"metric": "sign", "n_coarse": 3, "alpha_scope": "layer"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     callback = parsed_callback(monkeypatch, tmp_path / "config.yaml")
-    assert callback._choices.search == ScaleSearch(metric="sign", n_coarse=3, alpha_scope="layer")
+    assert callback._settings.choices.search == ScaleSearch(metric="sign", n_coarse=3, alpha_scope="layer")
 
 
 @pytest.mark.parametrize(("name", "value"), [("scheme", "INT8"), ("metric", "nonsense"), ("chain_from", "guess")])

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
+from daq_lightning.checkpoint.writer import check_inputs
 from daq_lightning.export.job import Job, prepare
 from daq_lightning.export.plan import plan_export
 from daq_lightning.export.run import run
@@ -130,6 +131,7 @@ class Run:
                 parent=settings.parent,
                 chain_from=settings.chain_from,
             )
+            check_inputs(dirpath / "step=0", self._job.inputs())
         except Exception:
             self.remove_unused_base()
             raise
