@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from daq_lightning import CheckpointError, ExportReport, export_checkpoint, load_checkpoint
-from daq_lightning.audit.recompute import differences, recompute, table, worst_first
+from daq_lightning.audit.recompute import differences, recompute
 from daq_lightning.audit.verify import checklist, run_checks, verify_checkpoint
 from daq_lightning.checkpoint.layouts import make_layout, read_layout
+from daq_lightning.report.text import table, worst_first
 
 SIZES = dict(hidden_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, vocab_size=64)
 LLAMA = transformers.LlamaConfig(intermediate_size=256, **SIZES)
