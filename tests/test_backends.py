@@ -277,6 +277,12 @@ for shape, dtype, granularity, magnitude in cases:
         scale_GK = candidates(weight, granularity, 3)
         expected = reference.delta_stats(weight, base, scale_GK, granularity, fmt)
         assert_same(cuda.delta_stats(weight, base, scale_GK, granularity, fmt), expected)
+        for reader in (torch.bfloat16, torch.float16):
+            expected = reference.delta_stats(weight, base, scale_GK, granularity, fmt, reader)
+            assert_same(cuda.delta_stats(weight, base, scale_GK, granularity, fmt, reader), expected)
+large, zero = torch.tensor([[65519.0, 1.0], [65520.0, 1.0], [2.0e6, 1.0]]), torch.zeros(3, 2)
+stats = cuda.delta_stats(large, zero, large[:, :1] / 256, PerChannel(), FP8_E4M3, torch.float16)
+assert stats.delta_q_sq.isinf().flatten().tolist() == [False, True, True]
 """
 
 
