@@ -231,6 +231,7 @@ def test_without_a_compiler_a_search_warns_once_and_uses_the_reference(monkeypat
         backends._choose.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["search_scale", "search_batch", "delta_stats", "export"])
 def test_the_warning_of_the_slow_reference_points_at_the_line_of_the_user(tmp_path, call):
     lines = {
@@ -286,6 +287,7 @@ assert stats.delta_q_sq.isinf().flatten().tolist() == [False, True, True]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_triton_kernel_in_its_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -56,6 +56,7 @@ def test_the_printed_config_says_all_that_the_recipe_says_and_prints_itself(monk
     assert print_config(monkeypatch, file) == file.read_text()
 
 
+@pytest.mark.slow
 def test_the_command_in_the_recipe_reads_it() -> None:
     (command,) = re.findall(r"(?m)^#   PYTHONPATH=recipes python (.*)$", (RECIPES / "config.yaml").read_text())
     path = os.pathsep.join([str(ROOT), str(RECIPES)])
