@@ -61,7 +61,7 @@ def recompute(
         if tensor.name not in files.raw or layout.scale_name(tensor.name) not in files.raw:
             raise CheckpointError(f"{report.path} has no codes and scale of {tensor.name}: run `daq-lightning verify`.")
         written = files.raw[tensor.name], files.raw[layout.scale_name(tensor.name)]
-        plain = absmax_scale(weight, layout.granularity, scale_format=scale_format)
+        plain = absmax_scale(weight, layout.granularity, scale_format=scale_format, fmt=layout.scheme.format)
         searched, absmax, dequantized = _measure(weight, reference, *written, plain, layout, dtype)
         dequantized = None if tensor.dequantized is None else dequantized
         tensors.append(dataclasses.replace(tensor, searched=searched, absmax=absmax, dequantized=dequantized))
@@ -92,9 +92,8 @@ def _measure(
     for rows in bands(shape_MN, layout.granularity, _BAND):
         groups = slice(rows.start // rows_of[0], -(-rows.stop // rows_of[0]))
         written = dequantize(codes[rows], scale[groups], layout.granularity)
-        absmax = dequantize(
-            quantize(weight[rows], plain[groups], layout.granularity), plain[groups], layout.granularity
-        )
+        codes_of_plain = quantize(weight[rows], plain[groups], layout.granularity, layout.scheme.format)
+        absmax = dequantize(codes_of_plain, plain[groups], layout.granularity)
         parts.append(
             (
                 measure(weight[rows], base[rows], written),
@@ -154,7 +153,7 @@ def _base_names(report: ExportReport, base: Mapping[str, Tensor]) -> dict[str, s
 def _scale_format(files: Checkpoint, layout: Layout) -> ScaleFormat:
     """What scales were rounded to. compressed-tensors does not say it of powers of two, but the scales do."""
     for name, entry in files.raw.entries.items():
-        if entry.dtype == torch.float8_e4m3fn and layout.scale_name(name) in files.raw:
+        if entry.dtype == layout.scheme.format.dtype and layout.scale_name(name) in files.raw:
             mantissa = torch.frexp(files.raw[layout.scale_name(name)].float()).mantissa
             if not bool((mantissa == 0.5).all()):
                 return layout.scale_format

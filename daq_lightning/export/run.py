@@ -121,6 +121,7 @@ def _search(job: Job, batch: Batch) -> list[SearchResult]:
         job.plan.layout.granularity,
         job.settings.search,
         scale_format=job.plan.layout.scale_format,
+        fmt=job.plan.layout.scheme.format,
         names=[pair.plan.spec.name for pair in batch],
         reader_dtype=job.plan.dtype,
     )
@@ -175,7 +176,9 @@ def _since_root(job: Job, pair: Pair, scale: Tensor) -> DeltaStats | None:
     root = as_searched(job.root[name]).to(pair.weight.device)
     if root.shape != pair.weight.shape:
         return None
-    stats = delta_stats(as_searched(pair.weight), root, scale.reshape(-1, 1), job.plan.layout.granularity)
+    layout = job.plan.layout
+    scale_G1 = scale.reshape(-1, 1)
+    stats = delta_stats(as_searched(pair.weight), root, scale_G1, layout.granularity, layout.scheme.format)
     return stats.total().map(lambda field: field[0])
 
 
