@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -94,3 +95,12 @@ def test_chain_recipe_runs_three_stages_that_verify(tmp_path: Path) -> None:
         lineage = Chain.open(last)
         assert [stage.manifest.lineage.chain_from for stage in lineage.stages] == [None, "deployed", "deployed"]
         assert lineage.verify() == []
+
+
+def test_two_folders_become_one_that_plain_transformers_loads(tmp_path: Path) -> None:
+    base, post = tiny_models.make_pair(tmp_path, tiny_models.llama)
+    command = [sys.executable, str(ROOT / "recipes" / "two_folders.py"), str(post), str(base), str(tmp_path / "fp8")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "14 weights as FP8_BLOCK" in done.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "fp8").config.hidden_size == tiny_models.HIDDEN

@@ -1,7 +1,7 @@
 """How fast is the scale search here? One table, everything measured side by side in one process.
 
-    python recipes/benchmark.py                      # sizes 1 M to 16 M weights
-    python recipes/benchmark.py --sizes 1 4 16 64 --json out.json
+    python benchmarks/search.py                      # sizes 1 M to 16 M weights
+    python benchmarks/search.py --sizes 1 4 16 64 --json out.json
 
 Rows: the search that users call (`search_scale`, absmax and codes included); the kernel alone; the reference backend;
 a materializing baseline, which holds ``[groups, candidates, elements]`` in float32 at once; plain absmax quantization;

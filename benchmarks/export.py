@@ -9,7 +9,7 @@
 Each runs in a process of its own, so that each has a peak of resident memory; imports and building the kernel are
 left out of the time. Run it on a quiet machine; compare runs by their ratio.
 
-    python recipes/benchmark_export.py [--layers 8] [--folder outputs/benchmark] [--scheme FP8_BLOCK] [--json FILE]
+    python benchmarks/export.py [--layers 8] [--folder outputs/benchmark] [--scheme FP8_BLOCK] [--json FILE]
 """
 
 import argparse
