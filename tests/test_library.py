@@ -280,9 +280,10 @@ def test_without_a_compiler_what_one_has_built_for_this_machine_is_found(builds,
     path = find()
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert find() == path
-    for other in ("sources_number", "_features"):  # changed sources; another processor on a shared home
+    changes = {"sources_number": 7, "_features": frozenset({"abacus"})}  # another processor on a shared home
+    for name, value in changes.items():
         with monkeypatch.context() as changed:
-            changed.setattr(library, other, lambda: 7 if other == "sources_number" else frozenset({"abacus"}))
+            changed.setattr(library, name, lambda value=value: value)
             assert "No C++ compiler found" in library._find.__wrapped__()
     assert builds() == 1
 

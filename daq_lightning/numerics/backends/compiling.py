@@ -44,9 +44,9 @@ class Level(NamedTuple):
         return f"daq_{self.name}.so"
 
 
-_V2 = frozenset("cx16 lahf_lm popcnt sse4_1 sse4_2 ssse3".split())
-_V3 = _V2 | frozenset("abm avx avx2 bmi1 bmi2 f16c fma movbe xsave".split())
-_V4 = _V3 | frozenset("avx512bw avx512cd avx512dq avx512f avx512vl".split())
+_V2 = frozenset(["cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"])
+_V3 = _V2 | frozenset(["abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"])
+_V4 = _V3 | frozenset(["avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"])
 LEVELS = {
     "x86_64": (
         Level("x86_64_v4", ("-march=x86-64-v4", "-mprefer-vector-width=512"), _V4),
