@@ -231,6 +231,7 @@ def test_without_a_compiler_a_search_warns_once_and_uses_the_reference(monkeypat
         backends._choose.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["search_scale", "search_batch", "delta_stats", "export"])
 def test_the_warning_of_the_slow_reference_points_at_the_line_of_the_user(tmp_path, call):
     lines = {
@@ -277,9 +278,16 @@ for shape, dtype, granularity, magnitude in cases:
         scale_GK = candidates(weight, granularity, 3)
         expected = reference.delta_stats(weight, base, scale_GK, granularity, fmt)
         assert_same(cuda.delta_stats(weight, base, scale_GK, granularity, fmt), expected)
+        for reader in (torch.bfloat16, torch.float16):
+            expected = reference.delta_stats(weight, base, scale_GK, granularity, fmt, reader)
+            assert_same(cuda.delta_stats(weight, base, scale_GK, granularity, fmt, reader), expected)
+large, zero = torch.tensor([[65519.0, 1.0], [65520.0, 1.0], [2.0e6, 1.0]]), torch.zeros(3, 2)
+stats = cuda.delta_stats(large, zero, large[:, :1] / 256, PerChannel(), FP8_E4M3, torch.float16)
+assert stats.delta_q_sq.isinf().flatten().tolist() == [False, True, True]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_triton_kernel_in_its_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")

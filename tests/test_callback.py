@@ -229,7 +229,7 @@ def test_weights_that_the_base_lacks_are_quantized_without_a_search_if_that_was_
     _base_that_lacks_tensors(tmp_path / "base")
     callback = quantization(tmp_path, base=str(tmp_path / "base"), missing_base="absmax")
     fit(tmp_path, callback)
-    lacking = [tensor for tensor in callback.report.tensors if tensor.note]
+    lacking = [tensor for tensor in callback.report.tensors if tensor.without_base]
     assert [tensor.name for tensor in lacking] == ["model.layers.0.mlp.up_proj.weight"]
     assert lacking[0].alpha["moved"] == 0
     with pytest.raises(MisconfigurationException, match="missing_base='ignore': expected one of 'error', 'absmax'"):

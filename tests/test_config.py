@@ -56,6 +56,7 @@ def test_the_printed_config_says_all_that_the_recipe_says_and_prints_itself(monk
     assert print_config(monkeypatch, file) == file.read_text()
 
 
+@pytest.mark.slow
 def test_the_command_in_the_recipe_reads_it() -> None:
     (command,) = re.findall(r"(?m)^#   PYTHONPATH=recipes python (.*)$", (RECIPES / "config.yaml").read_text())
     path = os.pathsep.join([str(ROOT), str(RECIPES)])
@@ -79,8 +80,8 @@ def test_the_recipe_and_its_printed_form_make_the_same_callback(monkeypatch, tmp
     file.write_text(print_config(monkeypatch, RECIPES / "config.yaml"))
     one, two = (parsed_callback(monkeypatch, file) for file in (RECIPES / "config.yaml", file))
     assert vars(one) == vars(two)
-    assert one._choices.scheme == "FP8_BLOCK"
-    assert one._choices.search == ScaleSearch(metric="hybrid", alpha_min=0.5, alpha_max=2.0)
+    assert one._settings.choices.scheme == "FP8_BLOCK"
+    assert one._settings.choices.search == ScaleSearch(metric="hybrid", alpha_min=0.5, alpha_max=2.0)
 
 
 def test_a_search_is_written_out_in_yaml(monkeypatch, tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_a_search_is_written_out_in_yaml(monkeypatch, tmp_path: Path) -> None:
     arguments["search"] = {"metric": "sign", "n_coarse": 3, "alpha_scope": "layer"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     callback = parsed_callback(monkeypatch, tmp_path / "config.yaml")
-    assert callback._choices.search == ScaleSearch(metric="sign", n_coarse=3, alpha_scope="layer")
+    assert callback._settings.choices.search == ScaleSearch(metric="sign", n_coarse=3, alpha_scope="layer")
 
 
 @pytest.mark.parametrize(("name", "value"), [("scheme", "INT8"), ("metric", "nonsense"), ("chain_from", "guess")])

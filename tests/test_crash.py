@@ -42,6 +42,7 @@ def drive(*arguments):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_kill_before_any_file_system_call_leaves_an_old_a_new_or_no_folder(tmp_path, earlier):
     seen = drive("at_every_call", tmp_path, int(earlier))
@@ -51,6 +52,7 @@ def test_a_kill_before_any_file_system_call_leaves_an_old_a_new_or_no_folder(tmp
     assert seen.count("absent") <= (1 if earlier else len(seen))  # only between the two renames
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_time_leaves_a_complete_export_or_none_and_the_next_one_succeeds(tmp_path):
     seen = drive("at_random_times", tmp_path, 12)
     assert len(seen) == 12

@@ -17,6 +17,8 @@ import pytest
 from lightning.pytorch import Callback
 from live import folder_bytes
 
+pytestmark = pytest.mark.slow
+
 
 def run(scenario: str, folder: Path, timeout: int = 150) -> subprocess.CompletedProcess[str]:
     process = subprocess.Popen(

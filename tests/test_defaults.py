@@ -132,6 +132,7 @@ def numerics_job(name: str) -> None:
         assert_equal_bits(one, two, what)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_numerics_do_not_depend_on_the_default_dtype_and_device(name):
     run(numerics_job, name)
@@ -167,6 +168,7 @@ def export_job(folder: str, names: list[str]) -> None:
         expected["daq_report.json"] = expected["daq_report.json"].replace(f"/{name}/".encode(), b"/float32/")
 
 
+@pytest.mark.slow
 def test_exports_do_not_depend_on_the_default_dtype_and_device(tmp_path):
     run(export_job, str(tmp_path), DEFAULTS)
 
@@ -222,6 +224,7 @@ def callback_job(folder: str, name: str) -> None:
             assert_equal_bits(expected[key], written[key], key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_the_callback_does_not_depend_on_the_default_dtype_and_device(tmp_path, name):
     run(callback_job, str(tmp_path), name)

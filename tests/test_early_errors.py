@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live import Tuning, data, fit, make_trainer
 
-from daq_lightning import DeltaAwareQuantization, ScaleSearch
+from daq_lightning import CheckpointError, DeltaAwareQuantization, ScaleSearch
 
 QUICK = ScaleSearch(metric="cosine", n_coarse=3, n_fine=0)
 
@@ -113,3 +113,17 @@ def test_best_is_that_of_the_model_checkpoint_with_a_monitor(tmp_path):
     trainer.fit(Worsening(), data(), data())
     training = (callback.exports[0] / "daq_manifest.json").read_text()
     assert "checkpoints/step=2.ckpt" in training
+
+
+def test_a_dirpath_inside_the_export_it_goes_on_from_is_refused_before_the_first_step(tmp_path):
+    first = DeltaAwareQuantization(dirpath=str(tmp_path / "first"))
+    fit(tmp_path, first)
+    parent = first.exports[-1]
+    second = DeltaAwareQuantization(
+        dirpath=str(parent / "next"), base=str(parent), parent=str(parent), chain_from="deployed"
+    )
+    module = Tuning()
+    with pytest.raises(CheckpointError, match="is in the"):
+        fit(tmp_path, second, module=module)
+    assert module.steps == 0
+    assert not (parent / "next").exists()

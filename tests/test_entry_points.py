@@ -37,18 +37,18 @@ def arguments(function: str) -> tuple[list[Any], list[torch.Tensor]]:
     if function == "delta_stats":
         scales = array(GROUPS, K, dtype=float32)
         return [
-            *(*matrices, plan, fmt, scales, K, 1),
+            *(*matrices, plan, fmt, scales, K, 0, 1),
             array(6, GROUPS, K, dtype=int64),
             array(4, GROUPS, K, dtype=float64),
         ], kept
     if function == "fold":
         return [array(10, dtype=int64), 10, array(4, dtype=int64), 4, array(3, dtype=int64)], kept
-    search = cpu._Search(0, 0, K, 2, 0.01, 0.5, 2.0, 0.1, array(K, dtype=float64), array(2, dtype=float64))
+    search = cpu._Search(0, 0, K, 2, 0.01, 0.5, 2.0, 0.1, array(K, dtype=float64), array(2, dtype=float64), 2)
     found = cpu._Found(
         array(GROUPS, dtype=float32),
         array(GROUPS, dtype=float64),
-        array(6, 2, GROUPS, dtype=int64),
-        array(4, 2, GROUPS, dtype=float64),
+        array(6, 3, GROUPS, dtype=int64),
+        array(4, 3, GROUPS, dtype=float64),
         array(M, N, dtype=uint8),
     )
     return [*matrices, plan, fmt, search, 1, found], kept
@@ -64,7 +64,7 @@ def entry_point(function):
 
 def faults(function: str) -> list[tuple[str, str, Any]]:
     """(what, name of the attribute, its wrong value); a number in `what` is the argument's place."""
-    places = {"absmax": [3], "quantize": [3, 5], "delta_stats": [4, 7, 8], "fold": [0, 2, 4], "search": []}[function]
+    places = {"absmax": [3], "quantize": [3, 5], "delta_stats": [4, 8, 9], "fold": [0, 2, 4], "search": []}[function]
     found: list[tuple[str, str, Any]] = []
     for place in places:
         found += [(str(place), "data", None), (str(place), "bytes", 4), (str(place), "bytes", 0)]
@@ -77,7 +77,7 @@ def faults(function: str) -> list[tuple[str, str, Any]]:
         found += [(str(matrix), "stride", 2**62)]
     found += [(str(plan), name, value) for name, value in PLANS.items()]
     found += [(str(plan), "m", 2**62), (str(plan), "n", 2**63 - 1)]
-    threads = {"absmax": 2, "quantize": 4, "delta_stats": 6, "search": 5}[function]
+    threads = {"absmax": 2, "quantize": 4, "delta_stats": 7, "search": 5}[function]
     found += [(str(threads), "", value) for value in (0, -3, 2**40)]
     if function != "absmax":
         for name, value in (("max", 0.0), ("max", float("inf")), ("max", 2.0**-9), ("min_normal", 0.0)):
@@ -86,9 +86,11 @@ def faults(function: str) -> list[tuple[str, str, Any]]:
         found += [(str(plan + 1), "mantissa_bits", 23), (str(plan + 1), "mantissa_bits", -1)]
     if function == "delta_stats":
         found += [("5", "", value) for value in (0, -1, K + 1, 2**60)]
+        found += [("6", "", value) for value in (-1, 3)]
     if function == "search":
-        for name in ("metric", "scale_format"):
+        for name in ("metric", "scale_format", "reader"):
             found += [("4", name, -1), ("4", name, 4)]
+        found += [("4", "reader", 0)]  # none, but room for its sums
         found += [("4", "n_coarse", value) for value in (0, -1, K + 1, 2**62)]
         found += [("4", "n_fine", value) for value in (-1, 3, 2**62)]
         for name in ("scale", "alpha", "counts", "totals", "codes"):

@@ -421,6 +421,7 @@ for layers in (2, 2, 8):  # the first warms up
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     size = {}
     for count in (2, 8):

@@ -93,6 +93,7 @@ ABSURD = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ABSURD)
 def test_a_config_of_far_more_modules_than_the_files_hold_is_refused_at_once(pair, tmp_path, case):
     post = shutil.copytree(pair[1], tmp_path / "post")

@@ -193,6 +193,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_hostile_file_ends_in_a_clean_error(made, target):
     folder, name, commands = TARGETS[target]

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 LAYER = (4 * 512 * 512 + 3 * 512 * 2048) * 4  # bytes of a layer in float32
 LAYERS = 10
 

@@ -57,6 +57,7 @@ def together(folder: Path, scenario: str, count: int) -> list[str]:
     return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["same", "different"])
 def test_runs_that_start_at_once_in_one_folder_each_write_their_own_export(tmp_path, scenario):
     together(tmp_path / "many", scenario, 3)
@@ -76,6 +77,7 @@ def test_runs_that_start_at_once_in_one_folder_each_write_their_own_export(tmp_p
         assert (out / lineage["base_path"]).resolve().is_dir()
 
 
+@pytest.mark.slow
 def test_snapshots_taken_at_once_are_whole_and_equal_ones_are_one(tmp_path):
     together(tmp_path, "snapshots", 3)
     # ten rounds; in each, two processes take the same weights and the third takes others
@@ -85,6 +87,7 @@ def test_snapshots_taken_at_once_are_whole_and_equal_ones_are_one(tmp_path):
         assert values == {0.0, 1.0}
 
 
+@pytest.mark.slow
 def test_a_claim_ends_with_its_process(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from daq_lightning.training.claims import claim\n"

@@ -78,7 +78,7 @@ def test_one_odd_size_sends_the_whole_model_to_channels_with_a_note(size):
     planned = plan(intermediate_size=size)
     assert planned.layout == make_layout("FP8_DYNAMIC")
     assert {tensor.reason for tensor in planned.quantized} == {"FP8_DYNAMIC"}
-    assert all(scale.shape == (codes.shape[0], 1) for codes, scale in (t.stored for t in planned.quantized))
+    assert all(scale.shape == (codes.shape[0], 1) for codes, scale in (t.stored.values() for t in planned.quantized))
     [note] = planned.notes
     assert "6 weights have sizes that are not multiples of 128" in note
     assert f"model.layers.0.mlp.gate_proj.weight ({size}, 128)" in note

@@ -10,16 +10,15 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
-from daq_lightning import ExportReport, PerBlock, ScaleSearch, export_checkpoint, load_checkpoint, search_scale
+from daq_lightning import ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.cli import main
 from daq_lightning.numerics.objectives import DeltaStats
-from daq_lightning.report.readers import SAMPLE, dequantized_stats
 
 ROUND = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16}
 
 
 def oracle(weight, base, codes, scale, dtype):
-    """The sums of some rows, by the definition, in float64."""
+    """The sums of a weight, by the definition, in float64."""
     code = codes.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     cell = -(-code.shape[0] // scale.shape[0]), -(-code.shape[1] // scale.shape[1])
     full = np.kron(scale.numpy(), np.ones(cell, np.float32))[: code.shape[0], : code.shape[1]]
@@ -38,12 +37,6 @@ def oracle(weight, base, codes, scale, dtype):
         "delta_q_sq": ((seen - b) ** 2).sum(),
         "error_sq": ((seen - w) ** 2).sum(),
     }
-
-
-def sampled(rows, columns):
-    """Every n-th row, with no more elements than the sample; all rows of a small weight."""
-    step = math.ceil(rows * columns / SAMPLE)
-    return list(range(0, rows, step))
 
 
 def assert_equal(stats, expected):
@@ -68,29 +61,37 @@ def test_the_report_has_the_figures_of_a_reader_that_dequantizes(tmp_path, schem
     assert report.dtype == str(dtype).removeprefix("torch.")
     for tensor in report.tensors:
         scale = next(stored[tensor.name + end] for end in ("_scale", "_scale_inv") if tensor.name + end in stored)
-        weight, base_weight, codes = weights[tensor.name], bases[tensor.name], stored[tensor.name]
-        rows = sampled(*weight.shape)
-        scale_rows = scale[[row * scale.shape[0] // weight.shape[0] for row in rows]]
-        picked = codes.view(torch.uint8)[rows].view(codes.dtype)
         assert tensor.dequantized is not None
-        expected = oracle(weight[rows], base_weight[rows], picked, scale_rows, dtype)
+        expected = oracle(weights[tensor.name], bases[tensor.name], stored[tensor.name], scale, dtype)
         assert_equal(tensor.dequantized, expected)
     assert report.to_dict() == returned.to_dict() == json.loads((out / "daq_report.json").read_text())
     assert report.metrics("dequantized")["lost"] > report.metrics("searched")["lost"]
 
 
-def test_a_large_weight_is_looked_at_in_rows_of_every_part():
+@pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_DYNAMIC"])
+def test_a_weight_whose_values_float16_cannot_hold_is_said_so_and_the_rest_is_measured(tmp_path, scheme):
     torch.manual_seed(0)
-    weight = torch.randn(1000, 300).bfloat16()
-    base = (weight.float() + 0.01 * torch.randn(1000, 300)).bfloat16()
-    found = search_scale(weight, base, PerBlock(128, 128), search=ScaleSearch(n_coarse=2, n_fine=1))
-    stats = dequantized_stats(weight, base, found.codes, found.scale, PerBlock(128, 128), torch.bfloat16)
-    rows = sampled(1000, 300)
-    assert len(rows) < 1000
-    assert {row // 128 for row in rows} == set(range(8))
-    scale_rows = found.scale[[row // 128 for row in rows]]
-    codes, columns = found.codes.view(torch.uint8)[rows].view(torch.float8_e4m3fn), [j // 128 for j in range(300)]
-    assert_equal(stats, oracle(weight[rows], base[rows], codes, scale_rows[:, columns], torch.bfloat16))
+    weights = {name: torch.randn(256, 256).half() for name in ("a.weight", "b.weight")}
+    weights["large.weight"] = 1e5 + torch.randn(128, 128)
+    bases = {name: (1.001 * tensor.float()).to(tensor.dtype) for name, tensor in weights.items()}
+    out = tmp_path / "out"
+    report = export_checkpoint(weights, bases, out, scheme=scheme, search=ScaleSearch(n_coarse=2, n_fine=1))
+    assert report.dtype == "float16"
+    assert [tensor.name for tensor in report.tensors if tensor.dequantized is None] == ["large.weight"]
+    assert [note for note in report.notes if note.startswith("large.weight: ") and "float16" in note]
+    assert ExportReport.load(out).to_dict() == report.to_dict()
+    assert "dequantized" not in report.to_dict()["totals"]
+
+
+@pytest.mark.parametrize("alpha_scope", ["group", "layer"])
+def test_the_report_of_a_mixture_of_experts_looks_at_every_element_for_every_reader(tmp_path, alpha_scope):
+    base, post = tiny_models.make_pair(tmp_path, tiny_models.qwen3_moe, size=0.0005)
+    search = ScaleSearch(n_coarse=2, n_fine=1, alpha_scope=alpha_scope)
+    report = export_checkpoint(post, base, tmp_path / "out", search=search)
+    for tensor in report.tensors:
+        elements = math.prod(tensor.shape)
+        assert {int(stats.n) for stats in (tensor.searched, tensor.absmax, tensor.dequantized)} == {elements}
+    assert main(["inspect", str(tmp_path / "out"), "--base", str(base), "--post", str(post)]) == 0
 
 
 def test_summary_table_and_inspect_name_both_readers(pair, tmp_path, capsys):

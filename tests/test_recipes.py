@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from daq_lightning import Chain, ExportReport
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 ROWS = ("base", "BF16 fine-tuned", "absmax FP8", "DAQ sign", "DAQ cosine", "DAQ hybrid")
 

@@ -94,6 +94,7 @@ def test_groups_beyond_the_cache_are_searched_in_steps():
     assert search_scale(weight, base, PerChannel()).scale.shape == (2, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", [PerBlock(128, 128), PerChannel()], ids=str)
 def test_a_weight_of_32768_by_16384_is_searched_to_its_end(granularity):
     """Half a billion elements; weight and base repeat one row, so that only the codes need memory."""

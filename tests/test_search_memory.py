@@ -15,6 +15,8 @@ from daq_lightning.numerics.formats import PerBlock, PerChannel
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.search.search import search_scale
 
+pytestmark = pytest.mark.slow
+
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

@@ -279,6 +279,7 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [10, 1000, 4500])  # in the header, in the data, in another file
 def test_a_file_that_may_not_grow_is_a_clear_error_and_leaves_nothing(tmp_path, limit):
     write(tmp_path / "out", tensors_of())
@@ -413,6 +414,7 @@ for _ in range(int(sys.argv[3])):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", [True, False])
 def test_many_processes_that_export_to_one_place_at_once_all_succeed(tmp_path, earlier):
     (tmp_path / "reference").mkdir()

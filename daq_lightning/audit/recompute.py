@@ -25,7 +25,6 @@ from daq_lightning.numerics.objectives import DeltaStats, measure
 from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
 from daq_lightning.numerics.tiling import bands
 from daq_lightning.report.figures import ExportReport, TensorReport
-from daq_lightning.report.readers import dequantized_stats
 
 TOLERANCE = 1e-5
 """Of sums, relative to the largest value that each could have: the kernels add up in another order."""
@@ -63,11 +62,9 @@ def recompute(
             raise CheckpointError(f"{report.path} has no codes and scale of {tensor.name}: run `daq-lightning verify`.")
         written = files.raw[tensor.name], files.raw[layout.scale_name(tensor.name)]
         plain = absmax_scale(weight, layout.granularity, scale_format=scale_format)
-        searched, absmax = _measure(weight, reference, *written, plain, layout)
-        rounded = None
-        if tensor.dequantized is not None:
-            rounded = dequantized_stats(weight, reference, *written, layout.granularity, dtype)
-        tensors.append(dataclasses.replace(tensor, searched=searched, absmax=absmax, dequantized=rounded))
+        searched, absmax, dequantized = _measure(weight, reference, *written, plain, layout, dtype)
+        dequantized = None if tensor.dequantized is None else dequantized
+        tensors.append(dataclasses.replace(tensor, searched=searched, absmax=absmax, dequantized=dequantized))
     return dataclasses.replace(report, tensors=tuple(tensors))
 
 
@@ -87,23 +84,29 @@ def differences(report: ExportReport, other: ExportReport) -> dict[str, list[str
 
 
 def _measure(
-    weight: Tensor, base: Tensor, codes: Tensor, scale: Tensor, plain: Tensor, layout: Layout
-) -> tuple[DeltaStats, DeltaStats]:
-    """Sums under the written codes and under plain absmax scales, in bands of rows."""
+    weight: Tensor, base: Tensor, codes: Tensor, scale: Tensor, plain: Tensor, layout: Layout, dtype: torch.dtype
+) -> tuple[DeltaStats, DeltaStats, DeltaStats]:
+    """Sums under the written codes, under plain absmax scales, and of the former rounded to dtype, in bands of rows."""
     shape_MN, rows_of = (weight.shape[0], weight.shape[1]), layout.granularity.cell((weight.shape[0], weight.shape[1]))
-    parts: list[tuple[DeltaStats, DeltaStats]] = []
+    parts: list[tuple[DeltaStats, DeltaStats, DeltaStats]] = []
     for rows in bands(shape_MN, layout.granularity, _BAND):
         groups = slice(rows.start // rows_of[0], -(-rows.stop // rows_of[0]))
         written = dequantize(codes[rows], scale[groups], layout.granularity)
         absmax = dequantize(
             quantize(weight[rows], plain[groups], layout.granularity), plain[groups], layout.granularity
         )
-        parts.append((measure(weight[rows], base[rows], written), measure(weight[rows], base[rows], absmax)))
-    searched, plain_stats = (
+        parts.append(
+            (
+                measure(weight[rows], base[rows], written),
+                measure(weight[rows], base[rows], absmax),
+                measure(weight[rows], base[rows], written.to(dtype)),
+            )
+        )
+    searched, plain_stats, dequantized = (
         DeltaStats(*(torch.stack(fields).sum(0) for fields in zip(*side, strict=True)))
         for side in zip(*parts, strict=True)
     )
-    return searched, plain_stats
+    return searched, plain_stats, dequantized
 
 
 def _limits(stats: DeltaStats) -> DeltaStats:

@@ -73,7 +73,13 @@ def export_checkpoint(
         ValueError: NaN or Inf in a weight, a device that is not there, or settings that contradict each other.
 
     Example:
-        >>> export_checkpoint("fine-tuned", "base", "fp8", scheme="FP8_BLOCK")  # doctest: +SKIP
+        >>> import tempfile, torch
+        >>> export_checkpoint("fine-tuned/", "base/", "fp8/", scheme="FP8_BLOCK")  # doctest: +SKIP
+        >>> base = {"layer.weight": torch.linspace(-1, 1, 64).reshape(8, 8)}
+        >>> post = {"layer.weight": 1.01 * base["layer.weight"]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_checkpoint(post, base, f"{folder}/fp8").scheme
+        'FP8_DYNAMIC'
 
     Source: arXiv 2603.22324, Algorithm 1.
     """

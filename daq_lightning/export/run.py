@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,7 @@ from daq_lightning.numerics.backends import delta_stats
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.search.search import search_batch
 from daq_lightning.numerics.search.stages import SearchResult
-from daq_lightning.report.figures import ExportReport, TensorReport, alpha_statistics
-from daq_lightning.report.readers import dequantized_stats
+from daq_lightning.report.figures import ALPHA_STATISTICS, ExportReport, Side, TensorReport, alpha_statistics
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job
@@ -61,7 +60,6 @@ def run(
     check_inputs(out, job.inputs())
     check_destination(out)
     reports: dict[str, TensorReport] = {}
-    dequantized: dict[str, DeltaStats] = {}
     prints: dict[str, TensorPrints] = {}
     with (
         CheckpointWriter(out, job.plan.stored, job.settings.max_shard_bytes) as writer,
@@ -77,7 +75,6 @@ def run(
             stored = job.plan.layout.pack(result.codes, result.scale)
             write(pair.plan, stored)
             prints[pair.plan.spec.name] = prints_of(stored, pair.weight, pair.base)
-            dequantized[pair.plan.spec.name] = _as_dequantized(job, pair, result)
 
         def finish_kept(plan: TensorPlan, stored: Mapping[str, Tensor]) -> None:
             write(plan, stored)
@@ -89,18 +86,16 @@ def run(
                 _check_finite(tensor, plan.spec.name)
                 behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
                 continue
-            for pair, result in zip(batch, _search(job, batch), strict=True):
-                reports[pair.plan.spec.name] = _report(job, pair, result)
+            results = _search(job, batch)
+            for pair, report, result in zip(batch, _reports(job, batch, results), results, strict=True):
+                reports[pair.plan.spec.name] = report
                 behind.run(finish, pair, result)
         behind.wait()
         report = ExportReport(
             path=str(out),
             scheme=job.plan.layout.scheme.name,
             search=dataclasses.asdict(job.settings.search),
-            tensors=tuple(
-                dataclasses.replace(reports[tensor.spec.name], dequantized=dequantized[tensor.spec.name])
-                for tensor in job.plan.quantized
-            ),
+            tensors=tuple(reports[tensor.spec.name] for tensor in job.plan.quantized),
             kept={tensor.spec.name: tensor.reason for tensor in job.plan.tensors if not tensor.quantize},
             notes=(*job.plan.notes, *_notes(job, reports)),
             dtype=str(job.plan.dtype).removeprefix("torch."),
@@ -127,23 +122,49 @@ def _search(job: Job, batch: Batch) -> list[SearchResult]:
         job.settings.search,
         scale_format=job.plan.layout.scale_format,
         names=[pair.plan.spec.name for pair in batch],
+        reader_dtype=job.plan.dtype,
     )
 
 
-def _report(job: Job, pair: Pair, result: SearchResult) -> TensorReport:
-    """The line of one quantized tensor in the report."""
-    name = pair.plan.spec.name
-    return TensorReport(
-        name=name,
-        shape=pair.plan.spec.shape,
-        dtype=str(pair.weight.dtype).removeprefix("torch."),
-        scheme=job.plan.layout.scheme.name,
-        alpha=alpha_statistics(result.alpha),
-        searched=result.stats.total().map(Tensor.cpu),
-        absmax=result.absmax_stats.total().map(Tensor.cpu),
-        root=_since_root(job, pair, result.scale),
-        without_base=job.without_base.get(name, ""),
-    )
+def _reports(job: Job, batch: Batch, results: Sequence[SearchResult]) -> list[TensorReport]:
+    """The lines of a batch in the report. All that they say leaves the device in one transfer."""
+    sides = [_sides(job, pair, result) for pair, result in zip(batch, results, strict=True)]
+    parts: list[Tensor] = []
+    for result, of_tensor in zip(results, sides, strict=True):
+        parts += [alpha_statistics(result.alpha), *(stats.packed() for stats in of_tensor.values())]
+    arrived = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
+    reports = []
+    for pair, of_tensor in zip(batch, sides, strict=True):
+        alpha = dict(zip(ALPHA_STATISTICS, next(arrived).tolist(), strict=True))
+        sums = {side: DeltaStats.unpacked(next(arrived)) for side in of_tensor}
+        fits = bool(sums["dequantized"].delta_q_sq.isfinite())
+        reports.append(
+            TensorReport(
+                name=pair.plan.spec.name,
+                shape=pair.plan.spec.shape,
+                dtype=str(pair.weight.dtype).removeprefix("torch."),
+                scheme=job.plan.layout.scheme.name,
+                alpha=alpha,
+                searched=sums["searched"],
+                absmax=sums["absmax"],
+                root=sums.get("root"),
+                dequantized=sums["dequantized"] if fits else None,
+                without_base=job.without_base.get(pair.plan.spec.name, ""),
+            )
+        )
+    return reports
+
+
+def _sides(job: Job, pair: Pair, result: SearchResult) -> dict[Side, DeltaStats]:
+    """The sums of one tensor, on its device."""
+    assert result.dequantized_stats is not None
+    sides: dict[Side, DeltaStats] = {
+        "searched": result.stats.total(),
+        "absmax": result.absmax_stats.total(),
+        "dequantized": result.dequantized_stats.total(),
+    }
+    root = _since_root(job, pair, result.scale)
+    return sides if root is None else sides | {"root": root}
 
 
 def _since_root(job: Job, pair: Pair, scale: Tensor) -> DeltaStats | None:
@@ -155,14 +176,7 @@ def _since_root(job: Job, pair: Pair, scale: Tensor) -> DeltaStats | None:
     if root.shape != pair.weight.shape:
         return None
     stats = delta_stats(as_searched(pair.weight), root, scale.reshape(-1, 1), job.plan.layout.granularity)
-    return stats.total().map(lambda field: field[0].cpu())
-
-
-def _as_dequantized(job: Job, pair: Pair, result: SearchResult) -> DeltaStats:
-    """Sums of the written scales for a reader that dequantizes to 16 bit."""
-    base = pair.weight if pair.base is None else pair.base
-    granularity, dtype = job.plan.layout.granularity, job.plan.dtype
-    return dequantized_stats(pair.weight, base, result.codes, result.scale, granularity, dtype).map(Tensor.cpu)
+    return stats.total().map(lambda field: field[0])
 
 
 def _notes(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
@@ -172,6 +186,12 @@ def _notes(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
     if measured and not any(bool(stats.n_changed) for stats in measured):
         notes.append(f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?")
     notes += [f"{name}: plain absmax scale, because {problem}." for name, problem in job.without_base.items()]
+    notes += [
+        f"{name}: to a reader that dequantizes to {str(job.plan.dtype).removeprefix('torch.')} some of its values are "
+        "infinite: serve it with FP8 kernels, or keep it (ignore)."
+        for name, report in reports.items()
+        if report.dequantized is None
+    ]
     kept = [tensor for tensor in job.plan.tensors if not tensor.quantize]
     cast = [tensor for tensor in kept if tensor.stored[KEPT].dtype != tensor.spec.dtype]
     if cast:

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from daq_lightning.numerics.search.settings import METRICS, Metric
 
+_COUNTS = 6  # the first fields of DeltaStats; the others are sums
+
 
 class DeltaStats(NamedTuple):
     """Additive sums. All fields have one shape: () for a tensor, (G,) per group, (G, K) per candidate.
@@ -69,6 +71,15 @@ class DeltaStats(NamedTuple):
     def total(self) -> DeltaStats:
         """Sums over all groups: shape (G, ...) -> (...)."""
         return self.map(lambda field: field.sum(0))
+
+    def packed(self) -> Tensor:
+        """All sums as one tensor that leaves a device at once: float64, exact for counts below 2^53, (10, ...)."""
+        return torch.stack([field.double() for field in self])
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> DeltaStats:
+        """The sums that `packed` packed: counts int64, sums float64."""
+        return cls(*packed[:_COUNTS].long(), *packed[_COUNTS:])
 
 
 def sign_rate(stats: DeltaStats) -> Tensor:

@@ -2,8 +2,13 @@
 
 Each quantized tensor is listed with the sums of the scales that were written ("searched") and of plain absmax scales
 ("absmax"), and the figures that follow from them. Both are those of float32 products of code and scale, which FP8
-kernels compute with; "dequantized" are the written scales for a reader that rounds the product to 16 bit, see
-`daq_lightning.report.readers`. Totals are the figures of the added sums.
+kernels compute with; "dequantized" are the written scales for the other kind of reader:
+
+    searched      float32(code) * scale           inside the FP8 kernels of vLLM and SGLang; what the search looks at
+    dequantized   dtype(float32(code) * scale)    transformers and whoever dequantizes into 16 bit
+
+The second rounding moves a weight by up to 2^-9 of itself, as much as many updates: where the base is a 16-bit model,
+some updates that the codes keep are gone in 16 bit. Totals are the figures of the added sums.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from daq_lightning.report.shape import FLOAT_SUMS, check_report
 Side: TypeAlias = Literal["searched", "dequantized", "absmax", "root"]
 _READ_AS = {
     "searched": "float32 product of code and scale, as FP8 kernels compute (vLLM, SGLang)",
-    "dequantized": "that product rounded to {dtype}, as transformers dequantizes; of evenly spread rows of each weight",
+    "dequantized": "that product rounded to {dtype}, as transformers dequantizes",
 }
 FORMAT_VERSION = 1
 
@@ -44,8 +49,8 @@ class TensorReport:
         searched: Sums over the tensor under the written scales.
         absmax: Sums under plain absmax scales.
         root: Sums of the written scales against the first base of a chain, if the tensor is part of one.
-        dequantized: Sums of the written scales for a reader that dequantizes to 16 bit, over sampled rows; None in
-            reports of a version that did not look at it.
+        dequantized: Sums of the written scales for a reader that dequantizes to 16 bit; None where its dtype does
+            not hold all values, and in reports of a version that did not look at it.
         without_base: Why it has no base; its scale is the plain one, and it is left out of the totals. "" with a base.
     """
 
@@ -201,10 +206,12 @@ def only_finite(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-def alpha_statistics(alpha: Tensor) -> dict[str, float]:
-    """min, mean, max and moved (share of groups with alpha != 1) of the alphas of one tensor."""
-    values = torch.stack([alpha.min(), alpha.mean(), alpha.max(), (alpha != 1).double().mean()]).tolist()
-    return dict(zip(("min", "mean", "max", "moved"), values, strict=True))
+ALPHA_STATISTICS = ("min", "mean", "max", "moved")
+
+
+def alpha_statistics(alpha: Tensor) -> Tensor:
+    """min, mean, max and moved (share of groups with alpha != 1) of a tensor's alphas: float64, on its device."""
+    return torch.stack([alpha.min(), alpha.mean(), alpha.max(), (alpha != 1).double().mean()])
 
 
 def _with_sums(stats: DeltaStats) -> dict[str, Any]:

@@ -14,6 +14,7 @@ Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ from daq_lightning.training.published import Published
 from daq_lightning.training.ranks import agreed, raise_on_all
 from daq_lightning.training.resume import states_in
 from daq_lightning.training.run import Run, RunSettings
-from daq_lightning.training.saves import WatchedCheckpointIO, saved_by_model_checkpoint
+from daq_lightning.training.saves import saved_by_model_checkpoint, unwatch, watch
 from daq_lightning.training.schedule import ExportOn, Moment, Schedule, Which
 from daq_lightning.training.strategies import check_strategy
 
@@ -133,13 +134,6 @@ class DeltaAwareQuantization(Callback):
         check.choice("reference", reference, ("initial", "previous_checkpoint"))
         check.flag("merge_adapters", merge_adapters)
         check.flag("export_on_exception", export_on_exception)
-        self.dirpath = check.local_path("dirpath", dirpath, "a path, such as 'exports'")
-        self.base = check.path("base", base, "'auto', 'snapshot', 'memory' or a path")
-        self.module: str | None = module
-        self.reference: Literal["initial", "previous_checkpoint"] = reference
-        self.export_on_exception, self.merge_adapters = export_on_exception, merge_adapters
-        self.parent = check.chain(parent, chain_from, self.base)
-        self.chain_from: ChainFrom | None = chain_from
         self.schedule = Schedule(
             export_on=export_on,
             which=which,
@@ -148,7 +142,19 @@ class DeltaAwareQuantization(Callback):
             keep_last=keep_last,
             filename=filename,
         )
-        self._choices = check.make_settings(scheme, metric, alpha_range, search, ignore, scale_format, missing_base)
+        base = check.path("base", base, "'auto', 'snapshot', 'memory' or a path")
+        self._settings = RunSettings(
+            dirpath=check.local_path("dirpath", dirpath, "a path, such as 'exports'"),
+            base=base,
+            module=module,
+            reference=reference,
+            merge_adapters=merge_adapters,
+            parent=check.chain(parent, chain_from, base),
+            chain_from=chain_from,
+            choices=check.make_settings(scheme, metric, alpha_range, search, ignore, scale_format, missing_base),
+            schedule=self.schedule,
+        )
+        self._export_on_exception = export_on_exception
         self._published = Published()
         self._run: Run | None = None
         self._place: int | None = None  # among the callbacks of this class in the Trainer
@@ -179,7 +185,7 @@ class DeltaAwareQuantization(Callback):
         """The class, numbered from the second of a Trainer on; settings may change, see `resume.py`."""
         name = type(self).__qualname__
         if self._place is None:  # no Trainer yet: only the settings tell two callbacks apart
-            return self._generate_state_key(**self._settings().description(model=self.module, place=None))
+            return self._generate_state_key(**self._settings.description(model=self._settings.module, place=None))
         return f"{name}[{self._place}]" if self._place else name
 
     @override
@@ -203,7 +209,7 @@ class DeltaAwareQuantization(Callback):
             return
         check_strategy(trainer.strategy)
         check_savers(trainer, self.schedule)
-        raise_on_all(trainer, lambda: check_destination(Path(self.dirpath) / "step=0"))
+        raise_on_all(trainer, lambda: check_destination(Path(self._settings.dirpath) / "step=0"))
         place_after_averaging(trainer, self)
 
     @override
@@ -216,11 +222,7 @@ class DeltaAwareQuantization(Callback):
         self._published.begin(trainer)
         raise_on_all(trainer, lambda: self._prepare(trainer, pl_module))
         if self.schedule.export_on == "checkpoint" and trainer.is_global_zero:
-            trainer.strategy.checkpoint_io = WatchedCheckpointIO(
-                trainer.strategy.checkpoint_io,
-                before=lambda path, content: self._before_save(trainer, path, content),
-                after=lambda path, content: self._after_save(trainer, path, content),
-            )
+            watch(trainer, before=partial(self._before_save, trainer), after=partial(self._after_save, trainer))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -270,7 +272,7 @@ class DeltaAwareQuantization(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Frees the base; exports only with `export_on_exception`, and never hides the error."""
-        if self.export_on_exception and self._run is not None and self._run.step != trainer.global_step:
+        if self._export_on_exception and self._run is not None and self._run.step != trainer.global_step:
             self._run.export(averaged_state(trainer))
         self._release(trainer)
 
@@ -285,21 +287,8 @@ class DeltaAwareQuantization(Callback):
 
     # what the hooks call; only rank 0 has a run
 
-    def _settings(self) -> RunSettings:
-        return RunSettings(
-            dirpath=self.dirpath,
-            base=self.base,
-            module=self.module,
-            reference=self.reference,
-            merge_adapters=self.merge_adapters,
-            parent=self.parent,
-            chain_from=self.chain_from,
-            choices=self._choices,
-            schedule=self.schedule,
-        )
-
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run = Run(trainer, pl_module, self._settings(), self._published, self._states, self._place)
+        self._run = Run(trainer, pl_module, self._settings, self._published, self._states, self._place)
         self._state, self._states = self._run.state, []
 
     def _is_time(self, moment: Moment, trainer: Trainer) -> bool:
@@ -324,5 +313,4 @@ class DeltaAwareQuantization(Callback):
         if self._run is not None and not self._referenced:
             self._run.remove_unused_base()
         self._run = None
-        if isinstance(trainer.strategy.checkpoint_io, WatchedCheckpointIO):
-            trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner
+        unwatch(trainer)

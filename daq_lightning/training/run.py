@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
+from daq_lightning.checkpoint.writer import check_inputs
 from daq_lightning.export.job import Job, prepare
 from daq_lightning.export.plan import plan_export
 from daq_lightning.export.run import run
@@ -35,6 +36,7 @@ from daq_lightning.training.other_callbacks import best_saver
 from daq_lightning.training.published import Published
 from daq_lightning.training.resume import own_state, reference_of
 from daq_lightning.training.schedule import Kept, Schedule
+from daq_lightning.training.settings_check import as_misconfiguration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +109,16 @@ class Run:
         self._retaken: Base | None = None
         self.step = -1
         self.error: Exception | None = None
+        with as_misconfiguration():
+            model_name, _ = find_model(module, settings.module)
         model = self._model(None)
-        check_complete(model)
+        with as_misconfiguration():
+            check_complete(model)
         source = self._source(model)
         plan = plan_export(source.specs, source.keys, source.architecture, settings.choices)
         names = tuple(tensor.spec.name for tensor in plan.quantized)
         resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path is not None else None
-        own = settings.description(model=find_model(module, settings.module)[0], place=place)
+        own = settings.description(model=model_name, place=place)
         state = own_state(states, own) if resumed_from else None
         where, saved = reference_of(state, settings.base, names)
         dirpath = Path(settings.dirpath).absolute()
@@ -130,6 +135,7 @@ class Run:
                 parent=settings.parent,
                 chain_from=settings.chain_from,
             )
+            check_inputs(dirpath / "step=0", self._job.inputs())
         except Exception:
             self.remove_unused_base()
             raise

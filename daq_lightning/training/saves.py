@@ -56,6 +56,17 @@ class WatchedCheckpointIO(CheckpointIO):
         self.inner.teardown()
 
 
+def watch(trainer: Trainer, *, before: Watcher, after: Watcher) -> None:
+    """Tells watchers of each save of a Trainer, until `unwatch`; see `WatchedCheckpointIO`."""
+    trainer.strategy.checkpoint_io = WatchedCheckpointIO(trainer.strategy.checkpoint_io, before, after)
+
+
+def unwatch(trainer: Trainer) -> None:
+    """Ends `watch`."""
+    if isinstance(trainer.strategy.checkpoint_io, WatchedCheckpointIO):
+        trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io.inner
+
+
 def saved_by_model_checkpoint(trainer: Trainer, path: Path) -> bool:
     """Whether a file belongs to a `ModelCheckpoint`, rather than to a tuner that saves and restores."""
     dirpaths = [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks]

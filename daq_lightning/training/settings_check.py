@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,6 +22,15 @@ def require(ok: bool, name: str, value: object, expected: str) -> None:
     """Raises MisconfigurationException, with what was expected of an argument and what came, if not ok."""
     if not ok:
         raise MisconfigurationException(f"{name}={value!r}: expected {expected}.")
+
+
+@contextlib.contextmanager
+def as_misconfiguration() -> Iterator[None]:
+    """Turns what is wrong with a model into what Lightning calls a misconfigured run."""
+    try:
+        yield
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
 
 
 def choice(name: str, value: object, choices: Sequence[str | None]) -> None:

@@ -46,9 +46,16 @@ class Backend(Protocol):
         ...
 
     def delta_stats(
-        self, weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity, fmt: Format, /
+        self,
+        weight_MN: Tensor,
+        base_MN: Tensor,
+        scale_GK: Tensor,
+        granularity: Granularity,
+        fmt: Format,
+        reader_dtype: torch.dtype | None = None,
+        /,
     ) -> DeltaStats:
-        """See `daq_lightning.numerics.backends.delta_stats`."""
+        """See `daq_lightning.numerics.backends.delta_stats`; with a dtype, of products rounded to it."""
         ...
 
     def search(self, task: Task, /) -> SearchResult:

@@ -56,6 +56,7 @@ class _Search(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ["metric", "scale_format", "n_coarse", "n_fine"]),
         *((name, ctypes.c_double) for name in ["tau", "alpha_min", "alpha_max", "radius"]),
         *((name, Array) for name in ["coarse", "steps"]),
+        ("reader", ctypes.c_int64),
     )
 
 
@@ -71,7 +72,12 @@ def search(task: Task) -> SearchResult:
 
 
 def delta_stats(
-    weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity, fmt: Format
+    weight_MN: Tensor,
+    base_MN: Tensor,
+    scale_GK: Tensor,
+    granularity: Granularity,
+    fmt: Format,
+    reader_dtype: torch.dtype | None = None,
 ) -> DeltaStats:
     """See `daq_lightning.numerics.backends.delta_stats`."""
     plan, chunks = _plan(weight_MN, granularity)
@@ -86,6 +92,7 @@ def delta_stats(
         _format(fmt),
         array(scale_GK),
         candidates,
+        _reader(reader_dtype),
         torch.get_num_threads(),
         array(counts),
         array(totals),
@@ -132,8 +139,9 @@ def _search_in_cache(task: Task) -> SearchResult:
     groups = grid[0] * grid[1]
     scale_G = torch.empty(groups, dtype=torch.float32, device=_CPU)
     alpha_G = torch.empty(groups, dtype=torch.float64, device=_CPU)
-    counts = torch.zeros(6, 2, groups, dtype=torch.int64, device=_CPU)
-    totals = torch.zeros(4, 2, groups, dtype=torch.float64, device=_CPU)
+    sides = 2 if task.reader_dtype is None else 3
+    counts = torch.empty(6, sides, groups, dtype=torch.int64, device=_CPU)
+    totals = torch.empty(4, sides, groups, dtype=torch.float64, device=_CPU)
     codes_MN = torch.empty(task.shape, dtype=torch.uint8, device=_CPU)
     weight_MN, base_MN = _rows(task.weight), _rows(task.base)
     coarse_K, steps_K = coarse(task.search), fine_steps(task.search)
@@ -148,6 +156,7 @@ def _search_in_cache(task: Task) -> SearchResult:
         radius=task.search.radius,
         coarse=array(coarse_K),
         steps=array(steps_K),
+        reader=_reader(task.reader_dtype),
     )
     found = _Found(
         scale=array(scale_G),
@@ -165,13 +174,14 @@ def _search_in_cache(task: Task) -> SearchResult:
         torch.get_num_threads(),
         found,
     )
-    stats, absmax_stats = (DeltaStats(*(field[which] for field in (*counts, *totals))) for which in (0, 1))
+    stats = [DeltaStats(*(field[side] for field in (*counts, *totals))) for side in range(sides)]
     return SearchResult(
         codes=codes_MN.view(task.format.dtype),
         scale=scale_G.reshape(grid),
         alpha=alpha_G.reshape(grid),
-        stats=stats,
-        absmax_stats=absmax_stats,
+        stats=stats[0],
+        absmax_stats=stats[1],
+        dequantized_stats=None if task.reader_dtype is None else stats[2],
     )
 
 
@@ -192,6 +202,10 @@ def _rows(weight_MN: Tensor) -> Tensor:
     return weight_MN if weight_MN.stride(1) == 1 else weight_MN.contiguous()
 
 
+def _reader(dtype: torch.dtype | None) -> int:
+    return _DTYPES[torch.float32 if dtype is None else dtype]
+
+
 def _format(fmt: Format) -> _Format:
     return _Format(fmt.max, fmt.min_normal, fmt.mantissa_bits)
 
@@ -207,7 +221,7 @@ def _entry_point(name: str) -> Callable[..., None]:
     arguments = {
         "absmax": [_Matrix, _Plan, integer, Array],
         "quantize": [_Matrix, _Plan, _Format, Array, integer, Array],
-        "delta_stats": [_Matrix, _Matrix, _Plan, _Format, Array, integer, integer, Array, Array],
+        "delta_stats": [_Matrix, _Matrix, _Plan, _Format, Array, integer, integer, integer, Array, Array],
         "search": [_Matrix, _Matrix, _Plan, _Format, _Search, integer, _Found],
     }
     return entry_point(name, arguments[name])

@@ -1,6 +1,7 @@
 """The CUDA backend: a kernel in Triton whose programs hold a tile in registers and try all candidates on it.
 
     x = clamp(w * (1 / s), -max, max),  q = round(x) * s      the hardware's cast, or else arithmetic
+    q rounded once more                                       for a reader in 16 bit
     counts and products of w - b, q - b and q - w             in float32 within a tile, float64 across tiles
 
 A program is one warp with a tile of 1,024 elements, so sums never leave the warp. Tiles are cut from the
@@ -43,7 +44,12 @@ def search(task: Task) -> SearchResult:
 
 
 def delta_stats(
-    weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity, fmt: Format
+    weight_MN: Tensor,
+    base_MN: Tensor,
+    scale_GK: Tensor,
+    granularity: Granularity,
+    fmt: Format,
+    reader_dtype: torch.dtype | None = None,
 ) -> DeltaStats:
     """See `daq_lightning.numerics.backends.delta_stats`."""
     m, n = weight_MN.shape
@@ -89,6 +95,7 @@ def delta_stats(
             MIN_NORMAL=math.frexp(fmt.min_normal)[1] - 1 + 127,  # its biased exponent in float32
             MANTISSA_BITS=fmt.mantissa_bits,
             HARDWARE_CAST=fmt.dtype == torch.float8_e4m3fn and _hardware_cast(weight_MN.device),
+            READER="" if reader_dtype is None else str(reader_dtype),
             num_warps=1,  # pyright: ignore[reportCallIssue]
             enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]  (q - b is 0 exactly where q == b)
         )
@@ -96,7 +103,7 @@ def delta_stats(
         low, high = scale_GK[first : first + count].aminmax()
         fits = (torch.minimum(smallest_GT.min(), low) > _SMALL) & (torch.maximum(largest_GT.max(), high) < _LARGE)
         if not bool(fits):
-            return reference.delta_stats(weight_MN, base_MN, scale_GK, granularity, fmt)
+            return reference.delta_stats(weight_MN, base_MN, scale_GK, granularity, fmt, reader_dtype)
         preserved, lost, both_zero = counts.sum(2, dtype=torch.int64)
         dot, delta_q_sq, error_sq = totals.sum(2, dtype=torch.float64)
         changed = changed_GT.sum(1, dtype=torch.float64).long()[:, None].expand(count, candidates)
@@ -136,6 +143,18 @@ def _round(x, MIN_NORMAL: tl.constexpr, MANTISSA_BITS: tl.constexpr, HARDWARE_CA
     return (x + magic) - magic
 
 
+@triton.jit
+def _read(q, READER: tl.constexpr):
+    """What a reader in 16 bit makes of code * scale: nearest, ties to even. See `read_as` in src/sums.h."""
+    if READER == "torch.bfloat16":
+        bits = q.to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    if READER == "torch.float16":
+        rounded = _round(tl.minimum(tl.maximum(q, -65536.0), 65536.0), 127 - 14, 10, False)
+        return tl.where(tl.abs(rounded) == 65536.0, rounded * float("inf"), rounded)
+    return q
+
+
 @triton.jit(do_not_specialize=["first_group", "count", "candidates"])
 def _kernel(
     weight, base, scale, reciprocal, counts, totals, of_tiles,
@@ -143,6 +162,7 @@ def _kernel(
     candidates, rows, cols, grid_cols, tiles_across, tiles,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
     MAX: tl.constexpr, MIN_NORMAL: tl.constexpr, MANTISSA_BITS: tl.constexpr, HARDWARE_CAST: tl.constexpr,
+    READER: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     group = first_group + program // tiles
@@ -172,7 +192,7 @@ def _kernel(
         s = tl.load(scale + group * candidates + k)
         r = tl.load(reciprocal + group * candidates + k)
         x = tl.minimum(tl.maximum(w * r, -MAX), MAX)
-        q = _round(x, MIN_NORMAL, MANTISSA_BITS, HARDWARE_CAST) * s
+        q = _read(_round(x, MIN_NORMAL, MANTISSA_BITS, HARDWARE_CAST) * s, READER)
         delta_q = q - b
         error = q - w
         # three counts of up to 1,024 in two sums of 32 bits

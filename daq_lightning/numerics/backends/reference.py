@@ -23,21 +23,28 @@ def search(task: Task) -> SearchResult:
 
 
 def delta_stats(
-    weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity, fmt: Format
+    weight_MN: Tensor,
+    base_MN: Tensor,
+    scale_GK: Tensor,
+    granularity: Granularity,
+    fmt: Format,
+    reader_dtype: torch.dtype | None = None,
 ) -> DeltaStats:
     """See `daq_lightning.numerics.backends.delta_stats`."""
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     parts = []
     for patch, groups in patches(shape_MN, granularity, _PIECE):
         weight_GE, base_GE = to_groups(weight_MN[patch], granularity), to_groups(base_MN[patch], granularity)
-        parts.append(_patch_stats(weight_GE, base_GE, scale_GK[groups], fmt))
+        parts.append(_patch_stats(weight_GE, base_GE, scale_GK[groups], fmt, reader_dtype))
     stats = DeltaStats(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     # the zeros that fill up a ragged block count as elements with equal signs, and nowhere else
     fill_G1 = (stats.n - group_sizes(shape_MN, granularity, weight_MN.device)[:, None])[:, :1]
     return stats._replace(n=stats.n - fill_G1, sign_equal=stats.sign_equal - fill_G1)
 
 
-def _patch_stats(weight_GE: Tensor, base_GE: Tensor, scale_GK: Tensor, fmt: Format) -> DeltaStats:
+def _patch_stats(
+    weight_GE: Tensor, base_GE: Tensor, scale_GK: Tensor, fmt: Format, reader_dtype: torch.dtype | None
+) -> DeltaStats:
     groups = weight_GE.shape[0]
     step = max(1, _PIECE // groups)
     total: DeltaStats | None = None
@@ -47,7 +54,9 @@ def _patch_stats(weight_GE: Tensor, base_GE: Tensor, scale_GK: Tensor, fmt: Form
         columns = []
         for scale_G in scale_GK.unbind(1):
             codes = encode(weight * scale_G.reciprocal()[:, None], fmt)
-            columns.append(sums(weight, base, codes.float() * scale_G[:, None]))
+            seen = codes.float() * scale_G[:, None]
+            seen = seen if reader_dtype is None else seen.to(reader_dtype).float()
+            columns.append(sums(weight, base, seen))
         piece = DeltaStats(*(torch.stack(fields, 1) for fields in zip(*columns, strict=True)))
         total = piece if total is None else total.add(piece)
     assert total is not None

@@ -21,6 +21,7 @@ from torch import Tensor
 from daq_lightning.numerics.backends import Backend, choose
 from daq_lightning.numerics.formats import Format, Granularity, PerTensor, ScaleFormat
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
+from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.quantize import check_scale_format
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.search.stages import SearchResult, Task
@@ -37,6 +38,7 @@ def search_scale(
     name: str = "weight",
     fmt: Format = FP8_E4M3,
     backend: Backend | None = None,
+    reader_dtype: torch.dtype | None = None,
 ) -> SearchResult:
     """Finds the scale of each group that preserves the update best, and quantizes with it.
 
@@ -50,13 +52,15 @@ def search_scale(
         fmt: The format of the codes.
         backend: A module of `daq_lightning.numerics.backends`; None takes the fastest for the weight's
             device.
+        reader_dtype: torch.bfloat16 or torch.float16 to have the sums of a reader that rounds code * scale to
+            it as well (`SearchResult.dequantized_stats`); it does not change what is found.
 
     Returns:
         `SearchResult` on the weight's device.
 
     Raises:
         ValueError: Not two matrices of one shape on one device, NaN or Inf in one of them, or an unknown
-            scale format.
+            scale format or reader.
         TypeError: No dense tensors, a dtype other than the three, or something else than a granularity or a
             search.
 
@@ -75,7 +79,17 @@ def search_scale(
     _check_inputs(weight, base, name)
     _check_settings(granularity, search)
     check_scale_format(scale_format)
-    task = Task(weight=weight, base=base, granularity=granularity, search=search, format=fmt, scale_format=scale_format)
+    if reader_dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"reader_dtype must be torch.bfloat16, torch.float16 or None, got {reader_dtype}.")
+    task = Task(
+        weight=weight,
+        base=base,
+        granularity=granularity,
+        search=search,
+        format=fmt,
+        scale_format=scale_format,
+        reader_dtype=reader_dtype,
+    )
     result = (backend or choose(weight.device)).search(task)
     if not bool(result.scale.isfinite().all()):
         raise ValueError(_not_finite(weight, name))
@@ -94,6 +108,7 @@ def search_batch(
     scale_format: ScaleFormat = "float32",
     names: Sequence[str],
     fmt: Format = FP8_E4M3,
+    reader_dtype: torch.dtype | None = None,
 ) -> list[SearchResult]:
     """`search_scale` for several weights of one shape at once, such as the many small experts of a layer.
 
@@ -108,6 +123,7 @@ def search_batch(
         scale_format: As for `search_scale`.
         names: How error messages call them.
         fmt: The format of the codes.
+        reader_dtype: As for `search_scale`.
 
     Returns:
         The results of as many single calls.
@@ -134,24 +150,41 @@ def search_batch(
                 search,
                 scale_format=scale_format,
                 fmt=fmt,
+                reader_dtype=reader_dtype,
             )
             return _unstack(stacked, len(weights))
         except ValueError:
             pass  # one of them is not finite: the single searches say which
     return [
-        search_scale(weight, base, granularity, search, scale_format=scale_format, name=name, fmt=fmt)
+        search_scale(
+            weight,
+            base,
+            granularity,
+            search,
+            scale_format=scale_format,
+            name=name,
+            fmt=fmt,
+            reader_dtype=reader_dtype,
+        )
         for weight, base, name in zip(weights, bases, names, strict=True)
     ]
 
 
 def _unstack(result: SearchResult, count: int) -> list[SearchResult]:
     codes, scales, alphas = (tensor.chunk(count) for tensor in (result.codes, result.scale, result.alpha))
-    stats, absmax_stats = (
-        [sums.map(lambda field, part=part: field.chunk(count)[part]) for part in range(count)]
-        for sums in (result.stats, result.absmax_stats)
-    )
+
+    def part(stats: DeltaStats, i: int) -> DeltaStats:
+        return stats.map(lambda field: field.chunk(count)[i])
+
     return [
-        SearchResult(codes=codes[i], scale=scales[i], alpha=alphas[i], stats=stats[i], absmax_stats=absmax_stats[i])
+        SearchResult(
+            codes=codes[i],
+            scale=scales[i],
+            alpha=alphas[i],
+            stats=part(result.stats, i),
+            absmax_stats=part(result.absmax_stats, i),
+            dequantized_stats=None if result.dequantized_stats is None else part(result.dequantized_stats, i),
+        )
         for i in range(count)
     ]
 

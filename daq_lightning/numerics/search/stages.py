@@ -43,6 +43,7 @@ class Task:
     search: ScaleSearch
     format: Format
     scale_format: ScaleFormat
+    reader_dtype: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,6 +62,8 @@ class SearchResult:
             all are equal, but for groups of zeros, which keep 1.
         stats: Sums per group, shape (G,), of exactly these codes and scales.
         absmax_stats: Sums per group of plain absmax quantization (alpha = 1).
+        dequantized_stats: Sums per group of these codes and scales for a reader that rounds their product to
+            16 bit; None unless asked for.
     """
 
     codes: Tensor
@@ -68,6 +71,7 @@ class SearchResult:
     alpha: Tensor
     stats: DeltaStats
     absmax_stats: DeltaStats
+    dequantized_stats: DeltaStats | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,7 @@ class Kernels:
     """The functions of a backend that a search step by step is made of."""
 
     absmax: Callable[[Tensor, Granularity], Tensor]
-    delta_stats: Callable[[Tensor, Tensor, Tensor, Granularity, Format], DeltaStats]
+    delta_stats: Callable[[Tensor, Tensor, Tensor, Granularity, Format, torch.dtype | None], DeltaStats]
     quantize: Callable[[Tensor, Tensor, Granularity, Format], Tensor]
 
 
@@ -88,18 +92,26 @@ def search_in_steps(task: Task, kernels: Kernels) -> SearchResult:
     def evaluate(band: _Band, alpha_GK: Tensor) -> DeltaStats:
         scale_GK = _scaled(scale_G[band.groups, None], alpha_GK, task)
         rows = band.rows
-        return kernels.delta_stats(task.weight[rows], task.base[rows], scale_GK, task.granularity, task.format)
+        return kernels.delta_stats(task.weight[rows], task.base[rows], scale_GK, task.granularity, task.format, None)
 
     found = _search_layer(task, evaluate) if task.search.alpha_scope == "layer" else _search_groups(task, evaluate)
     # a group of zeros has scale 1 whatever the alpha of its layer
     alpha = torch.where(absmax == 0, 1.0, found.alpha.reshape(scale.shape))
     best = _scaled(scale, alpha, task)
+    dequantized_stats = None
+    if task.reader_dtype is not None:
+        best_G1 = best.reshape(-1, 1)
+        stats_G1 = kernels.delta_stats(
+            task.weight, task.base, best_G1, task.granularity, task.format, task.reader_dtype
+        )
+        dequantized_stats = stats_G1.map(lambda field: field[:, 0])
     return SearchResult(
         codes=kernels.quantize(task.weight, best, task.granularity, task.format),
         scale=best,
         alpha=alpha,
         stats=found.stats,
         absmax_stats=found.absmax_stats,
+        dequantized_stats=dequantized_stats,
     )
 
 

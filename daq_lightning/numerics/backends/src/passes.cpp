@@ -10,13 +10,14 @@ uint64_t daq_sources() { return DAQ_SOURCES; }
 
 // counts: int64 [6, G, C, K] and totals: float64 [4, G, C, K], see write().
 const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Format format, Array scale_GK, int64_t K,
-                            int64_t threads, Array counts, Array totals) {
+                            int64_t reader, int64_t threads, Array counts, Array totals) {
     Check check(plan, threads);
     check.format(format);
     const Grid grid(format);
     const Cover& cover = check.cover;
     const bool some = K >= 1 && K <= Check::MOST / cover.items();
     check.need(some, "the number of candidates");
+    check.need(reader >= FLOAT32 && reader <= FLOAT16, "the dtype of the reader");
     check.matrix(weight, "weight");
     check.matrix(base, "base");
     check.array<float>(scale_GK, some ? cover.groups() * K : 0, "scales");
@@ -28,11 +29,13 @@ const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Format format
                 const float* scale_K = (const float*)scale_GK.data + item / cover.chunks() * K;
                 CountedPiece* piece = buffer.get();
                 Fixed fixed;
+                Sums plain{};  // beside those of the reader; nobody asked for them
                 std::fill(sums.begin(), sums.end(), Sums{});
                 each(piece, cover.region(item), weight, &base, [&] {
                     piece->prepare();
                     fixed.add(*piece);
-                    for (int64_t k = 0; k < K; ++k) piece->add(scale_K[k], grid, sums[k]);
+                    for (int64_t k = 0; k < K && !reader; ++k) piece->add(scale_K[k], grid, sums[k]);
+                    for (int64_t k = 0; k < K && reader; ++k) piece->add_read((Reader)reader, scale_K[k], grid, plain, sums[k]);
                 });
                 int64_t* counts_K = (int64_t*)counts.data + item * K;
                 double* totals_K = (double*)totals.data + item * K;

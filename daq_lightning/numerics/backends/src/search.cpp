@@ -1,7 +1,7 @@
 // The whole search of one group after the other, while it is in the cache: absmax scale, coarse candidates,
-// fine candidates, the sums of the scale that wins, and its codes. The same steps as ../../search/stages.py
-// in the same float64, so both give the same bits; only the sums that the objective does not need are left
-// out until the winner is known.
+// fine candidates, the sums of the scale that wins (to one or two readers), and its codes. The same steps as
+// ../../search/stages.py in the same float64, so both give the same bits; only the sums that the objective
+// does not need are left out until the winner is known.
 //
 // Legend: G groups, K candidates of a stage.
 
@@ -14,13 +14,14 @@ struct Search {
     int64_t K, n_fine;             // candidates of the two stages
     double tau, alpha_min, alpha_max, radius;
     Array coarse, steps;           // float64: alpha, [K]; n_fine steps over [0, 1]
+    int64_t reader;                // a Reader, whose sums are wanted as well; or FLOAT32, which asks for none
 };
 
 struct Found {
     Array scale;   // float32 [G]; NaN or infinity where the group holds one
     Array alpha;   // float64 [G]
-    Array counts;  // int64 [6, 2, G]: of the scale that was found, and of the absmax scale; see write()
-    Array totals;  // float64 [4, 2, G]
+    Array counts;  // int64 [6, S, G]: of the scale found, the absmax scale, the scale found as the reader sees it
+    Array totals;  // float64 [4, S, G]; S is 3, or 2 without a reader; see write()
     Array codes;   // uint8 [M, N]
 };
 }
@@ -91,6 +92,11 @@ struct Contest {
         return total;
     }
 
+    void sums_read(float s, Sums& total, Sums& read) const {
+        total = read = Sums{};
+        for (int64_t i = 0; i < filled; ++i) pieces[i].add_read((Reader)search.reader, s, grid, total, read);
+    }
+
     // Candidates against the incumbent: a strictly better score wins; of equal candidates the one nearest to
     // alpha 1, of two as near the larger.
     void stage(const double* alpha_K, int64_t K) {
@@ -139,7 +145,7 @@ struct Contest {
 template <Metric metric>
 void search_all(const Matrix& weight, const Matrix& base, const Cover& cover, const Grid& grid, const Search& search,
                 int64_t threads, const Found& found) {
-    const int64_t G = cover.groups();
+    const int64_t G = cover.groups(), sides = search.reader ? 3 : 2, field = sides * G;
     float* scale_G = (float*)found.scale.data;
     double *alpha_G = (double*)found.alpha.data, *totals = (double*)found.totals.data;
     int64_t* counts = (int64_t*)found.counts.data;
@@ -149,13 +155,22 @@ void search_all(const Matrix& weight, const Matrix& base, const Cover& cover, co
             const bool finite = contest.load(region, weight, base);
             scale_G[g] = contest.absmax;
             alpha_G[g] = 1;
-            if (!finite) return;
+            if (!finite) {
+                for (int64_t side = 0; side < sides; ++side)
+                    write(Fixed(), Sums{}, counts + side * G + g, totals + side * G + g, field);
+                return;
+            }
             const Sums of_absmax = contest.template sums<ALL>(contest.scale(1));
             contest.run(of_absmax);
             const float scale = contest.scale(contest.alpha);
-            const Sums of_best = contest.alpha == 1 ? of_absmax : contest.template sums<ALL>(scale);
-            write(contest.fixed, of_best, counts + g, totals + g, 2 * G);
-            write(contest.fixed, of_absmax, counts + G + g, totals + G + g, 2 * G);
+            Sums of_best = of_absmax, as_read;
+            if (search.reader)
+                contest.sums_read(scale, of_best, as_read);
+            else if (contest.alpha != 1)
+                of_best = contest.template sums<ALL>(scale);
+            write(contest.fixed, of_best, counts + g, totals + g, field);
+            write(contest.fixed, of_absmax, counts + G + g, totals + G + g, field);
+            if (search.reader) write(contest.fixed, as_read, counts + 2 * G + g, totals + 2 * G + g, field);
             contest.write_codes(region, scale, cover.N, (uint8_t*)found.codes.data);
             scale_G[g] = scale;
             alpha_G[g] = contest.alpha;
@@ -174,9 +189,10 @@ const char* daq_search(Matrix weight, Matrix base, Plan plan, Format format, Sea
     check.format(format);
     const Grid grid(format);
     const Cover& cover = check.cover;
-    const int64_t G = cover.groups(), K = search.K, most = Check::MOST;
+    const int64_t G = cover.groups(), K = search.K, most = Check::MOST, sides = search.reader ? 3 : 2;
     check.need(search.metric >= SIGN && search.metric <= HYBRID, "the metric");
     check.need(search.scale_format >= 0 && search.scale_format <= 2, "the scale format");
+    check.need(search.reader >= FLOAT32 && search.reader <= FLOAT16, "the dtype of the reader");
     check.need(K >= 1 && K <= most && search.n_fine >= 0 && search.n_fine <= most, "the number of candidates");
     check.matrix(weight, "weight");
     check.matrix(base, "base");
@@ -184,8 +200,8 @@ const char* daq_search(Matrix weight, Matrix base, Plan plan, Format format, Sea
     check.array<double>(search.steps, search.n_fine, "steps");
     check.array<float>(found.scale, G, "scales");
     check.array<double>(found.alpha, G, "alpha");
-    check.array<int64_t>(found.counts, 12 * G, "counts");
-    check.array<double>(found.totals, 8 * G, "totals");
+    check.array<int64_t>(found.counts, 6 * sides * G, "counts");
+    check.array<double>(found.totals, 4 * sides * G, "totals");
     check.array<uint8_t>(found.codes, cover.M * cover.N, "codes");
     return check.then([&] {
         switch ((Metric)search.metric) {

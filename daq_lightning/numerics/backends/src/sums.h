@@ -2,7 +2,7 @@
 // memory once, and all candidates are evaluated from the first-level cache.
 //
 //     x = clamp(w * (1 / s), -max, max)       one float32 product, as in quantize.py
-//     q = round(x) * s                        to the grid of the format
+//     q = round(x) * s                        to the grid of the format; for a reader in 16 bit rounded once more
 //     d = w - b,  d_q = q - b,  e = q - w     float32; their products are summed in float32 over at most 1,008
 //                                             elements and in float64 beyond
 //
@@ -26,6 +26,23 @@ inline float add_product(float sum, float a, float b) {
 inline double add_product(double sum, double a, double b) { return sum + a * b; }
 
 enum Wanted { DIRECTION = 1, ERROR = 2, COUNTS = 4, ALL = 7 };
+
+// What a reader of the file makes of code * scale, to nearest, ties to even; numbered as the dtypes of a Matrix.
+enum Reader { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+template <Reader reader>
+inline float read_as(float q) {
+    if constexpr (reader == BFLOAT16) {  // the upper half of its bits; the largest float32 become infinite
+        const uint32_t bits = (uint32_t)bits_of(q);
+        return float_of((int32_t)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u));
+    }
+    if constexpr (reader == FLOAT16) {  // a grid with one step beyond its largest value, which stands for infinity
+        const Grid grid(Format{0x1p16, 0x1p-14, 10});
+        const int32_t bits = bits_of(grid.round(grid.saturate(q)));
+        return float_of((bits & MAGNITUDE) == bits_of(0x1p16f) ? bits | EXPONENT : bits);
+    }
+    return q;
+}
 
 struct Sums {  // of one candidate
     int64_t preserved, lost, both_zero;
@@ -76,15 +93,27 @@ struct CountedPiece : Piece {
     // Adds the sums of one candidate, or those among them that an objective needs.
     template <Wanted wanted = ALL>
     void add(float scale, const Grid& grid, Sums& sums) const {
-        fits_float32(scale) ? add_in<float, wanted>(scale, grid, sums) : add_in<double, wanted>(scale, grid, sums);
+        add_both<wanted, FLOAT32>(scale, grid, sums, sums);
     }
 
-    template <class Real, Wanted wanted>
-    void add_in(float scale, const Grid grid, Sums& sums) const {
+    // Adds all sums of one candidate, and those that a reader in 16 bit sees, in one pass.
+    void add_read(Reader reader, float scale, const Grid& grid, Sums& sums, Sums& read) const {
+        reader == BFLOAT16 ? add_both<ALL, BFLOAT16>(scale, grid, sums, read)
+                           : add_both<ALL, FLOAT16>(scale, grid, sums, read);
+    }
+
+    template <Wanted wanted, Reader reader>
+    void add_both(float scale, const Grid& grid, Sums& sums, Sums& read) const {
+        fits_float32(scale) ? add_in<float, wanted, reader>(scale, grid, sums, read)
+                            : add_in<double, wanted, reader>(scale, grid, sums, read);
+    }
+
+    template <class Real, Wanted wanted, Reader reader>
+    void add_in(float scale, const Grid grid, Sums& sums, Sums& read) const {
         const float reciprocal = 1.0f / scale;
-        Real dot = 0, delta_q_sq = 0, error_sq = 0;
-        int32_t with = 0, equals = 0;
-#pragma omp simd reduction(+ : dot, delta_q_sq, error_sq, with, equals)
+        Real dot = 0, delta_q_sq = 0, error_sq = 0, dot_r = 0, delta_r_sq = 0, error_r_sq = 0;
+        int32_t with = 0, equals = 0, with_r = 0, equals_r = 0;
+#pragma omp simd reduction(+ : dot, delta_q_sq, error_sq, dot_r, delta_r_sq, error_r_sq, with, equals, with_r, equals_r)
         for (int64_t i = 0; i < count; ++i) {
             const float q = grid.round(grid.saturate(w[i] * reciprocal)) * scale;
             const float d = w[i] - b[i], d_q = q - b[i], e = q - w[i];
@@ -97,11 +126,28 @@ struct CountedPiece : Piece {
                 with += q > b[i] ? sign[i] : 0;
                 equals += q == b[i] ? equal[i] : 0;
             }
+            if constexpr (reader != FLOAT32) {
+                const float r = read_as<reader>(q), d_r = r - b[i], e_r = r - w[i];
+                dot_r = add_product(dot_r, (Real)d, (Real)d_r);
+                delta_r_sq = add_product(delta_r_sq, (Real)d_r, (Real)d_r);
+                error_r_sq = add_product(error_r_sq, (Real)e_r, (Real)e_r);
+                with_r += r > b[i] ? sign[i] : 0;
+                equals_r += r == b[i] ? equal[i] : 0;
+            }
         }
         sums.dot += dot;
         sums.delta_q_sq += delta_q_sq;
         sums.error_sq += error_sq;
-        if constexpr (!(wanted & COUNTS)) return;
+        if constexpr (wanted & COUNTS) count_signs(with, equals, sums);
+        if constexpr (reader != FLOAT32) {
+            read.dot += dot_r;
+            read.delta_q_sq += delta_r_sq;
+            read.error_sq += error_r_sq;
+            count_signs(with_r, equals_r, read);
+        }
+    }
+
+    void count_signs(int32_t with, int32_t equals, Sums& sums) const {
         // preserved = (up and q > b) + (down and q < b); the second is down less those with q > b or q == b
         const int32_t up_lost = equals & 1023, down_lost = (equals >> 10) & 1023;
         sums.preserved += down + with - down_lost;
