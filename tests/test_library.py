@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from daq_lightning.numerics.backends import library
+from daq_lightning.numerics.backends import compiling, library
 
 COMPILER = """#!/bin/sh
 # Plays the compiler: writes down that it was called, and copies a library that is built already.
@@ -235,7 +235,7 @@ def test_a_compiler_of_several_words(builds, monkeypatch):
     [
         ("no-such-compiler -O3", r"No C\+\+ compiler found \(looked for no-such-compiler\); install one or set CXX"),
         ("g++ 'oops", r"CXX=\"g\+\+ 'oops\" is no command: No closing quotation; correct or unset it"),
-        ("false", r"false cannot build passes\.cpp"),
+        ("false", r"false cannot build the CPU kernels"),
     ],
 )
 def test_a_compiler_that_is_none_is_named(builds, monkeypatch, command, message):
@@ -278,9 +278,99 @@ def test_processes_build_once_and_one_says_so(builds):
     assert sorted(text.count("builds its CPU kernels") for text in said) == [0, 0, 1]
 
 
-def test_without_file_locks_it_works_too(builds, monkeypatch):
+def test_without_a_compiler_what_one_has_built_for_this_machine_is_found(builds, tmp_path, monkeypatch):
+    path = find()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert find() == path
+    changes = {"sources_number": 7, "_features": frozenset({"abacus"})}  # another processor on a shared home
+    for name, value in changes.items():
+        with monkeypatch.context() as changed:
+            changed.setattr(library, name, lambda value=value: value)
+            assert "No C++ compiler found" in library._find.__wrapped__()
+    assert builds() == 1
+
+
+def test_without_a_compiler_nothing_is_loaded_that_others_can_have_written(builds, tmp_path, monkeypatch):
+    planted(tmp_path, find()).chmod(0o702)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "No C++ compiler found" in library._find.__wrapped__()
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.fixture
+def shipped(builds, tmp_path, monkeypatch):
+    """The folder of a wheel's libraries, with that of this machine under each name; processors by their level."""
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    monkeypatch.setattr(library, "_SHIPPED", folder)
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    for level in library.LEVELS["x86_64"]:
+        shutil.copy(library.library()._name, folder / level.file)
+    return folder
+
+
+# flags of /proc/cpuinfo, in part; what is left out here is asked for by no level
+V2 = "fpu sse2 ssse3 cx16 sse4_1 sse4_2 popcnt lahf_lm"
+V3 = V2 + " fma movbe xsave avx f16c abm bmi1 avx2 bmi2"
+V4 = V3 + " avx512f avx512dq avx512cd avx512bw avx512vl"
+PROCESSORS = {
+    "Xeon of 2017": (V4, "daq_x86_64_v4.so"),
+    "AVX-512 in part, as Knights Landing": (V3 + " avx512f avx512cd avx512er", "daq_x86_64_v3.so"),
+    "AVX-512, but no FMA": (V4.replace(" fma", ""), "daq_x86_64_v2.so"),
+    "Core of 2013": (V3, "daq_x86_64_v3.so"),
+    "AVX without AVX2, as Sandy Bridge": (V2 + " avx xsave", "daq_x86_64_v2.so"),
+    "Core of 2008": (V2, "daq_x86_64_v2.so"),
+    "Athlon 64": ("fpu sse2 lahf_lm", None),
+}
+
+
+@pytest.mark.parametrize(("flags", "file"), PROCESSORS.values(), ids=PROCESSORS)
+def test_of_a_wheels_libraries_the_highest_is_taken_that_the_processor_can_run(
+    shipped, builds, tmp_path, monkeypatch, flags, file
+):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t: none\n\nflags\t\t: {flags} ht\n")
+    monkeypatch.setattr(library, "_CPUINFO", cpuinfo)
+    found = find()
+    assert found == (shipped / file if file else in_cache(tmp_path)[0])
+    assert builds() == (not file)
+
+
+def test_a_feature_that_only_some_cores_have_does_not_count(shipped, tmp_path, monkeypatch):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags: {V4}\nflags: {V3}\n")
+    monkeypatch.setattr(library, "_CPUINFO", cpuinfo)
+    assert find() == shipped / "daq_x86_64_v3.so"
+
+
+def test_a_shipped_library_that_was_compiled_from_other_sources_is_not_used(shipped, builds, tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "sources_number", lambda: 7)
+    monkeypatch.setattr(library, "_features", lambda: frozenset(V4.split()))
+    assert find() == in_cache(tmp_path)[0]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    in_cache(tmp_path)[0].unlink()
+    assert "daq_x86_64_v2.so was compiled from other sources" in library._find.__wrapped__()
+
+
+def test_a_shipped_library_that_cannot_be_loaded_costs_a_build(shipped, builds, tmp_path, monkeypatch):
+    for path in shipped.iterdir():
+        path.write_bytes(b"no library")
+    assert find() == in_cache(tmp_path)[0]
+    assert builds() == 1
+
+
+def test_a_file_whose_number_changes_with_the_sources(tmp_path, monkeypatch):
+    before = compiling.sources_number()
+    monkeypatch.setattr(compiling, "_FOLDER", shutil.copytree(compiling._FOLDER, tmp_path / "src"))
+    assert compiling.sources_number() == before
+    with open(tmp_path / "src" / "sums.h", "a") as file:
+        file.write("\n")
+    assert compiling.sources_number() != before
+
+
+def test_on_a_system_without_file_locks_there_is_no_library(monkeypatch):
     monkeypatch.setattr(library, "fcntl", None)
-    assert find() == find()
+    assert "made for Linux and macOS" in library._find.__wrapped__()
 
 
 def test_a_process_that_was_stopped_while_it_built_holds_nobody_up_for_good(builds, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import lightning.pytorch.strategies as strategies
 import pytest
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live import Tuning
 
@@ -41,5 +42,16 @@ def test_strategies_without_whole_weights_are_refused_by_name(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [strategies.DDPStrategy, strategies.SingleDeviceStrategy])
-def test_strategies_with_whole_weights_are_accepted(kind):
-    check_strategy(kind.__new__(kind))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_strategies_with_whole_weights_are_accepted(kind, device):
+    on_device = type(kind.__name__, (kind,), {"root_device": torch.device(device)})
+    check_strategy(on_device.__new__(on_device))
+
+
+def test_apples_gpus_which_have_no_float64_are_refused_in_setup(tmp_path):
+    callback = DeltaAwareQuantization(dirpath=str(tmp_path / "exports"))
+    strategy = strategies.SingleDeviceStrategy(device=torch.device("mps"))
+    trainer = SimpleNamespace(strategy=strategy, fast_dev_run=False, callbacks=[callback])
+    with pytest.raises(MisconfigurationException, match=r"MPS.*accelerator='cpu'.*daq-lightning quantize"):
+        callback.setup(trainer, Tuning(), "fit")  # type: ignore[arg-type]
+    assert not (tmp_path / "exports").exists()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -29,6 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE
+from daq_lightning.checkpoint.locks import allocate, check_locks, flush, lock
 from daq_lightning.checkpoint.manifest import foreign_files
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, TensorSpec, make_header, tensor_bytes
@@ -64,8 +64,9 @@ def check_destination(out: Path) -> None:
 
     Raises:
         CheckpointError: The destination is a file, a folder that is not an export or holds files of others, or cannot
-            be written.
+            be written; or the system has no file locks.
     """
+    check_locks()
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out} exists and is not a folder: choose another destination.")
     while out.is_dir():
@@ -216,7 +217,7 @@ class CheckpointWriter:
                 self._unflushed += count
                 if self._unflushed >= _FLUSH:
                     self._unflushed = 0
-                    os.fdatasync(self._files[entry.path])
+                    flush(self._files[entry.path])
         self._missing.discard(name)
 
     def write_json(self, file: str, content: Any) -> None:
@@ -258,13 +259,7 @@ class CheckpointWriter:
     def _create(self, path: Path, specs: list[TensorSpec]) -> None:
         header, entries = make_header(specs, path)
         descriptor = self._files[path] = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
-        size = len(header) + sum(spec.nbytes for spec in specs)
-        os.truncate(descriptor, size)
-        try:
-            os.posix_fallocate(descriptor, 0, size)  # a full disk is known now, not after the search
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
+        allocate(descriptor, len(header) + sum(spec.nbytes for spec in specs))  # before the search, not after it
         os.pwrite(descriptor, header, 0)
         self._entries |= {entry.name: entry for entry in entries}
 
@@ -315,15 +310,16 @@ def remove_leftovers(out: Path) -> None:
             os.rename(path, out)
     for path in out.parent.glob(f".{_escape(out.name)}.partial-*.lock"):
         with contextlib.suppress(OSError):
-            lock = os.open(path, os.O_RDWR)
+            held = lock(path, wait=False)
+            if held is None:  # a living process writes there
+                continue
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while a living process writes there
                 folder = path.with_suffix("")
                 if folder.exists():
                     shutil.rmtree(folder)
                 path.unlink()
             finally:
-                os.close(lock)
+                os.close(held)
 
 
 @contextlib.contextmanager
@@ -333,21 +329,13 @@ def _alone(out: Path) -> Iterator[None]:
     Between two renames a living export's earlier folder looks like the leftover of a killed one.
     """
     path = out.parent / f".{out.name}.lock"
-    while True:
-        lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.fstat(lock).st_nlink:  # else the one before has removed this file: make it anew
-                break
-        except BaseException:
-            os.close(lock)
-            raise
-        os.close(lock)
+    held = lock(path)
+    assert held is not None
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        os.close(lock)
+        os.close(held)
 
 
 def _leftovers(out: Path) -> list[Path]:
@@ -359,11 +347,9 @@ def _reserve(out: Path) -> tuple[Path, int]:
     """A name for the unfinished folder, and the lock that says that a living process uses it."""
     while True:
         folder = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
-        lock = os.open(_lock_path(folder), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink:  # else another export took it for a leftover before it was locked
-            return folder, lock
-        os.close(lock)
+        held = lock(_lock_path(folder), new=True)
+        if held is not None:  # else another export took it for a leftover before it was locked
+            return folder, held
 
 
 def _lock_path(folder: Path) -> Path:

@@ -11,13 +11,13 @@ ends, however it ends; the file itself is removed with the claim and means nothi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
+from daq_lightning.checkpoint.locks import lock
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 
 _SHARED = "shared"  # an empty file in the folder
@@ -40,17 +40,17 @@ def claim(folder: Path, *, wait: bool = True) -> Iterator[bool]:
     file = folder.with_name(f".{folder.name}.claim")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = _locked(file, wait)
+        held = lock(file, wait=wait)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}.") from error
-    if lock is None:
+    if held is None:
         yield False
         return
     try:
         yield True
     finally:
-        file.unlink(missing_ok=True)  # while it is locked: see _locked
-        os.close(lock)
+        file.unlink(missing_ok=True)  # while it is locked
+        os.close(held)
 
 
 @contextlib.contextmanager
@@ -91,20 +91,3 @@ def versions(folder: Path) -> Iterator[Path]:
     """`<name>`, `<name>-v1`, `<name>-v2`, ..."""
     yield folder
     yield from (folder.with_name(f"{folder.name}-v{version}") for version in count(1))
-
-
-def _locked(file: Path, wait: bool) -> int | None:
-    """A descriptor of the file, with a lock on it; None if another process has the lock."""
-    while True:
-        lock = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        except BaseException:
-            os.close(lock)
-            raise
-        if os.fstat(lock).st_nlink:  # else its owner removed it between the two lines above: the name is free again
-            return lock
-        os.close(lock)

@@ -1,4 +1,4 @@
-"""Which strategies of the Trainer keep whole weights in every process, so that they can be read one by one."""
+"""Which strategies of the Trainer keep whole weights in every process, on a device that can search them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuses a strategy whose weights cannot be read.
+    """Refuses a strategy whose weights cannot be read, and Apple's GPUs.
 
     Raises:
-        MisconfigurationException: Anything but a single CPU or GPU, or DDP.
+        MisconfigurationException: Anything but a single CPU or CUDA GPU, or DDP.
     """
     if isinstance(
         strategy, (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
@@ -25,6 +25,12 @@ def check_strategy(strategy: Strategy) -> None:
         why = "whose weights are placeholders, or lie on a device that is not read from here"
     elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         why = "which does not keep whole weights in one process"
+    elif strategy.root_device.type == "mps":
+        raise MisconfigurationException(
+            "DeltaAwareQuantization needs float64, which Apple's GPUs (MPS) do not have: train with "
+            "Trainer(accelerator='cpu'), or save the trained model as a Hugging Face folder and run "
+            "`daq-lightning quantize`."
+        )
     else:
         return
     raise MisconfigurationException(

@@ -1,11 +1,15 @@
-"""The C++ library of the CPU kernels: found, built once per machine with the compiler there, and loaded.
+"""The C++ library of the CPU kernels: found, or built once per machine with the compiler there, and loaded.
 
 The library knows nothing of Python or torch, so it builds in seconds and runs without the interpreter's lock.
 
+A wheel brings libraries for families of processors (`lib/`, see compiling.py): the highest that this processor
+belongs to is taken, if it was compiled from the sources that lie here. An editable install has none.
+
 Built libraries are kept in the user's cache folder (`$XDG_CACHE_HOME/daq_lightning`, else
-`~/.cache/daq_lightning`) under a name that hashes the source, the flags and everything that the compiler
-predefines for this processor: another compiler version or another machine on a shared home builds its own.
-The name also ends in a hash of the library, since loading one that was cut off can kill the process.
+`~/.cache/daq_lightning`) as `native_<machine>_<compiler>_<content>.so`: hashes of the sources and the
+processor's features; of everything that the compiler predefines; of the file, since loading one that was cut
+off can kill the process. So another compiler version or another machine on a shared home builds its own, and
+where there is no compiler any more, what one has built for this machine is still found.
 
 What is loaded is run, so nobody else may have been able to write it: the folder and the file must belong to
 this user, be no links, and be writable for nobody else. Where there is no such folder, a process builds for
@@ -24,10 +28,9 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shlex
-import shutil
 import stat
-import subprocess
 import sys
 import tempfile
 import threading
@@ -36,25 +39,28 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from daq_lightning.numerics.backends.compiling import (
+    FLAGS,
+    LEVELS,
+    NATIVE,
+    CompilerError,
+    CompilerMissingError,
+    compile_library,
+    compilers,
+    predefined,
+    sources_number,
+)
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 try:
     import fcntl
-except ImportError:  # not on this system: two processes may build at once, which does no harm
+except ImportError:  # Windows
     fcntl = None
 
-_COMPILERS = ("c++", "g++", "clang++")
-# no -ffast-math: rounding relies on (x + m) - m being evaluated as written, and sums must see a base that is
-# NaN
-_FLAGS = (
-    *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd", "-ffp-contract=off"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros"),
-)
-_CPU_FLAGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
-_FOLDER = Path(__file__).with_name("src")
-_HEADERS = ("common.h", "sums.h")
-_SOURCES = ("passes.cpp", "search.cpp")
+_SHIPPED = Path(__file__).with_name("lib")
+_CPUINFO = Path("/proc/cpuinfo")
 _PATIENCE = 300.0  # seconds to wait for a build in another process, which may have been stopped
 _lock = threading.Lock()
 
@@ -117,29 +123,57 @@ def why_not() -> str | None:
 @functools.cache
 def _find() -> ctypes.CDLL | str:
     """The library, or why there is none: also that is found out once."""
-    wanted = os.environ.get("CXX", "")
+    if fcntl is None:
+        return "the kernels for CPUs are made for Linux and macOS"
+    shipped = _load_shipped()
+    if isinstance(shipped, ctypes.CDLL):
+        return shipped
     try:
-        candidates = [shlex.split(wanted)] if wanted.strip() else [[name] for name in _COMPILERS]
-    except ValueError as error:
-        return f"The environment variable CXX={wanted!r} is no command: {error}; correct or unset it."
-    compilers = [command for command in candidates if shutil.which(command[0])]
-    if not compilers:
-        names = ", ".join(command[0] for command in candidates)
-        return f"No C++ compiler found (looked for {names}); install one or set CXX."
+        commands = compilers()
+    except CompilerMissingError as error:
+        return _load_cached() or f"{error} {shipped}".rstrip()
     problem = ""
-    for compiler in compilers:
-        for cpu_flags in _CPU_FLAGS:
-            command = [*compiler, *_FLAGS, *cpu_flags]
+    for compiler in commands:
+        for processor in NATIVE:
             try:
-                return _load(command)
-            except (OSError, LibraryMissingError) as error:
+                return _load([*compiler, *FLAGS, *processor])
+            except (OSError, CompilerError) as error:
                 problem = str(error)
-    return f"{shlex.join(compilers[-1])} cannot build {_SOURCES[0]}: {problem[-500:]}"
+    return f"{shlex.join(commands[-1])} cannot build the CPU kernels: {problem[-500:]}"
+
+
+def _load_shipped() -> ctypes.CDLL | str:
+    """The library of the wheel for the highest level that this processor has; else why it is not used, if it
+    is there.
+    """
+    problem = ""
+    for level in LEVELS.get(platform.machine(), ()):
+        path = _SHIPPED / level.file
+        if not path.is_file() or not level.features <= _features():
+            continue
+        try:
+            found = ctypes.CDLL(str(path))
+            found.daq_sources.restype = ctypes.c_uint64
+            if found.daq_sources() == sources_number():
+                return found
+            problem = f"{path} was compiled from other sources."
+        except (OSError, AttributeError) as error:  # made for a newer system, or not by us
+            problem = f"{path} cannot be used: {error}."
+    return problem
+
+
+def _load_cached() -> ctypes.CDLL | None:
+    """What any compiler has built for this machine."""
+    folder, _ = _cache_folder()
+    try:
+        return _load_built(folder, f"{_machine()}_") if folder is not None and _features() else None
+    except OSError:
+        return None
 
 
 def _load(command: list[str]) -> ctypes.CDLL:
     """The library that this command builds: from the cache, built there, or for this process alone."""
-    key = _key(command)
+    key = f"{_machine()}_{_hash(b' '.join([*map(os.fsencode, command), predefined(command)]))}"
     folder, problem = _cache_folder()
     if folder is not None:
         try:
@@ -154,17 +188,25 @@ def _load(command: list[str]) -> ctypes.CDLL:
         return ctypes.CDLL(str(_build(command, Path(private), key, f"for this process alone: {problem}")))
 
 
-def _key(command: list[str]) -> str:
-    processor = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True)
-    if processor.returncode:
-        raise LibraryMissingError(processor.stderr.decode(errors="replace"))
-    texts = ((_FOLDER / name).read_bytes() for name in (*_HEADERS, *_SOURCES))
-    return hashlib.sha256(b"".join([*texts, *map(os.fsencode, command), processor.stdout])).hexdigest()[:24]
+def _machine() -> str:
+    """A hash of the sources and of what the processor can do."""
+    return _hash(" ".join([f"{sources_number():x}", platform.machine(), *sorted(_features())]).encode())
+
+
+def _features() -> frozenset[str]:
+    """What the processor can do and the system lets it do, in Linux' words; empty where that is not Linux."""
+    try:
+        lines = _CPUINFO.read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    rows = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))  # ARM's
+    cores = [frozenset(row) for row in rows]
+    return frozenset.intersection(*cores) if cores else frozenset()  # a thread may move to any core
 
 
 def _load_built(folder: Path, key: str) -> ctypes.CDLL | None:
-    """The library of this key, if the folder has a good one; others of its name are removed."""
-    for path in folder.glob(f"native_{key}_*.so"):
+    """The library whose key begins so, if the folder has a good one; bad ones are removed."""
+    for path in folder.glob(f"native_{key}*.so"):
         with contextlib.suppress(OSError):
             if why_not_ours(path) is None and path.stem.endswith(_digest(path)):
                 return ctypes.CDLL(str(path))
@@ -178,11 +220,8 @@ def _build(command: list[str], folder: Path, key: str, how_often: str) -> Path:
     _announce(f"daq_lightning builds its CPU kernels with {command[0]}: some seconds, {how_often}.")
     handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".tmp")
     os.close(handle)
-    sources = [str(_FOLDER / name) for name in _SOURCES]
     try:
-        built = subprocess.run([*command, *sources, "-o", unfinished], capture_output=True)
-        if built.returncode:
-            raise LibraryMissingError(built.stderr.decode(errors="replace"))
+        compile_library(command, Path(unfinished))
         os.chmod(unfinished, 0o700)  # linkers go by the umask, which may let the group write
         path = folder / f"native_{key}_{_digest(Path(unfinished))}.so"
         os.replace(unfinished, path)
@@ -192,7 +231,11 @@ def _build(command: list[str], folder: Path, key: str, how_often: str) -> Path:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return _hash(path.read_bytes())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _cache_folder() -> tuple[Path | None, str]:

@@ -5,6 +5,9 @@
 
 extern "C" {
 
+// Which sources and flags this was compiled from; see ../compiling.py.
+uint64_t daq_sources() { return DAQ_SOURCES; }
+
 // counts: int64 [6, G, C, K] and totals: float64 [4, G, C, K], see write().
 const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Format format, Array scale_GK, int64_t K,
                             int64_t reader, int64_t threads, Array counts, Array totals) {
