@@ -110,7 +110,7 @@ class Run:
         model = self._model(None)
         check_complete(model)
         source = self._source(model)
-        plan = plan_export(source.specs, source.keys, source.architecture, settings.choices)
+        plan = plan_export(source.specs, source.outline, settings.choices)
         names = tuple(tensor.spec.name for tensor in plan.quantized)
         resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path is not None else None
         own = settings.description(model=find_model(module, settings.module)[0], place=place)
@@ -230,8 +230,8 @@ class Run:
         return Source(
             weights=model.weights,
             specs=model.specs,
-            keys=model.keys,
-            architecture=model.architecture,
+            outline=model.architecture.outline(model.keys),
+            keys_of=model.architecture.keys_of,
             config=model.config(),
             copy_files=copy_files,
         )

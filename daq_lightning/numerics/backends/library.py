@@ -140,7 +140,7 @@ def _find() -> ctypes.CDLL | str:
 def _load(command: list[str]) -> ctypes.CDLL:
     """The library that this command builds: from the cache, built there, or for this process alone."""
     key = _key(command)
-    folder, problem = _cache_folder()
+    folder, problem = cache_folder()
     if folder is not None:
         try:
             found = _load_built(folder, key)
@@ -195,7 +195,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _cache_folder() -> tuple[Path | None, str]:
+def cache_folder() -> tuple[Path | None, str]:
     """The user's cache folder; or None, and why there is none that can be trusted."""
     parent = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not parent.is_absolute():  # then the XDG specification has it ignored
