@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from daq_lightning.audit.chain import Chain as Chain
     from daq_lightning.checkpoint.reader import load_checkpoint as load_checkpoint
     from daq_lightning.checkpoint.tensor_file import CheckpointError as CheckpointError
-    from daq_lightning.export.run import export_checkpoint as export_checkpoint
+    from daq_lightning.export.export import export_checkpoint as export_checkpoint
     from daq_lightning.metrics import DeltaCosineSimilarity as DeltaCosineSimilarity
     from daq_lightning.metrics import DeltaGain as DeltaGain
     from daq_lightning.metrics import DeltaMeanSquaredError as DeltaMeanSquaredError
@@ -60,7 +60,7 @@ _HOMES = {
     "DeltaAwareQuantization": "daq_lightning.training.callback",
     "load_checkpoint": "daq_lightning.checkpoint.reader",
     "CheckpointError": "daq_lightning.checkpoint.tensor_file",
-    "export_checkpoint": "daq_lightning.export.run",
+    "export_checkpoint": "daq_lightning.export.export",
     "DeltaCosineSimilarity": "daq_lightning.metrics",
     "DeltaGain": "daq_lightning.metrics",
     "DeltaMeanSquaredError": "daq_lightning.metrics",

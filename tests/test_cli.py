@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import daq_lightning
 from daq_lightning import Chain, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.audit.verify import verify_checkpoint
-from daq_lightning.checkpoint.layouts import SCHEMES
+from daq_lightning.checkpoint.schemes import SchemeName
 from daq_lightning.cli import _without_interrupts, main
 from daq_lightning.cli.arguments import make_parser, normalized
 from daq_lightning.export.job import ExportSettings
@@ -86,7 +87,7 @@ def test_quantize_writes_what_export_checkpoint_writes(models, tmp_path, capsys)
 def test_choices_and_defaults_are_those_of_the_settings():
     quantize_parser = make_parser()._subcommands_action._name_parser_map["quantize"]  # type: ignore[union-attr]
     choices = {action.dest: action.choices for action in quantize_parser._actions}
-    assert tuple(choices["scheme"]) == SCHEMES
+    assert tuple(choices["scheme"]) == get_args(SchemeName)
     assert tuple(choices["metric"]) == METRICS
     defaults, search = quantize_parser.get_defaults(), ScaleSearch()
     assert tuple(defaults.range) == (search.alpha_min, search.alpha_max)
@@ -239,7 +240,12 @@ def test_a_mistake_of_this_program_is_one_line_and_exit_code_70(
     def broken(*_, **__):
         raise KeyError("oh")
 
-    for target in ("export.export", "report.ExportReport.load", "chain.Chain.open", "verify.run_checks"):
+    for target in (
+        "export.run.run",
+        "report.figures.ExportReport.load",
+        "audit.chain.Chain.open",
+        "audit.verify.run_checks",
+    ):
         monkeypatch.setattr(f"daq_lightning.{target}", broken)
     options = {"quantize": [models.post, "--base", models.base, "--out", str(tmp_path / "out")]}
     command = [command, *options.get(command, [str(exported)])]
@@ -464,8 +470,8 @@ class OneMergedWeight:
 @pytest.fixture
 def adapter(monkeypatch, tmp_path):
     """Stands in for the reader of adapter folders; the folder's name is the weight that is doubled."""
-    reader = SimpleNamespace(read_adapter=lambda folder: OneMergedWeight(Path(folder)))
-    monkeypatch.setitem(sys.modules, "daq_lightning.checkpoint.adapter", reader)
+    for place in ("checkpoint.adapter", "export.source"):
+        monkeypatch.setattr(f"daq_lightning.{place}.read_adapter", lambda folder: OneMergedWeight(Path(folder)))
 
     def make(name):
         (tmp_path / name).mkdir()

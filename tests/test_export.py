@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from daq_lightning import CheckpointError, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
-from daq_lightning.checkpoint.tensor_file import TensorEntry
+from daq_lightning.checkpoint.tensor_file import TensorEntry, spec_of
 from daq_lightning.export.job import ExportSettings
 from daq_lightning.export.source import Source, _guess_modules
 from daq_lightning.report.figures import only_finite
@@ -210,7 +210,7 @@ def test_a_missing_base_may_be_replaced_by_absmax_and_the_report_names_it(copies
     report = export_checkpoint(post, base, tmp_path / "out", search=QUICK, missing_base="absmax")
     [note] = report.notes
     assert note.startswith(f"{DOWN}: plain absmax scale, because the base")
-    assert [tensor.name for tensor in report.tensors if tensor.note] == [DOWN]
+    assert [tensor.name for tensor in report.tensors if tensor.without_base] == [DOWN]
     assert note in json.loads((tmp_path / "out" / "daq_report.json").read_text())["notes"]
     stored, whole, absmax = (tensors_of(tmp_path / name) for name in ("out", "whole", "absmax"))
     for name in stored:
@@ -393,7 +393,9 @@ def test_names_of_linear_weights_are_guessed_without_tripping_over_odd_ones():
         "embed.weight": (9, 4), "x.norm.weight": (4, 4), "mlp.gate.weight": (2, 4), "lm_head.weight": (9, 4),
         "conv.weight": (4, 4, 3), "a.bias": (4,), "weight": (4, 4),
     }  # fmt: skip
-    modules = dict(_guess_modules({name: torch.empty(shape) for name, shape in shapes.items()}).named_modules())
+    modules = dict(
+        _guess_modules([spec_of(name, torch.empty(shape)) for name, shape in shapes.items()]).named_modules()
+    )
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     assert linear == {"type", "a", "a.b", "c", "c.d", "lm_head"}
 
@@ -442,9 +444,9 @@ def test_every_tensor_is_read_once(pair, tmp_path, monkeypatch):
     base, post = pair
     read, original = [], TensorEntry.read
 
-    def counted(entry):
+    def counted(entry, buffers=None):
         read.append((entry.path, entry.name))
-        return original(entry)
+        return original(entry, buffers)
 
     monkeypatch.setattr(TensorEntry, "read", counted)
     export_checkpoint(post, base, tmp_path / "out", search=QUICK)

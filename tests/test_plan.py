@@ -7,14 +7,14 @@ import transformers
 
 from daq_lightning.checkpoint.layouts import make_layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
-from daq_lightning.export.job import ExportSettings, make_plan
-from daq_lightning.export.plan import plan_export
+from daq_lightning.export.plan import KEPT, plan_export
+from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.model.architecture import Architecture
 from daq_lightning.numerics.formats import PerBlock, PerChannel
 
 
-def plan(factory=tiny_models.llama, *, dtype=torch.bfloat16, extra=(), drop=(), arguments=(), **changes):
+def plan(factory=tiny_models.llama, *, dtype=torch.bfloat16, extra=(), drop=(), arguments=None, **changes):
     """The plan of a model on the meta device: there is no weight that could be read."""
     with torch.device("meta"):
         model = factory(**changes).to(dtype)
@@ -26,7 +26,7 @@ def plan(factory=tiny_models.llama, *, dtype=torch.bfloat16, extra=(), drop=(), 
     specs = [TensorSpec(name=name, dtype=part.dtype, shape=tuple(part.shape)) for name, (_, part) in saved.items()]
     specs = [*(spec for spec in specs if spec.name not in drop), *extra]
     keys = {spec.name: names.get(spec.name, spec.name) for spec in specs}
-    return plan_export(specs, keys, architecture, **dict(arguments))
+    return plan_export(specs, keys, architecture, ExportSettings(**(arguments or {})))
 
 
 def names(planned):
@@ -153,7 +153,7 @@ def test_nothing_to_quantize_is_an_error():
     architecture = Architecture(torch.nn.Embedding(4, 4))
     specs = [TensorSpec(name="weight", dtype=torch.float32, shape=(4, 4))]
     with pytest.raises(CheckpointError, match="Embedding has no Linear weight to quantize among its 1 tensors"):
-        plan_export(specs, {"weight": "weight"}, architecture)
+        plan_export(specs, {"weight": "weight"}, architecture, ExportSettings())
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_matrix_that_the_model_does_not_know_is_kept_and_listed():
 def test_kept_tensors_have_the_dtype_of_the_model_or_bfloat16(dtype, kept):
     planned = plan(dtype=getattr(torch, dtype))
     assert planned.dtype == getattr(torch, kept)
-    assert {tensor.stored[0].dtype for tensor in planned.tensors if not tensor.quantize} == {planned.dtype}
+    assert {tensor.stored[KEPT].dtype for tensor in planned.tensors if not tensor.quantize} == {planned.dtype}
 
 
 def test_integer_tensors_are_kept_as_they_are():
@@ -242,4 +242,4 @@ def test_a_plan_reads_no_weight(tmp_path):
     _, post = tiny_models.make_pair(tmp_path, tiny_models.llama)
     source = Source.from_folder(post)
     (post / "model.safetensors").unlink()
-    assert len(make_plan(source, ExportSettings()).quantized) == 14
+    assert len(plan_export(source.specs, source.keys, source.architecture, ExportSettings()).quantized) == 14

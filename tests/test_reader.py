@@ -10,7 +10,7 @@ import torch
 
 from daq_lightning import CheckpointError, load_checkpoint
 from daq_lightning.checkpoint.folder import RawCheckpoint, companion_files
-from daq_lightning.export.run import export_checkpoint
+from daq_lightning.export.export import export_checkpoint
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
 
 FP8 = torch.float8_e4m3fn

@@ -9,11 +9,11 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, example, given, settings
 
+from daq_lightning.checkpoint.buffers import Buffers
 from daq_lightning.checkpoint.tensor_file import (
     DTYPE_NAMES,
     CheckpointError,
     TensorSpec,
-    _Buffers,
     make_header,
     read_header,
 )
@@ -244,7 +244,7 @@ def test_any_header_is_read_or_refused(tmp_path, header, size):
 
 
 def test_memory_is_used_again_only_when_no_view_of_it_is_left():
-    buffers = _Buffers()
+    buffers = Buffers()
     first = buffers.take(2 << 20)
     place = first.data_ptr()
     view = first.view(torch.bfloat16).reshape(1024, -1)[3:7]

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from daq_lightning import CheckpointError, ExportReport, export_checkpoint, load_checkpoint
-from daq_lightning.audit.recompute import differences, recompute, table, worst_first
+from daq_lightning.audit.recompute import differences, recompute
 from daq_lightning.audit.verify import checklist, run_checks, verify_checkpoint
 from daq_lightning.checkpoint.layouts import make_layout, read_layout
+from daq_lightning.report.text import table, worst_first
 
 SIZES = dict(hidden_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, vocab_size=64)
 LLAMA = transformers.LlamaConfig(intermediate_size=256, **SIZES)
@@ -298,7 +299,7 @@ def test_the_layout_is_read_back_from_its_config(scheme, container, scale_format
     if container == "fp8" or scale_format is None:
         assert read == layout
     else:  # compressed-tensors has no word for powers of two
-        assert (read.scheme, read.container, read.scale_format) == (scheme, "compressed-tensors", "bfloat16")
+        assert (read.scheme.name, read.container, read.scale_format) == (scheme, "compressed-tensors", "bfloat16")
 
 
 def raw(folder, name):

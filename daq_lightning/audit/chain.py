@@ -8,7 +8,6 @@ was altered, is missing or does not belong.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 from daq_lightning.checkpoint.fingerprint import fingerprint
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST, RawCheckpoint
-from daq_lightning.checkpoint.manifest import Manifest
+from daq_lightning.checkpoint.manifest import Manifest, sha256_of
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.report.figures import ExportReport
 
@@ -107,7 +106,7 @@ def _verify_stage(stage: Stage) -> Iterator[str]:
         file = folder / name
         if not file.is_file():
             yield f"{file} is missing"
-        elif hashlib.sha256(file.read_bytes()).hexdigest() != described["sha256"]:
+        elif sha256_of(file) != described["sha256"]:
             yield f"{file} was altered"
     try:
         ExportReport.load(folder)

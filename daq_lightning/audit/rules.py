@@ -8,13 +8,10 @@ Sources: the readers, as listed in `daq_lightning.checkpoint.layouts`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +21,7 @@ from daq_lightning.checkpoint.layouts import Layout, listed_modules, read_layout
 from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.checkpoint.patterns import BoundedMatcher
 from daq_lightning.checkpoint.reader import config_dtype
-from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry
+from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, read_metadata
 from daq_lightning.model.from_folder import FolderModel
 from daq_lightning.model.fusion import FUSED
 from daq_lightning.model.outline import Outline, Role, matches
@@ -111,16 +108,9 @@ def _check_files(stored: Stored) -> Iterator[str]:
         if claimed != total:
             yield f"{INDEX} says total_size {claimed}, its tensors have {total} bytes"
     for file in files:
-        metadata = _metadata(stored.folder / file)
+        metadata = read_metadata(stored.folder / file)
         if metadata.get("format") != "pt":
             yield f'{file} lacks the header metadata {{"format": "pt"}} (it has {metadata}), which transformers needs'
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    metadata = header.get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def _check_leftovers(stored: Stored) -> Iterator[str]:

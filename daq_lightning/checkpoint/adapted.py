@@ -11,14 +11,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.adapter import AdapterFolder
-from daq_lightning.checkpoint.buffers import Buffers
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+
+if TYPE_CHECKING:
+    from daq_lightning.checkpoint.adapter import AdapterFolder
+    from daq_lightning.checkpoint.buffers import Buffers
 
 
 class AdaptedCheckpoint(Checkpoint):

@@ -11,12 +11,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from daq_lightning.checkpoint.buffers import Buffers
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, read_header
+
+if TYPE_CHECKING:
+    from daq_lightning.checkpoint.buffers import Buffers
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -92,6 +94,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a JSON object, got {type(content).__name__}.")
     return content
+
+
+def replace_json(path: Path, content: Any) -> None:
+    """Writes a JSON file so that a reader sees the old or the new one, never a part."""
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(content), "utf-8")
+    part.replace(path)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

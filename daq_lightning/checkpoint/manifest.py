@@ -210,9 +210,13 @@ def describe_files(folder: Path, skip: frozenset[str]) -> dict[str, dict[str, An
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_file() and name not in skip and not name.startswith("."):
-            content = file.read_bytes()
-            result[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            result[name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
     return result
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _fingerprint(content: Mapping[str, Any]) -> str:

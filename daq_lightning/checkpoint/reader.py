@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.buffers import Buffers
 from daq_lightning.checkpoint.folder import RawCheckpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, LazyTensors, TensorSpec
 from daq_lightning.numerics.formats import Granularity, PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.quantize import dequantize
+
+if TYPE_CHECKING:
+    from daq_lightning.checkpoint.buffers import Buffers
 
 _SCALES = ("_scale_inv", "_scale")
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)

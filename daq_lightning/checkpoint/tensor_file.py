@@ -21,12 +21,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.buffers import Buffers
+if TYPE_CHECKING:
+    from daq_lightning.checkpoint.buffers import Buffers
+
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -87,7 +89,8 @@ class TensorEntry(TensorSpec):
         Raises:
             CheckpointError: The file is shorter than its header says.
         """
-        data = (buffers or Buffers()).take(self.nbytes)
+        new = torch.empty(self.nbytes if buffers is None else 0, dtype=torch.uint8, device="cpu")
+        data = new if buffers is None else buffers.take(self.nbytes)
         view, done = data.numpy().data, 0
         with open(self.path, "rb", buffering=0) as file:
             while done < self.nbytes:
@@ -146,6 +149,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             "Copy or download it again."
         )
     return {entry.name: entry for entry in entries}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The `__metadata__` of a safetensors file whose header is known to be valid; empty if it has none."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    metadata = header.get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def make_header(specs: Iterable[TensorSpec], path: Path) -> tuple[bytes, list[TensorEntry]]:

@@ -174,8 +174,9 @@ def _quantize(options: Namespace) -> int:
 
 
 def _inspect(options: Namespace) -> int:
-    from daq_lightning.audit.recompute import differences, recompute, table, worst_first
+    from daq_lightning.audit.recompute import differences, recompute
     from daq_lightning.report.figures import ExportReport
+    from daq_lightning.report.text import table, worst_first
 
     post, base = options.post, options.base
     if options.limit is not None and options.limit < 0:

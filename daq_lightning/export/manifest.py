@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from torch import Tensor
 from daq_lightning.checkpoint.fingerprint import combine, fingerprint
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST
 from daq_lightning.checkpoint.manifest import Manifest, describe_files, relative_to
-from daq_lightning.export.job import Job
 from daq_lightning.export.plan import KEPT
+
+if TYPE_CHECKING:
+    from daq_lightning.export.job import Job
 
 
 @dataclass(frozen=True, kw_only=True)

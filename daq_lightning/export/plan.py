@@ -22,6 +22,7 @@ import torch
 from daq_lightning.checkpoint.layouts import Layout, make_layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.ignore import ignored_by
+from daq_lightning.export.progress import size_text
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.model.fusion import check_experts, check_fused
 from daq_lightning.model.outline import Outline, Role, owner_of
@@ -37,9 +38,6 @@ _KEEP_REASON: Mapping[Role, str] = {
     "conv1d": "Conv1D (transposed Linear), which no FP8 reader takes",
     "other": "not a Linear weight",
 }
-
-
-_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,17 +114,6 @@ class ExportPlan:
         }
         size = sum(spec.nbytes for spec in self.stored)
         return {"scheme": self.layout.scheme.name, "bytes": size, "tensors": tensors, "notes": list(self.notes)}
-
-
-def size_text(size: float) -> str:
-    """A number of bytes with a unit that leaves something of it to read.
-
-    Example:
-        >>> size_text(80), size_text(123_456), size_text(1.2e12)
-        ('80 B', '123 kB', '1.2e+03 GB')
-    """
-    unit = next((unit for unit in ("B", "kB", "MB") if size < 1000 * _UNITS[unit]), "GB")
-    return f"{size / _UNITS[unit]:.3g} {unit}"
 
 
 def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportSettings) -> ExportPlan:

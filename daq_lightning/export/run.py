@@ -12,120 +12,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.folder import MANIFEST, REPORT
-from daq_lightning.checkpoint.manifest import ChainFrom
-from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, SchemeName
 from daq_lightning.checkpoint.writer import CheckpointWriter, check_destination, check_inputs
-from daq_lightning.export.job import Job, prepare
+from daq_lightning.export.behind import Behind
 from daq_lightning.export.manifest import TensorPrints, make_manifest, prints_of
 from daq_lightning.export.plan import KEPT, TensorPlan
-from daq_lightning.export.settings import ExportSettings
-from daq_lightning.export.source import Source
-from daq_lightning.export.stream import Batch, Behind, Pair, stream
+from daq_lightning.export.stream import Batch, Pair, stream
 from daq_lightning.numerics.backends import delta_stats
-from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.search.search import search_batch
-from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ExportReport, TensorReport, alpha_statistics
 from daq_lightning.report.readers import dequantized_stats
 
-Weights: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
-
-
-def export_checkpoint(
-    weights: Weights,
-    base: Weights,
-    out: str | os.PathLike[str],
-    *,
-    adapter: str | os.PathLike[str] | None = None,
-    scheme: SchemeName = "auto",
-    search: ScaleSearch | None = None,
-    ignore: Iterable[str] = (),
-    container: Container | None = None,
-    scale_format: ScaleFormat | None = None,
-    missing_base: Literal["error", "absmax"] = "error",
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    parent: str | None = None,
-    chain_from: ChainFrom | None = None,
-    device: str | None = None,
-    progress: bool = False,
-) -> ExportReport:
-    """Writes an FP8 checkpoint whose scales preserve the difference between two sets of weights.
-
-    Args:
-        weights: The fine-tuned model: a Hugging Face folder, what `load_checkpoint` returned of one, or checkpoint
-            names -> tensors. A mapping that computes its tensors is read once and held.
-        base: The model it was trained from, likewise. An FP8 folder is dequantized.
-        out: Destination folder. An earlier export there is replaced on success; anything else is refused.
-        adapter: Folder of a LoRA adapter (PEFT), merged into `weights` (then the folder it was trained on) in float32.
-        scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel, 16-bit
-            activations), or "auto": blocks where all sizes are multiples of 128, else channels.
-        search: Objective and candidates of the scale search; None takes the defaults of `ScaleSearch`.
-        ignore: Modules to keep in high precision: full names, or regular expressions of full names after `re:`.
-        container: How tensors are named and described: "fp8" or "compressed-tensors"; None takes the scheme's usual
-            one.
-        scale_format: None for what the readers keep, or "ue8m0" for scales that are powers of two.
-        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or "absmax" to
-            quantize it without a search and say so in the report.
-        max_shard_bytes: Bytes at which a new safetensors file begins.
-        parent: Folder of the export that this stage of a chain follows; None takes `base` if it is one.
-        chain_from: Makes this a stage of a chain: whether it was trained from the parent's high-precision "weights" or
-            its "deployed" ones.
-        device: Where to search; None searches where each weight lies.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The report, also written as `daq_report.json`.
-
-    Raises:
-        CheckpointError: A folder cannot be read, base and weights do not fit, or the destination cannot be written.
-        ValueError: NaN or Inf in a weight, a device that is not there, or settings that contradict each other.
-
-    Example:
-        >>> export_checkpoint("fine-tuned", "base", "fp8", scheme="FP8_BLOCK")  # doctest: +SKIP
-
-    Source: arXiv 2603.22324, Algorithm 1.
-    """
-    parent = None if parent is None else os.path.expanduser(parent)
-    check_device(device)
-    settings = ExportSettings(
-        scheme=scheme,
-        search=ScaleSearch() if search is None else search,
-        ignore=tuple(ignore),
-        container=container,
-        scale_format=scale_format,
-        missing_base=missing_base,
-        max_shard_bytes=max_shard_bytes,
-    )
-    before = base if isinstance(base, Mapping) else Checkpoint(base)
-    job = prepare(Source.of(weights, adapter), before, settings, parent=parent, chain_from=chain_from)
-    return run(job, Path(out).expanduser(), device=device, progress=progress)
-
-
-def check_device(device: str | torch.device | None) -> None:
-    """Raises ValueError for a device that does not exist here or does not compute, such as "meta"."""
-    if device is None:
-        return
-    try:
-        torch.ones(1, dtype=torch.float32, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def as_searched(tensor: Tensor) -> Tensor:
-    """A weight in the dtype in which it is searched and measured: float64 as float32, any other as it is."""
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
+if TYPE_CHECKING:
+    from daq_lightning.export.job import Job
 
 
 def run(
@@ -301,3 +209,18 @@ def _check_finite(tensor: Tensor, name: str) -> None:
             f"{name} has {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} Inf values: the training run "
             "has diverged or the file is damaged. Export an earlier checkpoint."
         )
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raises ValueError for a device that does not exist here or does not compute, such as "meta"."""
+    if device is None:
+        return
+    try:
+        torch.ones(1, dtype=torch.float32, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def as_searched(tensor: Tensor) -> Tensor:
+    """A weight in the dtype in which it is searched and measured: float64 as float32, any other as it is."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor

@@ -48,7 +48,9 @@ class Source:
 
     @classmethod
     def of(
-        cls, weights: str | os.PathLike[str] | Mapping[str, Tensor], adapter: str | os.PathLike[str] | None = None
+        cls,
+        weights: str | os.PathLike[str] | Mapping[str, Tensor],
+        adapter: str | os.PathLike[str] | None = None,
     ) -> Source:
         """The source that a model folder, an open one, or a mapping is.
 
@@ -67,7 +69,9 @@ class Source:
         return cls.from_mapping(weights)
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> Source:
+    def from_folder(
+        cls, path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None
+    ) -> Source:
         """The source that a Hugging Face model folder is.
 
         Args:
@@ -82,7 +86,9 @@ class Source:
         model = FolderModel(checkpoint.path, len(checkpoint.raw))
         outline = model.outline(checkpoint)
         _check_complete(checkpoint, outline)
-        specs = tuple(spec for name, spec in checkpoint.specs.items() if not _is_tied_copy(name, checkpoint, outline))
+        specs = tuple(
+            spec for name, spec in checkpoint.specs.items() if not _is_tied_copy(name, checkpoint, outline)
+        )
         weights = checkpoint
         if adapter is not None:
             tied = [(name, copy) for copy, name in outline.ties.items()]

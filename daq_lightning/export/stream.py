@@ -9,26 +9,27 @@ arithmetic work at once. At most a few tensors are held; buffers and threads end
 
 from __future__ import annotations
 
-import ctypes
-import sys
-import time
+import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.buffers import Buffers
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.export.job import Job
-from daq_lightning.export.plan import ExportPlan, TensorPlan, size_text
+from daq_lightning.export.progress import with_progress
+from daq_lightning.numerics.backends.heap import return_freed_memory
+
+if TYPE_CHECKING:
+    from daq_lightning.export.job import Job
+    from daq_lightning.export.plan import ExportPlan, TensorPlan
 
 _BATCH = 64 << 20  # bytes of weights that are searched together
 _AHEAD = 2  # pairs that are being read or wait to be taken
-_LINE_SECONDS = 5.0
 
 
 class Pair(NamedTuple):
@@ -48,32 +49,6 @@ class Pair(NamedTuple):
 Batch: TypeAlias = tuple[Pair, ...]
 
 
-class Behind:
-    """Runs calls one after the other in a thread, a bounded number of them ahead of it; use as a context manager.
-
-    An error of a call surfaces in a later `run` or in `wait`.
-    """
-
-    def __enter__(self) -> Behind:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
-        self._pending: deque[Future[None]] = deque()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def run(self, function: Callable[..., None], *arguments: object) -> None:
-        """Queues a call; waits while another is queued already."""
-        self._pending.append(self._pool.submit(function, *arguments))
-        while len(self._pending) > 1:
-            self._pending.popleft().result()
-
-    def wait(self) -> None:
-        """Waits for all calls."""
-        while self._pending:
-            self._pending.popleft().result()
-
-
 def stream(
     job: Job, *, device: str | torch.device | None = None, progress: bool = False
 ) -> Generator[Batch, None, None]:
@@ -85,9 +60,10 @@ def stream(
         progress: Whether to show how far it is.
     """
     batches = batches_of(job.plan, together=job.settings.search.alpha_scope == "group")
-    pairs = _read_ahead(job, [plan for batch in batches for plan in batch])
-    for batch in _with_progress(batches, progress):
-        yield tuple(_on_device(pair, device) for pair in (next(pairs) for _ in batch))
+    order = [plan for batch in batches for plan in batch]
+    with contextlib.closing(_read_ahead(job, order)) as pairs:
+        for batch in with_progress(batches, _size) if progress else batches:
+            yield tuple(_on_device(next(pairs), device) for _ in batch)
 
 
 def batches_of(plan: ExportPlan, *, together: bool) -> list[tuple[TensorPlan, ...]]:
@@ -112,7 +88,7 @@ def batches_of(plan: ExportPlan, *, together: bool) -> list[tuple[TensorPlan, ..
     return [tuple(batch) for batch in batches]
 
 
-def _read_ahead(job: Job, order: Sequence[TensorPlan]) -> Iterator[Pair]:
+def _read_ahead(job: Job, order: Sequence[TensorPlan]) -> Generator[Pair, None, None]:
     """Pairs in order. What lies in a folder is read ahead by threads; what lives in memory is taken when it is due."""
     buffers = Buffers()
     pool = ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
@@ -135,7 +111,7 @@ def _read_ahead(job: Job, order: Sequence[TensorPlan]) -> Iterator[Pair]:
     finally:
         pool.shutdown(cancel_futures=True)
         buffers.close()
-        _return_freed_memory()
+        return_freed_memory()
 
 
 def _take(plan: TensorPlan, weight: Callable[[], Tensor], base: Callable[[], Tensor] | None) -> Pair:
@@ -147,47 +123,5 @@ def _on_device(pair: Pair, device: str | torch.device | None) -> Pair:
     return pair._replace(weight=weight, base=None if pair.base is None else pair.base.to(weight.device))
 
 
-def _return_freed_memory() -> None:
-    """Lets the C library give freed memory back to the system: it would hold on to several times what is in use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
-    if trim is not None:
-        trim(0)
-
-
-def _with_progress(batches: Sequence[tuple[TensorPlan, ...]], progress: bool) -> Iterable[tuple[TensorPlan, ...]]:
-    """The batches; a bar on a terminal, else lines, say how far it is, the rate and the time left."""
-    if not progress:
-        return batches
-    return _with_bar(batches) if sys.stderr.isatty() else _with_lines(batches)
-
-
 def _size(batch: tuple[TensorPlan, ...]) -> int:
     return sum(spec.nbytes for plan in batch for spec in plan.stored.values())
-
-
-def _with_bar(batches: Sequence[tuple[TensorPlan, ...]]) -> Iterator[tuple[TensorPlan, ...]]:
-    from tqdm import tqdm
-
-    total = sum(map(_size, batches))
-    with tqdm(total=total, unit="B", unit_scale=True, desc="FP8 export", dynamic_ncols=True) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(_size(batch))
-
-
-def _with_lines(batches: Sequence[tuple[TensorPlan, ...]]) -> Iterator[tuple[TensorPlan, ...]]:
-    """Progress for a log file: one line in five seconds, and one at the end."""
-    total, done = sum(map(_size, batches)), 0
-    start = last = time.monotonic()
-    for batch in batches:
-        yield batch
-        done += _size(batch)
-        now = time.monotonic()
-        if done == total or now - last > _LINE_SECONDS:
-            last, rate = now, done / max(now - start, 1e-9)
-            print(
-                f"FP8 export: {done / max(total, 1):.0%} of {size_text(total)}, {rate / 1e6:.3g} MB/s, "
-                f"{(total - done) / max(rate, 1e-9):.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )

@@ -1,12 +1,12 @@
 """What each tensor of a checkpoint is to its model: a Linear weight, an expert, a router, an embedding, ...
 
-Two name spaces meet here. A model in memory has parameters such as `mlp.experts.gate_up_proj` (experts stacked in
-three dimensions); its checkpoint has `mlp.experts.0.gate_proj.weight` and so on. Servers read the checkpoint's names.
-transformers knows how to translate in both directions, and its own conversion is used for both, so that no list of
-architectures has to be kept here.
+Two name spaces meet here. A model in memory has parameters such as `mlp.experts.gate_up_proj` (experts stacked
+in three dimensions); its checkpoint has `mlp.experts.0.gate_proj.weight` and so on. Servers read the
+checkpoint's names. transformers knows how to translate in both directions, and its own conversion is used for
+both, so that no list of architectures has to be kept here.
 
-Sources: transformers 5 `core_model_loading` (`revert_weight_conversion`, `rename_source_key`), PEFT 0.21 (names of
-wrapped modules).
+Sources: transformers 5 `core_model_loading` (`revert_weight_conversion`, `rename_source_key`), PEFT 0.21 (names
+of wrapped modules).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Architecture:
     """The modules of a model and the role of its tensors; holds no weights of its own.
 
     Args:
-        model: A `PreTrainedModel` (also on the meta device, also with PEFT adapters inside) or any other module.
+        model: A `PreTrainedModel` (also on the meta device, also with PEFT adapters) or any other module.
 
     Attributes:
         model: The model.
@@ -35,12 +35,16 @@ class Architecture:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.is_transformers = any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__)
+        self.is_transformers = any(
+            cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__
+        )
         self._modules = dict(_clean_modules(model))
         decoder = model.get_decoder() if self._has_one_decoder() else None  # type: ignore[operator]
         self._decoder = next((name for name, module in self._modules.items() if module is decoder), "")
         output = model.get_output_embeddings() if self.is_transformers else None  # type: ignore[operator]
-        self._heads = {name for name, module in self._modules.items() if module is output and output is not None}
+        self._heads = {
+            name for name, module in self._modules.items() if module is output and output is not None
+        }
         self._conversion: _Conversion | None = None
 
     def outline(self, keys: Mapping[str, str]) -> Outline:
@@ -67,7 +71,7 @@ class Architecture:
         )
 
     def keys_of(self, names: Iterable[str]) -> dict[str, str]:
-        """Checkpoint names -> memory names, as transformers would load them; unknown names map to themselves."""
+        """Checkpoint names -> memory names, as transformers loads them; unknown names map to themselves."""
         if not self.is_transformers:
             return {name: name for name in names}
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -101,7 +105,9 @@ class Architecture:
             self._conversion = _Conversion(self.model)
         return self._conversion.revert({key: tensor})
 
-    def saved(self, outlines: Mapping[str, Tensor], identities: Mapping[str, int]) -> dict[str, tuple[str, Tensor]]:
+    def saved(
+        self, outlines: Mapping[str, Tensor], identities: Mapping[str, int]
+    ) -> dict[str, tuple[str, Tensor]]:
         """Everything that a save of the model would write; tied copies left out.
 
         Args:
@@ -134,11 +140,14 @@ class Architecture:
         return result
 
     def _roles(self) -> dict[str, Role]:
-        """The role of every parameter that is a matrix, or a stack of them, in memory; those of no role left out."""
+        """Matrix, or stack of matrices, in memory -> its role, if it has one."""
         roles: dict[str, Role] = {}
         for name, module in self._modules.items():
             prefix = f"{name}." if name else ""
-            for parameter, value in module._parameters.items():  # not getattr, which would compute a parametrized one
+            for (
+                parameter,
+                value,
+            ) in module._parameters.items():  # not getattr, which would compute a parametrized one
                 if value is not None and value.ndim == 3:
                     roles[prefix + parameter] = "expert"
             if self._is_linear(name):

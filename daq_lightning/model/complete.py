@@ -45,7 +45,9 @@ def _check_ties(model: LiveModel) -> None:
     names = {key: name for name, key in model.keys.items()}
     for key, name in names.items():
         source = model.architecture.ties.get(key)
-        if source is not None and source != key and source in names:  # of one tensor only the source is written
+        if (
+            source is not None and source != key and source in names
+        ):  # of one tensor only the source is written
             raise ValueError(
                 f"{name} and {names[source]} are tied by config.json, but are two tensors in the model: readers would "
                 "use one of them for both. Set tie_word_embeddings=False in the config before the model is made, or "

@@ -1,6 +1,7 @@
 """What the config.json of a folder says of its tensors.
 
-    config.json -> outline known from before, or: transformers -> model without memory -> Architecture -> outline
+    config.json -> outline known from before
+                -> else transformers -> model without memory -> Architecture -> outline
 
 transformers takes seconds to import and is asked only where no earlier process has kept its answer.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import re
 import sys
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from daq_lightning.checkpoint.folder import read_json
+from daq_lightning.checkpoint.folder import read_json, replace_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.model.architecture import Architecture
 from daq_lightning.model.outline import Outline
@@ -48,7 +48,7 @@ class FolderModel:
     def __init__(self, folder: Path, tensors: int) -> None:
         self._folder, self._limit = folder, 1000 + 16 * tensors
         self._architecture: Architecture | None = None
-        # transformers that is there already is asked itself: it costs no import, and somebody may have changed it
+        # transformers that is there already is asked itself: no import is saved, and it may have been changed
         self._may_keep = "transformers" not in sys.modules
 
     def outline(self, names: Iterable[str]) -> Outline:
@@ -59,7 +59,8 @@ class FolderModel:
         """
         if not (self._folder / "config.json").is_file():
             raise CheckpointError(
-                f"{self._folder} has no config.json, which says what the tensors are: pass a Hugging Face model folder."
+                f"{self._folder} has no config.json, which says what the tensors are: pass a Hugging Face model "
+                "folder."
             )
         names = list(names)
         content = _without_code(read_json(self._folder / "config.json"))
@@ -78,8 +79,8 @@ class FolderModel:
 def _build(content: Mapping[str, Any], folder: Path, limit: int) -> Architecture:
     """The architecture that a config.json describes.
 
-    It is foreign input: nothing that it names is imported or downloaded, attention is the plain one, and a model of
-    many more modules than the files hold tensors is not built.
+    It is foreign input: nothing that it names is imported or downloaded, attention is the plain one, and a model
+    of many more modules than the files hold tensors is not built.
     """
     import transformers
 
@@ -106,17 +107,19 @@ def _build(content: Mapping[str, Any], folder: Path, limit: int) -> Architecture
 
 def _is_known_code(model: nn.Module) -> bool:
     """Whether all modules are of packages whose version is in the key, as those of timm or apex are not."""
-    return all(type(module).__module__.partition(".")[0] in ("torch", "transformers") for module in model.modules())
+    return all(
+        type(module).__module__.partition(".")[0] in ("torch", "transformers") for module in model.modules()
+    )
 
 
 def _read_config(content: Mapping[str, Any], name: str) -> Any:
-    """The configuration object of a config.json's content; transformers reads it from a folder of this name."""
+    """The configuration object of a config.json's content, read by transformers from a folder of this name."""
     import transformers
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / (name or "model")
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(content), "utf-8")
+        replace_json(folder / "config.json", dict(content))
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
@@ -128,7 +131,7 @@ def _without_code(content: Any) -> Any:
 
 
 def _check_counts(content: Any, limit: int, key: str = "") -> None:
-    """Refuses a config.json whose counts of layers and the like the files cannot bear out: building would not end."""
+    """Refuses a config.json whose counts of layers and the like its files cannot bear out: it takes for ever."""
     if isinstance(content, dict):
         for name, value in content.items():
             _check_counts(value, limit, name)
@@ -159,7 +162,7 @@ def _at_most_modules(limit: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_and_offline() -> Iterator[None]:
-    """Without transformers' warnings, and without the Hub: a config.json may name repositories in many fields."""
+    """Without transformers' warnings and the Hub: a config.json may name repositories in many fields."""
     from huggingface_hub import constants
 
     logger = logging.getLogger("transformers")

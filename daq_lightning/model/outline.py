@@ -1,8 +1,8 @@
-"""What an export has to know of a model, as plain data: the names and roles of its tensors, without its modules.
+"""What an export has to know of a model, as plain data: names and roles of its tensors, no modules.
 
     model in memory, or of a config.json  ->  Outline  ->  plan, checks
 
-Two name spaces meet here, see `daq_lightning.model.architecture`: names in the checkpoint, and names in memory.
+Two name spaces meet here, those of the checkpoint and of memory: see `daq_lightning.model.architecture`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Role: TypeAlias = Literal["linear", "expert", "router", "head", "outside", "conv1d", "other"]
-"""linear and expert weights can be quantized. head: lm_head, classifiers. outside: Linear weights that are not part
-of the language model (vision tower, projector). conv1d: GPT-2's transposed Linear."""
+"""linear and expert weights can be quantized. head: lm_head, classifiers. outside: Linear weights that are not
+part of the language model (vision tower, projector). conv1d: GPT-2's transposed Linear."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Outline:
         return self.roles.get(key, "other") if ndim == 2 else "other"
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Parameters that a checkpoint of these memory names leaves at random values; tied ones are not missed."""
+        """Parameters that a checkpoint of these memory names leaves at random values; tied ones are there."""
         if not self.is_transformers:
             return []
         present = set(keys)

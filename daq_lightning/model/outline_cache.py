@@ -1,33 +1,28 @@
-"""Outlines that are known from before, so that a folder can be read without transformers, whose import takes seconds.
+"""Outlines known from before, so that a folder is read without transformers, whose import takes seconds.
 
-    config.json (what matters of it), versions -> key -> `outline_KEY.json` in the user's cache folder
+    config.json (what matters of it), versions -> key -> outline, with every name that was ever asked for
 
-An outline follows from config.json, from transformers and from this package alone, so these make the key, and an
-entry is never out of date. It holds every checkpoint name that was ever asked for. The folder is that of the compiled
-kernels, under the same rules: what others could have written is not read. What is read is held against its digest
-and its form; whatever does not fit counts as nothing there, and is written anew.
+An outline follows from config.json, from transformers and from this package alone. They make the key, so no
+entry is ever out of date. An entry that is damaged or of another form counts as not there, and is written anew.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
 import daq_lightning
+from daq_lightning.checkpoint.cache import read_cached, write_cached
+from daq_lightning.checkpoint.manifest import sha256_of
 from daq_lightning.model.outline import Outline, Role
-from daq_lightning.numerics.backends.library import cache_folder, why_not_ours
 
-_MOST_BYTES = 1 << 24  # of an entry; the 45,000 expert weights of a model of 671B parameters take a third of it
-_SOURCES = ("outline.py", "architecture.py", "from_folder.py")
 # fields that say how tensors are stored, not which there are; an export differs from its source in them
 _STORAGE = ("quantization_config", "dtype", "torch_dtype", "_name_or_path", "transformers_version")
 
@@ -40,7 +35,7 @@ def outline_key(config: Mapping[str, Any], folder: str) -> str | None:
         folder: Name of its folder, from which transformers guesses the kind of a model that does not say it.
 
     Returns:
-        The key; None where it would say too little: a development version of transformers changes under one number.
+        The key; None where it would say too little: a development version changes under one number.
     """
     try:
         version = metadata.version("transformers")
@@ -49,51 +44,42 @@ def outline_key(config: Mapping[str, Any], folder: str) -> str | None:
         return None
     if found is None or "dev" in version:
         return None
-    sources = [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in _SOURCES]
     guessed_from = "" if "model_type" in config else folder
-    described = [_without_storage(config), guessed_from, version, found.origin, daq_lightning.__version__, sources]
+    described = [
+        _without_storage(config),
+        guessed_from,
+        version,
+        found.origin,
+        daq_lightning.__version__,
+        _code(),
+    ]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read_outline(key: str) -> Outline | None:
     """The outline of a key, with all names that are known; None if there is none that can be trusted."""
-    folder, _ = cache_folder()
-    if folder is None:
-        return None
-    path = folder / f"outline_{key}.json"
+    content = read_cached(f"outline_{key}")
     try:
-        if why_not_ours(path) is not None or not path.is_file() or path.stat().st_size > _MOST_BYTES:
-            return None
-        content = json.loads(path.read_bytes())
-        if set(content) != {"key", "digest", "outline"} or content["key"] != key:
-            return None
-        if content["digest"] != _digest(key, content["outline"]):
-            return None
-        return _outline(content["outline"])
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):  # bytes, JSON or form
+        return None if content is None else _outline(content)
+    except (LookupError, TypeError, ValueError):
         return None
 
 
 def write_outline(key: str, outline: Outline) -> None:
-    """Keeps an outline, and the names that an earlier one of the same model had; nothing where that cannot be."""
-    folder, _ = cache_folder()
-    if folder is None:
-        return
+    """Keeps an outline, and the names that an earlier one of the same model had."""
     known = read_outline(key)
     if known is not None and dataclasses.replace(known, keys={}) == dataclasses.replace(outline, keys={}):
         outline = dataclasses.replace(outline, keys={**known.keys, **outline.keys})
-    plain = _plain(outline)
-    content = json.dumps({"key": key, "digest": _digest(key, plain), "outline": plain}).encode()
-    if len(content) > _MOST_BYTES:
-        return
-    with contextlib.suppress(OSError):  # read-only or full: it is asked of transformers again next time
-        handle, unfinished = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        try:
-            with open(handle, "wb") as file:
-                file.write(content)
-            os.replace(unfinished, folder / f"outline_{key}.json")  # nobody ever sees half a file
-        finally:
-            Path(unfinished).unlink(missing_ok=True)
+    fields = {field.name: getattr(outline, field.name) for field in dataclasses.fields(outline)}
+    plain = {name: sorted(value) if isinstance(value, frozenset) else value for name, value in fields.items()}
+    write_cached(f"outline_{key}", plain)
+
+
+@functools.cache
+def _code() -> list[str]:
+    """The code that makes outlines, which changes under one version number where it is developed."""
+    names = ("outline.py", "architecture.py", "from_folder.py")
+    return [sha256_of(Path(__file__).with_name(name)) for name in names]
 
 
 def _without_storage(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,63 +91,43 @@ def _without_storage(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _digest(key: str, plain: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([key, plain]).encode()).hexdigest()
-
-
-def _plain(outline: Outline) -> dict[str, Any]:
-    fields = {field.name: getattr(outline, field.name) for field in dataclasses.fields(outline)}
-    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in fields.items()}
-
-
-def _outline(plain: Mapping[str, Any]) -> Outline:
+def _outline(plain: Any) -> Outline:
     """The outline that plain values describe.
 
     Raises:
-        KeyError: A field is missing.
-        TypeError: A field of another form.
-        ValueError: A role that there is not.
+        LookupError, TypeError, ValueError: Values of another form.
     """
-    if not isinstance(plain["is_transformers"], bool):
-        raise TypeError(plain["is_transformers"])
-    roles = _names_to_names(plain["roles"])
-    if not set(roles.values()) <= set(get_args(Role)):
-        raise ValueError(roles)
+    roles = _strings(plain["roles"], dict)
+    if not set(roles.values()) <= set(get_args(Role)) or not isinstance(plain["is_transformers"], bool):
+        raise ValueError("not an outline")
     return Outline(
-        model=_name(plain["model"]),
+        model=str(plain["model"]),
         is_transformers=plain["is_transformers"],
-        parameters={_name(name): _shape(shape) for name, shape in plain["parameters"].items()},
-        copies=_names(plain["copies"]),
-        tensors=frozenset(_names(plain["tensors"])),
-        modules=frozenset(_names(plain["modules"])),
-        linear_modules=_names(plain["linear_modules"]),
-        roles=roles,  # type: ignore[arg-type]
-        ties=_names_to_names(plain["ties"]),
-        may_lack=_names(plain["may_lack"]),
-        may_add=_names(plain["may_add"]),
-        keys=_names_to_names(plain["keys"]),
+        parameters={name: _shape(shape) for name, shape in _is(plain["parameters"], dict).items()},
+        copies=tuple(_strings(plain["copies"], list)),
+        tensors=frozenset(_strings(plain["tensors"], list)),
+        modules=frozenset(_strings(plain["modules"], list)),
+        linear_modules=tuple(_strings(plain["linear_modules"], list)),
+        roles=roles,
+        ties=_strings(plain["ties"], dict),
+        may_lack=tuple(_strings(plain["may_lack"], list)),
+        may_add=tuple(_strings(plain["may_add"], list)),
+        keys=_strings(plain["keys"], dict),
     )
 
 
-def _name(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(value)
+def _is(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
     return value
 
 
-def _names(values: object) -> tuple[str, ...]:
-    if not isinstance(values, list):
-        raise TypeError(values)
-    return tuple(map(_name, values))
+def _strings(values: Any, kind: type[list] | type[dict]) -> Any:
+    """A list of strings, or a dict from strings to strings."""
+    for value in values.values() if isinstance(_is(values, kind), dict) else values:
+        _is(value, str)
+    return values
 
 
-def _names_to_names(values: object) -> dict[str, str]:
-    if not isinstance(values, dict):
-        raise TypeError(values)
-    return {_name(name): _name(value) for name, value in values.items()}
-
-
-def _shape(values: object) -> tuple[int, ...]:
-    if not isinstance(values, list) or any(type(size) is not int or size < 0 for size in values):
-        raise TypeError(values)
-    return tuple(values)
+def _shape(values: Any) -> tuple[int, ...]:
+    return tuple(_is(size, int) for size in _is(values, list))

@@ -21,6 +21,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.folder import REPORT, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
+from daq_lightning.report.shape import FLOAT_SUMS, check_report
 
 Side: TypeAlias = Literal["searched", "dequantized", "absmax", "root"]
 _READ_AS = {
@@ -28,7 +29,6 @@ _READ_AS = {
     "dequantized": "that product rounded to {dtype}, as transformers dequantizes; of evenly spread rows of each weight",
 }
 FORMAT_VERSION = 1
-_FLOAT_SUMS = ("dot", "delta_sq", "delta_q_sq", "error_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class ExportReport:
             raise CheckpointError(
                 f"{file} has report format {content.get('format_version')!r:.80}, this version reads {FORMAT_VERSION}."
             )
-        _check_shape(content, file)
+        check_report(content, file)
         return cls(
             path=str(file.parent),
             scheme=content["scheme"],
@@ -230,52 +230,7 @@ def _tensor_from(name: str, entry: Mapping[str, Any]) -> TensorReport:
 def _stats_from(sums: Mapping[str, float]) -> DeltaStats:
     return DeltaStats(
         **{
-            name: torch.tensor(sums[name], dtype=torch.float64 if name in _FLOAT_SUMS else torch.int64, device="cpu")
+            name: torch.tensor(sums[name], dtype=torch.float64 if name in FLOAT_SUMS else torch.int64, device="cpu")
             for name in DeltaStats._fields
         }
     )
-
-
-def _check_shape(content: Mapping[str, Any], file: Path) -> None:
-    """Refuses a report whose fields are not what `ExportReport` says; anybody may have written it."""
-
-    def check(holds: bool, what: str) -> None:
-        if not holds:
-            raise CheckpointError(f"{file} is not the report of an export: expected {what}.")
-
-    check(isinstance(content.get("scheme"), str), "text in scheme")
-    check(isinstance(content.get("search"), dict), "an object in search")
-    check(content.get("dtype", "bfloat16") in ("bfloat16", "float16"), "bfloat16 or float16 in dtype")
-    kept, notes, tensors = content.get("kept"), content.get("notes"), content.get("tensors")
-    check(isinstance(kept, dict) and all(isinstance(reason, str) for reason in kept.values()), "reasons in kept")
-    check(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "a list of text in notes")
-    check(isinstance(tensors, dict) and len(tensors) > 0, "quantized tensors in tensors")
-    for name, entry in content["tensors"].items():
-        check(isinstance(entry, dict), f"an object for {name}")
-        shape, alpha = entry.get("shape"), entry.get("alpha")
-        is_shape = isinstance(shape, list) and len(shape) == 2 and all(_is_count(size) for size in shape)
-        check(is_shape, f"the two sizes of {name} in shape")
-        texts = (entry.get("dtype"), entry.get("scheme"), entry.get("without_base", ""))
-        check(all(isinstance(text, str) for text in texts), f"text in dtype, scheme and without_base of {name}")
-        is_alpha = isinstance(alpha, dict) and {"min", "mean", "max", "moved"} <= set(alpha)
-        check(is_alpha and all(map(_is_number, alpha.values())), f"min, mean, max and moved in alpha of {name}")
-        for side in ("searched", "absmax", *(side for side in ("dequantized", "root") if side in entry)):
-            sums = entry[side].get("sums") if isinstance(entry.get(side), dict) else None
-            listed = ", ".join(DeltaStats._fields)
-            check(isinstance(sums, dict) and _are_sums(sums), f"the sums {listed} in {side} of {name}")
-
-
-def _are_sums(sums: Mapping[str, Any]) -> bool:
-    if set(sums) != set(DeltaStats._fields):
-        return False
-    counts = [value for name, value in sums.items() if name not in _FLOAT_SUMS]
-    squares = [value for name, value in sums.items() if name.endswith("_sq")]
-    return all(map(_is_count, counts)) and _is_number(sums["dot"]) and all(_is_number(x) and x >= 0 for x in squares)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_number(value: object) -> bool:
-    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)

@@ -31,7 +31,7 @@ from daq_lightning.checkpoint.lightning_file import read_lightning_checkpoint
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.checkpoint.writer import CheckpointWriter
-from daq_lightning.export.stream import Behind
+from daq_lightning.export.behind import Behind
 from daq_lightning.model.live import LiveModel
 from daq_lightning.model.saved_state import adapters_in
 from daq_lightning.training.claims import claim, mark_shared, versions

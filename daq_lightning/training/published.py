@@ -17,9 +17,7 @@ Source: lightning 2.6 `_MultiProcessingLauncher._recover_results_in_main_process
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +29,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from daq_lightning.checkpoint.folder import read_json, replace_json
 from daq_lightning.metrics import delta_metrics
 from daq_lightning.report.figures import ExportReport
 
@@ -81,9 +80,7 @@ class Published:
             logger.log_metrics(numbers, step=trainer.global_step)
         if self.in_worker:
             content = {"exports": [str(path.absolute()) for path in exports], "metrics": self.metrics}
-            part = self.record.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(content), "utf-8")
-            part.replace(self.record)
+            replace_json(self.record, content)
 
     def synchronize(self, trainer: Trainer) -> None:
         """Tells all ranks what rank 0 knows. A collective."""
@@ -99,7 +96,7 @@ class Published:
     def known(self) -> Published:
         """Itself, in a process that started ranks with what they left for it."""
         if not self.in_worker and self.record.is_file():
-            content = json.loads(self.record.read_text("utf-8"))
+            content = read_json(self.record)
             self.record.unlink()
             # those that `keep_last` removed after the last message are left out
             self.exports = [path for path in map(Path, content["exports"]) if path.is_dir()]

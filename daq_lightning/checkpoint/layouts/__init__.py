@@ -5,11 +5,12 @@ One container a file; `make_layout` chooses it, `read_layout` recognizes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from daq_lightning.checkpoint.layouts.compressed_tensors import CompressedTensorsLayout, read_compressed_tensors
 from daq_lightning.checkpoint.layouts.fp8 import Fp8Layout, read_fp8
+from daq_lightning.checkpoint.layouts.layout import Described
 from daq_lightning.checkpoint.layouts.layout import Layout as Layout
 from daq_lightning.checkpoint.schemes import Container, choose_scheme
 from daq_lightning.checkpoint.tensor_file import CheckpointError
@@ -17,6 +18,12 @@ from daq_lightning.numerics.formats import ScaleFormat
 
 _LAYOUTS: Mapping[Container, type[Layout]] = {
     layout.container: layout for layout in (Fp8Layout, CompressedTensorsLayout)
+}
+
+
+_READERS: Mapping[Container, Callable[[Mapping[str, Any]], Described]] = {
+    "fp8": read_fp8,
+    "compressed-tensors": read_compressed_tensors,
 }
 
 
@@ -45,11 +52,12 @@ def read_layout(quantization: Mapping[str, Any]) -> Layout:
     Raises:
         CheckpointError: It is missing, or describes something else than the layouts of this package.
     """
-    method = quantization.get("quant_method")
-    if method == "fp8":
-        return read_fp8(quantization)
-    if method == "compressed-tensors":
-        return read_compressed_tensors(quantization)
-    raise CheckpointError(
-        f"config.json should have a quantization_config with quant_method 'fp8' or 'compressed-tensors', got {method!r}"
-    )
+    method: Any = quantization.get("quant_method")
+    if method not in _READERS:
+        raise CheckpointError(
+            "config.json should have a quantization_config with quant_method 'fp8' or 'compressed-tensors', got "
+            f"{method!r}"
+        )
+    described = _READERS[method](quantization)
+    powers = "ue8m0" if described.powers_of_two else None
+    return make_layout(described.scheme, container=method, scale_format=powers)

@@ -12,12 +12,14 @@ Source: compressed-tensors 0.20 `QuantizationConfig`, format `float-quantized`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from daq_lightning.checkpoint.layouts.layout import Layout
-from daq_lightning.checkpoint.schemes import Container, choose_scheme
+from daq_lightning.checkpoint.layouts.layout import Described, Layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.formats import PerBlock
+
+if TYPE_CHECKING:
+    from daq_lightning.checkpoint.schemes import Container
 
 _FORMAT = "float-quantized"
 _FLOAT8: Mapping[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
@@ -69,8 +71,8 @@ class CompressedTensorsLayout(Layout):
         return activations | {"strategy": "token"}
 
 
-def read_compressed_tensors(quantization: Mapping[str, Any]) -> CompressedTensorsLayout:
-    """The layout that a `quantization_config` of this container describes.
+def read_compressed_tensors(quantization: Mapping[str, Any]) -> Described:
+    """What a `quantization_config` of this container says; it has no word for powers of two.
 
     Raises:
         CheckpointError: Several config groups, or weights that are not FP8 with a scale per channel or block.
@@ -89,5 +91,4 @@ def read_compressed_tensors(quantization: Mapping[str, Any]) -> CompressedTensor
             f"weights should be 8-bit floats with a scale per channel or 128 x 128 block, got {weights}"
         )
     name = "FP8_BLOCK" if block else "FP8_DYNAMIC" if group.get("input_activations") else "FP8A16"
-    scheme, _, scale_format = choose_scheme(name, "compressed-tensors")
-    return CompressedTensorsLayout(scheme=scheme, scale_format=scale_format)
+    return Described(scheme=name)

@@ -11,11 +11,13 @@ Source: transformers `FineGrainedFP8Config`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from daq_lightning.checkpoint.layouts.layout import Layout
-from daq_lightning.checkpoint.schemes import Container, choose_scheme
+from daq_lightning.checkpoint.layouts.layout import Described, Layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+
+if TYPE_CHECKING:
+    from daq_lightning.checkpoint.schemes import Container
 
 _BLOCK = [128, 128]
 
@@ -43,8 +45,8 @@ class Fp8Layout(Layout):
         return config
 
 
-def read_fp8(quantization: Mapping[str, Any]) -> Fp8Layout:
-    """The layout that a `quantization_config` of this container describes.
+def read_fp8(quantization: Mapping[str, Any]) -> Described:
+    """What a `quantization_config` of this container says.
 
     Raises:
         CheckpointError: Other blocks than 128 x 128, or activations that are not quantized when they come.
@@ -55,6 +57,4 @@ def read_fp8(quantization: Mapping[str, Any]) -> Fp8Layout:
             f"quantization_config of the fp8 container should have weight_block_size {_BLOCK} and dynamic "
             f"activations, got {size or 'none'} and {quantization.get('activation_scheme')!r}"
         )
-    powers = "ue8m0" if quantization.get("scale_fmt") == "ue8m0" else None
-    scheme, _, scale_format = choose_scheme("FP8_BLOCK", "fp8", powers)
-    return Fp8Layout(scheme=scheme, scale_format=scale_format)
+    return Described(scheme="FP8_BLOCK", powers_of_two=quantization.get("scale_fmt") == "ue8m0")

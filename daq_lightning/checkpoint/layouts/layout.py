@@ -5,15 +5,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.schemes import Container, Scheme
 from daq_lightning.checkpoint.tensor_file import TensorSpec
 from daq_lightning.numerics.formats import Granularity, ScaleFormat
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
+
+if TYPE_CHECKING:
+    from daq_lightning.checkpoint.schemes import Container, Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What a `quantization_config` says of its scheme.
+
+    Attributes:
+        scheme: The field's name.
+        powers_of_two: Whether scales are.
+    """
+
+    scheme: str
+    powers_of_two: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,58 @@
+"""How far an export is, its rate and the time left: a bar on a terminal, else lines for a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+_LINE_SECONDS = 5.0
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+_Part = TypeVar("_Part")
+
+
+def with_progress(parts: Sequence[_Part], size: Callable[[_Part], int]) -> Iterator[_Part]:
+    """The parts of an export one after the other; each counts as done when the next is asked for.
+
+    Args:
+        parts: What is exported.
+        size: Bytes that a part makes.
+    """
+    return _with_bar(parts, size) if sys.stderr.isatty() else _with_lines(parts, size)
+
+
+def _with_bar(parts: Sequence[_Part], size: Callable[[_Part], int]) -> Iterator[_Part]:
+    from tqdm import tqdm
+
+    with tqdm(total=sum(map(size, parts)), unit="B", unit_scale=True, desc="FP8 export", dynamic_ncols=True) as bar:
+        for part in parts:
+            yield part
+            bar.update(size(part))
+
+
+def _with_lines(parts: Sequence[_Part], size: Callable[[_Part], int]) -> Iterator[_Part]:
+    total, done = sum(map(size, parts)), 0
+    start = last = time.monotonic()
+    for part in parts:
+        yield part
+        done += size(part)
+        now = time.monotonic()
+        if done == total or now - last > _LINE_SECONDS:
+            last, rate = now, done / max(now - start, 1e-9)
+            sys.stderr.write(
+                f"FP8 export: {done / max(total, 1):.0%} of {size_text(total)}, {rate / 1e6:.3g} MB/s, "
+                f"{(total - done) / max(rate, 1e-9):.0f} s left\n"
+            )
+            sys.stderr.flush()
+
+
+def size_text(size: float) -> str:
+    """A number of bytes with a unit that leaves something of it to read.
+
+    Example:
+        >>> size_text(80), size_text(123_456), size_text(1.2e12)
+        ('80 B', '123 kB', '1.2e+03 GB')
+    """
+    unit = next((unit for unit in ("B", "kB", "MB") if size < 1000 * _UNITS[unit]), "GB")
+    return f"{size / _UNITS[unit]:.3g} {unit}"

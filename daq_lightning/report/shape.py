@@ -1,0 +1,67 @@
+"""The shape of `daq_report.json`: anybody may have written the file, so every field is looked at before it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.numerics.objectives import DeltaStats
+
+FLOAT_SUMS = ("dot", "delta_sq", "delta_q_sq", "error_sq")
+"""The sums that are no counts."""
+
+
+def check_report(content: Mapping[str, Any], file: Path) -> None:
+    """Refuses a report whose fields are not what `ExportReport` says.
+
+    Args:
+        content: Of the file.
+        file: For the message.
+
+    Raises:
+        CheckpointError: A field is missing or of another kind.
+    """
+
+    def check(holds: bool, what: str) -> None:
+        if not holds:
+            raise CheckpointError(f"{file} is not the report of an export: expected {what}.")
+
+    check(isinstance(content.get("scheme"), str), "text in scheme")
+    check(isinstance(content.get("search"), dict), "an object in search")
+    check(content.get("dtype", "bfloat16") in ("bfloat16", "float16"), "bfloat16 or float16 in dtype")
+    kept, notes, tensors = content.get("kept"), content.get("notes"), content.get("tensors")
+    check(isinstance(kept, dict) and all(isinstance(reason, str) for reason in kept.values()), "reasons in kept")
+    check(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "a list of text in notes")
+    check(isinstance(tensors, dict) and len(tensors) > 0, "quantized tensors in tensors")
+    for name, entry in content["tensors"].items():
+        check(isinstance(entry, dict), f"an object for {name}")
+        shape, alpha = entry.get("shape"), entry.get("alpha")
+        is_shape = isinstance(shape, list) and len(shape) == 2 and all(_is_count(size) for size in shape)
+        check(is_shape, f"the two sizes of {name} in shape")
+        texts = (entry.get("dtype"), entry.get("scheme"), entry.get("without_base", ""))
+        check(all(isinstance(text, str) for text in texts), f"text in dtype, scheme and without_base of {name}")
+        is_alpha = isinstance(alpha, dict) and {"min", "mean", "max", "moved"} <= set(alpha)
+        check(is_alpha and all(map(_is_number, alpha.values())), f"min, mean, max and moved in alpha of {name}")
+        for side in ("searched", "absmax", *(side for side in ("dequantized", "root") if side in entry)):
+            sums = entry[side].get("sums") if isinstance(entry.get(side), dict) else None
+            listed = ", ".join(DeltaStats._fields)
+            check(isinstance(sums, dict) and _are_sums(sums), f"the sums {listed} in {side} of {name}")
+
+
+def _are_sums(sums: Mapping[str, Any]) -> bool:
+    if set(sums) != set(DeltaStats._fields):
+        return False
+    counts = [value for name, value in sums.items() if name not in FLOAT_SUMS]
+    squares = [value for name, value in sums.items() if name.endswith("_sq")]
+    return all(map(_is_count, counts)) and _is_number(sums["dot"]) and all(_is_number(x) and x >= 0 for x in squares)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
