@@ -1,7 +1,7 @@
 """JSON that is kept from one process to the next, in the user's cache folder.
 
-The folder is that of the compiled kernels, under the same rules: what others could have written is not read. A
-file holds its content and a digest of name and content; where the two do not fit, it counts as not there.
+The folder is that of the compiled kernels, under the same rules: what others could have written is not read.
+A file holds its content and a digest of name and content; where the two do not fit, it counts as not there.
 """
 
 from __future__ import annotations

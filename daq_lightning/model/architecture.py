@@ -1,12 +1,12 @@
 """What each tensor of a checkpoint is to its model: a Linear weight, an expert, a router, an embedding, ...
 
-Two name spaces meet here. A model in memory has parameters such as `mlp.experts.gate_up_proj` (experts stacked
-in three dimensions); its checkpoint has `mlp.experts.0.gate_proj.weight` and so on. Servers read the
+Two name spaces meet here. A model in memory has parameters such as `mlp.experts.gate_up_proj` (experts
+stacked in three dimensions); its checkpoint has `mlp.experts.0.gate_proj.weight` and so on. Servers read the
 checkpoint's names. transformers knows how to translate in both directions, and its own conversion is used for
 both, so that no list of architectures has to be kept here.
 
-Sources: transformers 5 `core_model_loading` (`revert_weight_conversion`, `rename_source_key`), PEFT 0.21 (names
-of wrapped modules).
+Sources: transformers 5 `core_model_loading` (`revert_weight_conversion`, `rename_source_key`), PEFT 0.21
+(names of wrapped modules).
 """
 
 from __future__ import annotations
@@ -133,9 +133,9 @@ class Architecture:
             odd = set(self._conversion.revert(meta)) ^ set(result)
             if odd:
                 raise CheckpointError(
-                    f"{type(self.model).__name__}: the checkpoint form of {', '.join(sorted(odd)[:4])} is made from "
-                    "several tensors at once, which cannot be exported one at a time. Save the model with "
-                    "save_pretrained and export that folder."
+                    f"{type(self.model).__name__}: the checkpoint form of {', '.join(sorted(odd)[:4])} is "
+                    "made from several tensors at once, which cannot be exported one at a time. Save the model "
+                    "with save_pretrained and export that folder."
                 )
         return result
 
@@ -192,8 +192,8 @@ class _Conversion:
         used = getattr(self._model, "_weight_conversions", None)
         if not any(_dequantizes(conversion) for conversion in used or ()):
             return revert_weight_conversion(self._model, tensors)  # type: ignore[arg-type]
-        # loaded from an FP8 folder and dequantized, which transformers 5.23 would revert by quantizing: without this
-        # attribute it takes the conversions of the plain architecture
+        # loaded from an FP8 folder and dequantized, which transformers 5.23 would revert by quantizing:
+        # without this attribute it takes the conversions of the plain architecture
         del self._model._weight_conversions
         try:
             return revert_weight_conversion(self._model, tensors)  # type: ignore[arg-type]

@@ -59,8 +59,8 @@ class FolderModel:
         """
         if not (self._folder / "config.json").is_file():
             raise CheckpointError(
-                f"{self._folder} has no config.json, which says what the tensors are: pass a Hugging Face model "
-                "folder."
+                f"{self._folder} has no config.json, which says what the tensors are: pass a Hugging Face "
+                "model folder."
             )
         names = list(names)
         content = _without_code(read_json(self._folder / "config.json"))
@@ -79,8 +79,8 @@ class FolderModel:
 def _build(content: Mapping[str, Any], folder: Path, limit: int) -> Architecture:
     """The architecture that a config.json describes.
 
-    It is foreign input: nothing that it names is imported or downloaded, attention is the plain one, and a model
-    of many more modules than the files hold tensors is not built.
+    It is foreign input: nothing that it names is imported or downloaded, attention is the plain one, and a
+    model of many more modules than the files hold tensors is not built.
     """
     import transformers
 
@@ -113,7 +113,7 @@ def _is_known_code(model: nn.Module) -> bool:
 
 
 def _read_config(content: Mapping[str, Any], name: str) -> Any:
-    """The configuration object of a config.json's content, read by transformers from a folder of this name."""
+    """The configuration object of a config.json's content, read from a folder of this name."""
     import transformers
 
     with tempfile.TemporaryDirectory() as place:
@@ -131,7 +131,7 @@ def _without_code(content: Any) -> Any:
 
 
 def _check_counts(content: Any, limit: int, key: str = "") -> None:
-    """Refuses a config.json whose counts of layers and the like its files cannot bear out: it takes for ever."""
+    """Refuses a config.json whose counts of layers and the like its files cannot bear out."""
     if isinstance(content, dict):
         for name, value in content.items():
             _check_counts(value, limit, name)

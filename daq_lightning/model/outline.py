@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Role: TypeAlias = Literal["linear", "expert", "router", "head", "outside", "conv1d", "other"]
-"""linear and expert weights can be quantized. head: lm_head, classifiers. outside: Linear weights that are not
-part of the language model (vision tower, projector). conv1d: GPT-2's transposed Linear."""
+"""linear and expert weights can be quantized. head: lm_head, classifiers. outside: Linear weights outside
+the language model (vision tower, projector). conv1d: GPT-2's transposed Linear."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
     config.json (what matters of it), versions -> key -> outline, with every name that was ever asked for
 
 An outline follows from config.json, from transformers and from this package alone. They make the key, so no
-entry is ever out of date. An entry that is damaged or of another form counts as not there, and is written anew.
+entry is ever out of date. What is damaged or of another form counts as not there, and is written anew.
 """
 
 from __future__ import annotations
