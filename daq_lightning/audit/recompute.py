@@ -19,7 +19,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.layouts import Layout, read_layout
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.model.architecture import Architecture
+from daq_lightning.model.from_folder import FolderModel
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import DeltaStats, measure
 from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
@@ -144,9 +144,8 @@ def _base_names(report: ExportReport, base: Mapping[str, Tensor]) -> dict[str, s
     names = {tensor.name: tensor.name for tensor in report.tensors}
     if all(name in base for name in names):
         return names
-    architecture = Architecture.from_folder(Path(report.path), len(Checkpoint(report.path).raw))
-    by_key = {key: name for name, key in architecture.keys_of(base).items()}
-    keys = architecture.keys_of(names)
+    keys = FolderModel(Path(report.path), len(Checkpoint(report.path).raw)).outline([*base, *names]).keys
+    by_key = {keys[name]: name for name in base}
     return {name: name if name in base else by_key.get(keys[name], name) for name in names}
 
 

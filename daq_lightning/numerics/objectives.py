@@ -168,7 +168,7 @@ def sums(weight: Tensor, base: Tensor, dequantized: Tensor) -> DeltaStats:
     # compared, not subtracted: a difference of two tiny numbers may be flushed to zero on some devices
     sign, sign_q = _sign_of_difference(weight, base), _sign_of_difference(dequantized, base)
     changed = sign != 0
-    shape = torch.broadcast_shapes(delta.shape, delta_q.shape)[:-1]
+    shape = torch.broadcast_tensors(delta, delta_q)[0].shape[:-1]  # torch.broadcast_shapes imports sympy
 
     def count(mask: Tensor) -> Tensor:
         return mask.sum(-1, dtype=torch.int64).expand(shape)

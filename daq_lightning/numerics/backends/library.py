@@ -164,7 +164,7 @@ def _load_shipped() -> ctypes.CDLL | str:
 
 def _load_cached() -> ctypes.CDLL | None:
     """What any compiler has built for this machine."""
-    folder, _ = _cache_folder()
+    folder, _ = cache_folder()
     try:
         return _load_built(folder, f"{_machine()}_") if folder is not None and _features() else None
     except OSError:
@@ -174,7 +174,7 @@ def _load_cached() -> ctypes.CDLL | None:
 def _load(command: list[str]) -> ctypes.CDLL:
     """The library that this command builds: from the cache, built there, or for this process alone."""
     key = f"{_machine()}_{_hash(b' '.join([*map(os.fsencode, command), predefined(command)]))}"
-    folder, problem = _cache_folder()
+    folder, problem = cache_folder()
     if folder is not None:
         try:
             found = _load_built(folder, key)
@@ -238,7 +238,7 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _cache_folder() -> tuple[Path | None, str]:
+def cache_folder() -> tuple[Path | None, str]:
     """The user's cache folder; or None, and why there is none that can be trusted."""
     parent = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not parent.is_absolute():  # then the XDG specification has it ignored
