@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from daq_lightning.numerics.backends.library import cache_folder, why_not_ours
+from daq_lightning.numerics.backends.cache_folder import cache_folder, why_not_ours
 
 _MOST_BYTES = 1 << 24
 

@@ -21,7 +21,7 @@ _SHOWN = 5  # differing weights in the text of inspect
 
 def quantize(options: Namespace) -> int:
     """Writes an FP8 checkpoint, or shows what would be written."""
-    from daq_lightning.checkpoint.writer import check_destination, check_inputs
+    from daq_lightning.checkpoint.destination import check_destination, check_inputs
     from daq_lightning.export.job import prepare
     from daq_lightning.export.run import check_device, run
     from daq_lightning.export.settings import ExportSettings

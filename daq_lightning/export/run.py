@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.destination import check_destination, check_inputs
 from daq_lightning.checkpoint.folder import MANIFEST, REPORT
-from daq_lightning.checkpoint.writer import CheckpointWriter, check_destination, check_inputs
+from daq_lightning.checkpoint.writer import CheckpointWriter
 from daq_lightning.export.behind import Behind
 from daq_lightning.export.manifest import TensorPrints, make_manifest, prints_of
 from daq_lightning.export.plan import KEPT, TensorPlan
@@ -136,7 +137,7 @@ def _reports(job: Job, batch: Batch, results: Sequence[SearchResult]) -> list[Te
     arrived = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
     reports = []
     for pair, of_tensor in zip(batch, sides, strict=True):
-        alpha = dict(zip(ALPHA_STATISTICS, next(arrived).tolist(), strict=True))
+        alpha: dict[str, float] = dict(zip(ALPHA_STATISTICS, map(float, next(arrived).tolist()), strict=True))
         sums = {side: DeltaStats.unpacked(next(arrived)) for side in of_tensor}
         fits = bool(sums["dequantized"].delta_q_sq.isfinite())
         reports.append(
@@ -165,7 +166,9 @@ def _sides(job: Job, pair: Pair, result: SearchResult) -> dict[Side, DeltaStats]
         "dequantized": result.dequantized_stats.total(),
     }
     root = _since_root(job, pair, result.scale)
-    return sides if root is None else sides | {"root": root}
+    if root is not None:
+        sides["root"] = root
+    return sides
 
 
 def _since_root(job: Job, pair: Pair, scale: Tensor) -> DeltaStats | None:

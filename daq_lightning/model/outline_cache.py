@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 import daq_lightning
 from daq_lightning.checkpoint.cache import read_cached, write_cached
-from daq_lightning.checkpoint.manifest import sha256_of
+from daq_lightning.checkpoint.folder import sha256_of
 from daq_lightning.model.outline import Outline, Role
 
 # fields that say how tensors are stored, not which there are; an export differs from its source in them

@@ -21,8 +21,8 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from daq_lightning.checkpoint.destination import check_inputs
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
-from daq_lightning.checkpoint.writer import check_inputs
 from daq_lightning.export.job import Job, prepare
 from daq_lightning.export.plan import plan_export
 from daq_lightning.export.run import run
