@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,10 +23,12 @@ from daq_lightning.checkpoint.layouts import Layout, make_layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.ignore import ignored_by
 from daq_lightning.export.progress import size_text
-from daq_lightning.export.settings import ExportSettings
 from daq_lightning.model.fusion import check_experts, check_fused
 from daq_lightning.model.outline import Outline, Role, owner_of
 from daq_lightning.numerics.formats import PerBlock
+
+if TYPE_CHECKING:
+    from daq_lightning.export.settings import ExportSettings
 
 KEPT = "kept"
 """The one part of a tensor that is not quantized."""
