@@ -165,7 +165,9 @@ def _sides(job: Job, pair: Pair, result: SearchResult) -> dict[Side, DeltaStats]
         "dequantized": result.dequantized_stats.total(),
     }
     root = _since_root(job, pair, result.scale)
-    return sides if root is None else sides | {"root": root}
+    if root is not None:
+        sides["root"] = root
+    return sides
 
 
 def _since_root(job: Job, pair: Pair, scale: Tensor) -> DeltaStats | None:
@@ -190,8 +192,8 @@ def _notes(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
         notes.append(f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?")
     notes += [f"{name}: plain absmax scale, because {problem}." for name, problem in job.without_base.items()]
     notes += [
-        f"{name}: to a reader that dequantizes to {str(job.plan.dtype).removeprefix('torch.')} some of its values are "
-        "infinite: serve it with FP8 kernels, or keep it (ignore)."
+        f"{name}: to a reader that dequantizes to {str(job.plan.dtype).removeprefix('torch.')} some of its values "
+        "are infinite: serve it with FP8 kernels, or keep it (ignore)."
         for name, report in reports.items()
         if report.dequantized is None
     ]
