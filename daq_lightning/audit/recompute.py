@@ -84,9 +84,15 @@ def differences(report: ExportReport, other: ExportReport) -> dict[str, list[str
 
 
 def _measure(
-    weight: Tensor, base: Tensor, codes: Tensor, scale: Tensor, plain: Tensor, layout: Layout, dtype: torch.dtype
+    weight: Tensor,
+    base: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    plain: Tensor,
+    layout: Layout,
+    dtype: torch.dtype,
 ) -> tuple[DeltaStats, DeltaStats, DeltaStats]:
-    """Sums under the written codes, under plain absmax scales, and of the former rounded to dtype, in bands of rows."""
+    """Sums of the written codes, of plain absmax scales, and of the former rounded to dtype, in bands of rows."""
     shape_MN, rows_of = (weight.shape[0], weight.shape[1]), layout.granularity.cell((weight.shape[0], weight.shape[1]))
     parts: list[tuple[DeltaStats, DeltaStats, DeltaStats]] = []
     for rows in bands(shape_MN, layout.granularity, _BAND):

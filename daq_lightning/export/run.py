@@ -193,8 +193,8 @@ def _notes(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
         notes.append(f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?")
     notes += [f"{name}: plain absmax scale, because {problem}." for name, problem in job.without_base.items()]
     notes += [
-        f"{name}: to a reader that dequantizes to {str(job.plan.dtype).removeprefix('torch.')} some of its values are "
-        "infinite: serve it with FP8 kernels, or keep it (ignore)."
+        f"{name}: to a reader that dequantizes to {str(job.plan.dtype).removeprefix('torch.')} some of its values "
+        "are infinite: serve it with FP8 kernels, or keep it (ignore)."
         for name, report in reports.items()
         if report.dequantized is None
     ]

@@ -73,7 +73,7 @@ class DeltaStats(NamedTuple):
         return self.map(lambda field: field.sum(0))
 
     def packed(self) -> Tensor:
-        """All sums as one tensor that leaves a device at once: float64, exact for counts below 2^53, (10, ...)."""
+        """All sums as one float64 tensor of shape (10, ...); exact, for counts are below 2^53."""
         return torch.stack([field.double() for field in self])
 
     @classmethod

@@ -150,7 +150,8 @@ def _read(q, READER: tl.constexpr):
         bits = q.to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     if READER == "torch.float16":
-        rounded = _round(tl.minimum(tl.maximum(q, -65536.0), 65536.0), 127 - 14, 10, False)  # type: ignore[arg-type]
+        q = tl.minimum(tl.maximum(q, -65536.0), 65536.0)
+        rounded = _round(q, 127 - 14, 10, False)  # pyright: ignore[reportArgumentType]
         return tl.where(tl.abs(rounded) == 65536.0, rounded * float("inf"), rounded)
     return q
 
