@@ -152,8 +152,8 @@ def verify(options: Namespace) -> int:
 
 def _weights(post: str, adapter: str | None) -> Checkpoint:
     """The fine-tuned weights: of a folder, or of a folder with an adapter merged in."""
-    from daq_lightning.checkpoint.adapted import AdaptedCheckpoint
     from daq_lightning.checkpoint.adapter import read_adapter
+    from daq_lightning.export.source import AdaptedCheckpoint
 
     if adapter is None:
         return _checkpoint(post, "POST")
