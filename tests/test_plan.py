@@ -6,8 +6,9 @@ import torch
 import transformers
 
 from daq_lightning.checkpoint.layouts import make_layout
+from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
-from daq_lightning.export.plan import KEPT, plan_export
+from daq_lightning.export.plan import plan_export
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.model.architecture import Architecture

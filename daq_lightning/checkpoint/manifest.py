@@ -28,6 +28,8 @@ from daq_lightning.checkpoint.folder import INDEX, MANIFEST, SINGLE, read_index,
 from daq_lightning.checkpoint.tensor_file import CheckpointError, read_header
 
 FORMAT_VERSION = 1
+KEPT = "kept"
+"""The one part of a tensor that is not quantized."""
 ChainFrom: TypeAlias = Literal["weights", "deployed"]
 
 

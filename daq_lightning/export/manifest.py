@@ -14,8 +14,7 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.fingerprint import combine, fingerprint
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST
-from daq_lightning.checkpoint.manifest import Manifest, describe_files, relative_to
-from daq_lightning.export.plan import KEPT
+from daq_lightning.checkpoint.manifest import KEPT, Manifest, describe_files, relative_to
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job

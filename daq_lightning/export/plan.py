@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from daq_lightning.checkpoint.layouts import Layout, make_layout
+from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.ignore import ignored_by
 from daq_lightning.export.progress import size_text
@@ -29,9 +30,6 @@ from daq_lightning.numerics.formats import PerBlock
 
 if TYPE_CHECKING:
     from daq_lightning.export.settings import ExportSettings
-
-KEPT = "kept"
-"""The one part of a tensor that is not quantized."""
 
 _KEEP_REASON: Mapping[Role, str] = {
     "router": "router",

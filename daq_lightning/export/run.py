@@ -21,10 +21,11 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.destination import check_destination, check_inputs
 from daq_lightning.checkpoint.folder import MANIFEST, REPORT
+from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.writer import CheckpointWriter
 from daq_lightning.export.behind import Behind
 from daq_lightning.export.manifest import TensorPrints, make_manifest, prints_of
-from daq_lightning.export.plan import KEPT, TensorPlan
+from daq_lightning.export.plan import TensorPlan
 from daq_lightning.export.stream import Batch, Pair, stream
 from daq_lightning.numerics.backends import delta_stats
 from daq_lightning.numerics.objectives import DeltaStats
