@@ -452,7 +452,7 @@ def test_the_encoder_of_an_encoder_decoder_is_part_of_the_language_model():
         vocab_size=64, d_model=128, d_kv=64, d_ff=128, num_layers=1, num_decoder_layers=1, num_heads=2
     )
     with torch.device("meta"):
-        architecture = Architecture(transformers.T5ForConditionalGeneration(config))
+        outline = Architecture(transformers.T5ForConditionalGeneration(config)).outline({})
     for side in ("encoder", "decoder"):
-        assert architecture.role(f"{side}.block.0.layer.0.SelfAttention.q.weight", 2) == "linear"
-    assert architecture.role("lm_head.weight", 2) == "head"
+        assert outline.role(f"{side}.block.0.layer.0.SelfAttention.q.weight", 2) == "linear"
+    assert outline.role("lm_head.weight", 2) == "head"

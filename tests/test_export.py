@@ -384,7 +384,7 @@ def test_a_mapping_and_a_folder_mix_and_a_model_says_what_the_tensors_are(pair, 
     assert report.metrics() == again.metrics()
     model = nn.Sequential(nn.Linear(128, 128), nn.LayerNorm(128), nn.Linear(128, 4))
     source = Source.from_mapping(dict(model.state_dict()), model)
-    assert [source.architecture.role(key, 2) for key in ("0.weight", "2.weight")] == ["linear", "linear"]
+    assert [source.outline.role(key, 2) for key in ("0.weight", "2.weight")] == ["linear", "linear"]
 
 
 def test_names_of_linear_weights_are_guessed_without_tripping_over_odd_ones():

@@ -27,7 +27,7 @@ def plan(factory=tiny_models.llama, *, dtype=torch.bfloat16, extra=(), drop=(), 
     specs = [TensorSpec(name=name, dtype=part.dtype, shape=tuple(part.shape)) for name, (_, part) in saved.items()]
     specs = [*(spec for spec in specs if spec.name not in drop), *extra]
     keys = {spec.name: names.get(spec.name, spec.name) for spec in specs}
-    return plan_export(specs, keys, architecture, ExportSettings(**(arguments or {})))
+    return plan_export(specs, architecture.outline(keys), ExportSettings(**(arguments or {})))
 
 
 def names(planned):
@@ -154,7 +154,7 @@ def test_nothing_to_quantize_is_an_error():
     architecture = Architecture(torch.nn.Embedding(4, 4))
     specs = [TensorSpec(name="weight", dtype=torch.float32, shape=(4, 4))]
     with pytest.raises(CheckpointError, match="Embedding has no Linear weight to quantize among its 1 tensors"):
-        plan_export(specs, {"weight": "weight"}, architecture, ExportSettings())
+        plan_export(specs, architecture.outline({"weight": "weight"}), ExportSettings())
 
 
 @pytest.mark.parametrize(
@@ -243,4 +243,4 @@ def test_a_plan_reads_no_weight(tmp_path):
     _, post = tiny_models.make_pair(tmp_path, tiny_models.llama)
     source = Source.from_folder(post)
     (post / "model.safetensors").unlink()
-    assert len(plan_export(source.specs, source.keys, source.architecture, ExportSettings()).quantized) == 14
+    assert len(plan_export(source.specs, source.outline, ExportSettings()).quantized) == 14

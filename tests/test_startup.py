@@ -1,0 +1,110 @@
+"""What each command imports: nobody waits for transformers, the search or the trainer who does not need them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+ROOT = Path(__file__).resolve().parent.parent
+WATCHED = ("torch", "numpy", "transformers", "lightning", "torchmetrics", "peft", "sympy", "scipy", "triton")
+CODE = f"""
+import sys
+from daq_lightning.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+print("imported:", code, *[name for name in {WATCHED} if name in sys.modules])
+"""
+QUICK = ["--n-coarse", "2", "--n-fine", "1", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny_models.make_pair(
+        tmp_path_factory.mktemp("models"), lambda: tiny_models.llama(num_hidden_layers=1)
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def imported(cache, *command):
+    """Exit code and watched packages of a command in a process of its own."""
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(cache),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", CODE, *map(str, command)],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    line = next(line for line in run.stdout.splitlines() if line.startswith("imported:"))
+    _, code, *names = line.split()
+    assert "Traceback" not in run.stderr, run.stderr
+    return int(code), set(names)
+
+
+def test_only_the_first_export_of_an_architecture_imports_transformers(models, cache, tmp_path):
+    base, post = models
+    quantize = ["quantize", post, "--base", base, *QUICK]
+    code, names = imported(cache, *quantize, "--out", tmp_path / "first")
+    assert (code, "transformers" in names) == (0, True)
+    for command in (
+        [*quantize, "--out", tmp_path / "second"],
+        [*quantize, "--dry-run"],
+        ["verify", tmp_path / "first"],
+        ["inspect", tmp_path / "first"],
+        ["inspect", tmp_path / "first", "--base", base, "--post", post],
+        ["chain", tmp_path / "first"],
+    ):
+        code, names = imported(cache, *command)
+        assert (code, names - {"torch", "numpy"}) == (0, set()), command
+    files = [
+        {
+            path.name: path.read_bytes()
+            for path in (tmp_path / name).iterdir()
+            if path.name != "daq_manifest.json"
+        }
+        for name in ("first", "second")
+    ]
+    assert files[0] == files[1]
+
+
+def test_inspect_and_chain_never_ask_for_the_architecture(models, cache, tmp_path):
+    base, post = models
+    assert imported(cache, "quantize", post, "--base", base, "--out", tmp_path / "out", *QUICK)[0] == 0
+    for command in ("inspect", "chain"):
+        assert imported(tmp_path / "another cache", command, tmp_path / "out") == (0, {"torch", "numpy"})
+
+
+def test_help_and_mistakes_import_no_torch(cache):
+    for expected, *command in (
+        (0, "--help"),
+        (0, "--version"),
+        (0, "quantize", "--help"),
+        (0, "quantize", "post", "--metric", "sign", "--print_config"),
+        (2, "quantize", "post", "--metrik", "sign"),
+        (2, "quantize", "post", "--metric", "nonsense"),
+        (2, "quantize", "post", "--n-coarse", "some"),
+        (2, "no-such-command"),
+    ):
+        assert imported(cache, *command) == (expected, set()), command
+
+
+def test_the_package_is_a_command():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    run = subprocess.run(
+        [sys.executable, "-m", "daq_lightning", "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("usage: daq-lightning")
