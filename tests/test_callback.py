@@ -236,6 +236,7 @@ def test_weights_that_the_base_lacks_are_quantized_without_a_search_if_that_was_
         quantization(tmp_path, missing_base="ignore")
 
 
+@pytest.mark.slow
 def test_the_example_in_the_docstring_can_be_copied(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example = DeltaAwareQuantization.__doc__.partition("Example:")[2]

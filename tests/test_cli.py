@@ -259,6 +259,7 @@ def test_a_mistake_of_this_program_is_one_line_and_exit_code_70(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_path_that_the_terminal_cannot_show_is_escaped(models, tmp_path):
     out = tmp_path / "é→x"
     code = "import sys; from daq_lightning.cli import main; sys.exit(main(sys.argv[1:]))"

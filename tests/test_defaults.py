@@ -233,6 +233,7 @@ def test_the_callback_does_not_depend_on_the_default_dtype_and_device(tmp_path, 
 # --- the case that was found in use ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_a_search_under_another_default_does_not_crash(name):
     setting = "torch.set_default_device('meta')" if name == "meta" else f"torch.set_default_dtype(torch.{name})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -9,12 +10,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from toy_format import E5M2
 
+from daq_lightning import export_checkpoint
+from daq_lightning.checkpoint.schemes import SCALES_KEPT, SCHEMES
 from daq_lightning.numerics.backends import cpu, delta_stats, reference
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
-from daq_lightning.numerics.objectives import METRICS, DeltaStats, score
+from daq_lightning.numerics.objectives import METRICS, DeltaStats, measure, score
 from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
 from daq_lightning.numerics.search.search import search_batch, search_scale
 from daq_lightning.numerics.search.settings import ScaleSearch
@@ -162,7 +166,26 @@ def test_a_batch_carries_the_format():
     assert torch.equal(stats.sign_equal[:, 0], results[0].stats.sign_equal)
 
 
-@pytest.mark.parametrize("module", ["formats", "search.settings"])
-def test_settings_and_formats_need_no_torch(module):
-    code = f"import sys, daq_lightning.numerics.{module}; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("container", ["fp8", "compressed-tensors"])
+def test_an_export_takes_the_format_from_its_scheme(tmp_path, monkeypatch, container):
+    scheme = dataclasses.replace(SCHEMES["FP8_BLOCK"], format=E5M2)
+    monkeypatch.setitem(SCHEMES, "FP8_BLOCK", scheme)
+    (weight, base), out = pair((128, 256)), tmp_path / "out"
+    report = export_checkpoint({"a.weight": weight}, {"a.weight": base}, out, scheme="FP8_BLOCK", container=container)
+    stored = load_file(out / "model.safetensors")
+    found = search_scale(weight, base, PerBlock(), scale_format=SCALES_KEPT[container], fmt=E5M2)
+    assert stored["a.weight"].dtype == torch.float8_e5m2
+    assert torch.equal(bits(stored["a.weight"]), bits(found.codes))
+    absmax = absmax_scale(weight, PerBlock(), scale_format=SCALES_KEPT[container], fmt=E5M2)
+    plain = dequantize(quantize(weight, absmax, PerBlock(), E5M2), absmax, PerBlock())
+    read = dequantize(stored["a.weight"], found.scale, PerBlock())
+    [tensor] = report.tensors
+    for stats, seen in ((tensor.searched, read), (tensor.absmax, plain), (tensor.dequantized, read.bfloat16())):
+        for one, two in zip(stats, measure(weight, base, seen), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("module", ["numerics.formats.fp8", "numerics.search.settings", "checkpoint.schemes"])
+def test_settings_formats_and_schemes_need_no_torch(module):
+    code = f"import sys, daq_lightning.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -29,6 +29,7 @@ LAZY = {"huggingface_hub", "jsonargparse", "matplotlib", "peft", "regex", "tqdm"
 """Packages that are imported inside functions only."""
 WITHOUT_TORCH = {
     "numerics.formats",
+    "numerics.formats.fp8",
     "numerics.search.settings",
     "checkpoint.schemes",
     "export.settings",

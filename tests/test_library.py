@@ -201,6 +201,7 @@ def test_without_a_cache_folder_a_process_builds_once_and_leaves_nothing(builds,
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.slow
 def test_the_users_home_that_the_system_does_not_know(builds, tmp_path):
     """HOME unset, and no entry in the password file: as in many containers."""
     code = "import os; os.getuid = lambda: 2**31 - 9\nfrom daq_lightning.numerics.backends import library\n"
@@ -264,6 +265,7 @@ def test_threads_build_once(builds, monkeypatch):
     assert builds() == 1
 
 
+@pytest.mark.slow
 def test_processes_build_once_and_one_says_so(builds):
     code = "from daq_lightning.numerics.backends import library; library.library()"
     started = [

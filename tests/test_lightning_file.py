@@ -274,6 +274,7 @@ def test_a_damaged_pickle_is_an_error_and_never_other_weights(tmp_path_factory, 
     assert torch.equal(read["a"], torch.arange(6.0).view(2, 3))
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(MUTATIONS)
 def test_a_forged_pickle_whose_checksum_fits_gives_an_error_or_tensors_of_this_file(tmp_path_factory, mutations):

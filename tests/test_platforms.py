@@ -10,8 +10,9 @@ import pytest
 from test_writer import hashes, specs_of, tensors_of, write
 
 from daq_lightning.checkpoint import locks
+from daq_lightning.checkpoint.destination import check_destination
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.checkpoint.writer import CheckpointWriter, check_destination
+from daq_lightning.checkpoint.writer import CheckpointWriter
 from daq_lightning.training.claims import claim, free_name
 
 
@@ -64,7 +65,7 @@ def test_the_package_can_be_imported_and_says_so_where_there_is_no_fcntl(tmp_pat
 import pathlib, sys, warnings
 sys.modules["fcntl"] = None  # importing it raises ImportError, as on Windows
 import torch, daq_lightning, daq_lightning.training.callback
-from daq_lightning.checkpoint.writer import check_destination
+from daq_lightning.checkpoint.destination import check_destination
 from daq_lightning.numerics.backends import choose
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""The sums for a reader that dequantizes to 16 bit are exact: numpy and ml_dtypes say the same of every group."""
+"""The sums for a reader that dequantizes to 16 bit are exact: numpy says the same of every group."""
 
 import ml_dtypes
 import numpy as np
@@ -81,7 +81,8 @@ def test_the_sums_of_a_search_are_those_of_numpy(shape, granularity, scope, back
     search = ScaleSearch(n_coarse=3, n_fine=2, alpha_scope=scope)
     result = search_scale(weight, base, granularity, search, backend=backend, reader_dtype=reader)
     assert result.dequantized_stats is not None
-    assert_same(result.dequantized_stats, oracle(weight, base, result.codes, result.scale, granularity, reader))
+    expected = oracle(weight, base, result.codes, result.scale, granularity, reader)
+    assert_same(result.dequantized_stats, expected)
     assert int(result.dequantized_stats.n.sum()) == weight.numel()
 
 
@@ -91,7 +92,8 @@ def test_the_kernel_agrees_with_the_reference(dtype, reader):
     for shape, granularity in CASES:
         weight, base = pair(shape, dtype, seed=1)
         scale_GK = absmax_scale(weight, granularity).flatten()[:, None] * torch.tensor([1.0, 0.7, 1.3])
-        one, two = (backend.delta_stats(weight, base, scale_GK, granularity, FP8_E4M3, reader) for backend in BACKENDS)
+        one = cpu.delta_stats(weight, base, scale_GK, granularity, FP8_E4M3, reader)
+        two = reference.delta_stats(weight, base, scale_GK, granularity, FP8_E4M3, reader)
         assert_same(one, two)
         plain = cpu.delta_stats(weight, base, scale_GK, granularity, FP8_E4M3)
         assert torch.equal(one.n_changed, plain.n_changed)

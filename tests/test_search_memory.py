@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # the peak of the resident set is reset by the kernel, so that it covers the search alone
 PEAK = """
 import sys
@@ -14,8 +16,6 @@ from daq_lightning.numerics.backends import cpu, reference
 from daq_lightning.numerics.formats import PerBlock, PerChannel
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.search.search import search_scale
-
-pytestmark = pytest.mark.slow
 
 def peak():
     with open("/proc/self/status") as status:

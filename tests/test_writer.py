@@ -13,11 +13,12 @@ import safetensors.torch
 import torch
 
 from daq_lightning.checkpoint import writer as writer_module
+from daq_lightning.checkpoint.destination import check_destination
 from daq_lightning.checkpoint.folder import MANIFEST, REPORT
 from daq_lightning.checkpoint.manifest import Lineage, Manifest
 from daq_lightning.checkpoint.reader import load_checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
-from daq_lightning.checkpoint.writer import CheckpointWriter, check_destination, plan_shards
+from daq_lightning.checkpoint.writer import CheckpointWriter, plan_shards
 
 
 def tensors_of(count=5, size=100):

@@ -1,7 +1,5 @@
 """A format that no layout knows, as data: E5M2, which is all that adding a format takes."""
 
-import torch
-
 from daq_lightning.numerics.formats import Format
 
-E5M2 = Format(dtype=torch.float8_e5m2, max=57344.0, min_normal=2.0**-14, mantissa_bits=2)
+E5M2 = Format(dtype_name="float8_e5m2", max=57344.0, min_normal=2.0**-14, mantissa_bits=2)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from daq_lightning.checkpoint.fingerprint import fingerprint
-from daq_lightning.checkpoint.folder import INDEX, MANIFEST, RawCheckpoint
-from daq_lightning.checkpoint.manifest import Manifest, sha256_of
+from daq_lightning.checkpoint.folder import INDEX, MANIFEST, RawCheckpoint, sha256_of
+from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.report.figures import ExportReport
 

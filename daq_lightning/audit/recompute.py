@@ -19,7 +19,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.layouts import Layout, read_layout
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.model.architecture import Architecture
+from daq_lightning.model.from_folder import FolderModel
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import DeltaStats, measure
 from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
@@ -61,7 +61,7 @@ def recompute(
         if tensor.name not in files.raw or layout.scale_name(tensor.name) not in files.raw:
             raise CheckpointError(f"{report.path} has no codes and scale of {tensor.name}: run `daq-lightning verify`.")
         written = files.raw[tensor.name], files.raw[layout.scale_name(tensor.name)]
-        plain = absmax_scale(weight, layout.granularity, scale_format=scale_format)
+        plain = absmax_scale(weight, layout.granularity, scale_format=scale_format, fmt=layout.scheme.format)
         searched, absmax, dequantized = _measure(weight, reference, *written, plain, layout, dtype)
         dequantized = None if tensor.dequantized is None else dequantized
         tensors.append(dataclasses.replace(tensor, searched=searched, absmax=absmax, dequantized=dequantized))
@@ -84,17 +84,22 @@ def differences(report: ExportReport, other: ExportReport) -> dict[str, list[str
 
 
 def _measure(
-    weight: Tensor, base: Tensor, codes: Tensor, scale: Tensor, plain: Tensor, layout: Layout, dtype: torch.dtype
+    weight: Tensor,
+    base: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    plain: Tensor,
+    layout: Layout,
+    dtype: torch.dtype,
 ) -> tuple[DeltaStats, DeltaStats, DeltaStats]:
-    """Sums under the written codes, under plain absmax scales, and of the former rounded to dtype, in bands of rows."""
+    """Sums of the written codes, of plain absmax scales, and of the former rounded to dtype, in bands of rows."""
     shape_MN, rows_of = (weight.shape[0], weight.shape[1]), layout.granularity.cell((weight.shape[0], weight.shape[1]))
     parts: list[tuple[DeltaStats, DeltaStats, DeltaStats]] = []
     for rows in bands(shape_MN, layout.granularity, _BAND):
         groups = slice(rows.start // rows_of[0], -(-rows.stop // rows_of[0]))
         written = dequantize(codes[rows], scale[groups], layout.granularity)
-        absmax = dequantize(
-            quantize(weight[rows], plain[groups], layout.granularity), plain[groups], layout.granularity
-        )
+        codes_of_plain = quantize(weight[rows], plain[groups], layout.granularity, layout.scheme.format)
+        absmax = dequantize(codes_of_plain, plain[groups], layout.granularity)
         parts.append(
             (
                 measure(weight[rows], base[rows], written),
@@ -145,16 +150,15 @@ def _base_names(report: ExportReport, base: Mapping[str, Tensor]) -> dict[str, s
     names = {tensor.name: tensor.name for tensor in report.tensors}
     if all(name in base for name in names):
         return names
-    architecture = Architecture.from_folder(Path(report.path), len(Checkpoint(report.path).raw))
-    by_key = {key: name for name, key in architecture.keys_of(base).items()}
-    keys = architecture.keys_of(names)
+    keys = FolderModel(Path(report.path), len(Checkpoint(report.path).raw)).outline([*base, *names]).keys
+    by_key = {keys[name]: name for name in base}
     return {name: name if name in base else by_key.get(keys[name], name) for name in names}
 
 
 def _scale_format(files: Checkpoint, layout: Layout) -> ScaleFormat:
     """What scales were rounded to. compressed-tensors does not say it of powers of two, but the scales do."""
     for name, entry in files.raw.entries.items():
-        if entry.dtype == torch.float8_e4m3fn and layout.scale_name(name) in files.raw:
+        if entry.dtype == layout.scheme.format.dtype and layout.scale_name(name) in files.raw:
             mantissa = torch.frexp(files.raw[layout.scale_name(name)].float()).mantissa
             if not bool((mantissa == 0.5).all()):
                 return layout.scale_format

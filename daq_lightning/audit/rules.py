@@ -9,7 +9,6 @@ Sources: the readers, as listed in `daq_lightning.checkpoint.layouts`.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -23,8 +22,9 @@ from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.checkpoint.patterns import BoundedMatcher
 from daq_lightning.checkpoint.reader import config_dtype
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, read_metadata
-from daq_lightning.model.architecture import Architecture, Role
+from daq_lightning.model.from_folder import FolderModel
 from daq_lightning.model.fusion import FUSED
+from daq_lightning.model.outline import Outline, Role, matches
 from daq_lightning.numerics.formats import PerBlock
 from daq_lightning.report.figures import ExportReport
 
@@ -60,23 +60,18 @@ class Stored:
             raise UnknownError("the layout is unknown") from error
 
     @cached_property
-    def architecture(self) -> Architecture:
+    def outline(self) -> Outline:
         try:
-            return Architecture.from_folder(self.folder, len(self.raw))
+            return FolderModel(self.folder, len(self.raw)).outline(self.names)
         except CheckpointError as error:
             raise UnknownError("the architecture is unknown") from error
 
-    @cached_property
-    def keys(self) -> dict[str, str]:
-        return self.architecture.keys_of(self.names)
+    @property
+    def keys(self) -> Mapping[str, str]:
+        return self.outline.keys
 
     def role(self, name: str) -> Role:
-        return self.architecture.role(self.keys[name], len(self.entry(name).shape))
-
-    @cached_property
-    def ties(self) -> dict[str, str]:
-        """Memory name of a tied weight -> of the weight that it is."""
-        return dict(getattr(self.architecture.model, "all_tied_weights_keys", None) or {})
+        return self.outline.role(self.keys[name], len(self.entry(name).shape))
 
     @cached_property
     def manifest(self) -> Manifest | None:
@@ -147,7 +142,7 @@ def _check_config(stored: Stored) -> Iterator[str]:
             named = level.get("dtype") or level.get("torch_dtype")
             yield f"dtype of {where} is {named}, expected bfloat16 or float16"
     try:
-        _ = stored.architecture
+        _ = stored.outline
     except UnknownError as error:
         if config:
             yield str(error.__cause__).rstrip(".")
@@ -220,7 +215,7 @@ def _check_modules(stored: Stored) -> Iterator[str]:
 def _check_ignore(stored: Stored) -> Iterator[str]:
     on_disk = {key: name.removesuffix(".weight") for name, key in stored.keys.items()}
     quantized = {stored.keys[name] for name in stored.codes}
-    for module in stored.architecture.linear_modules:
+    for module in stored.outline.linear_modules:
         key = f"{module}.weight"
         if key not in quantized:
             for name in dict.fromkeys((on_disk.get(key, module), module)):
@@ -249,7 +244,7 @@ def _check_fused(stored: Stored) -> Iterator[str]:
 
 def _check_ties(stored: Stored) -> Iterator[str]:
     names = {key: name for name, key in stored.keys.items()}
-    for tied, source in stored.ties.items():
+    for tied, source in stored.outline.ties.items():
         if tied in names and source in names and names[tied] != names[source]:
             mine, other = stored.raw[names[tied]], stored.raw[names[source]]
             if mine.dtype != other.dtype or mine.shape != other.shape or not bool((mine == other).all()):
@@ -257,25 +252,19 @@ def _check_ties(stored: Stored) -> Iterator[str]:
 
 
 def _check_complete(stored: Stored) -> Iterator[str]:
-    model = stored.architecture.model
-    counts = Counter(stored.keys.values())
-    known = set(model.state_dict())
-
-    def ignored(key: str, attribute: str) -> bool:
-        return any(re.search(pattern, key) for pattern in getattr(model, attribute, None) or ())
-
+    outline, counts = stored.outline, Counter(stored.keys.values())
     part = {key: stored.entry(name) for name, key in stored.keys.items()}
-    for key, parameter in model.named_parameters():
-        if key in stored.ties or ignored(key, "_keys_to_ignore_on_load_missing"):
+    for key, shape in outline.parameters.items():
+        if key in outline.ties or key in outline.copies or matches(outline.may_lack, key):
             continue
         if key not in part:
             yield f"{key} is missing"
-        elif parameter.ndim == 3 and len(part[key].shape) == 2 and counts[key] % parameter.shape[0]:
-            yield f"{key} has {counts[key]} parts for {parameter.shape[0]} experts"
+        elif len(shape) == 3 and len(part[key].shape) == 2 and counts[key] % shape[0]:
+            yield f"{key} has {counts[key]} parts for {shape[0]} experts"
     for name, key in stored.keys.items():
         scale = name.endswith(tuple(".weight" + suffix for suffix in _SUFFIXES))
-        if key not in known and not scale and not ignored(key, "_keys_to_ignore_on_load_unexpected"):
-            yield f"{name} is no tensor of {type(model).__name__}"
+        if key not in outline.tensors and not scale and not matches(outline.may_add, key):
+            yield f"{name} is no tensor of {outline.model}"
 
 
 def _check_report(stored: Stored) -> Iterator[str]:

@@ -7,6 +7,7 @@ the files is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -101,6 +102,11 @@ def replace_json(path: Path, content: Any) -> None:
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(content), "utf-8")
     part.replace(path)
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def read_index(folder: Path) -> dict[str, Any]:

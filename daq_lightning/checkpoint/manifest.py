@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from daq_lightning.checkpoint.folder import INDEX, MANIFEST, SINGLE, read_index, read_json
+from daq_lightning.checkpoint.folder import INDEX, MANIFEST, SINGLE, read_index, read_json, sha256_of
 from daq_lightning.checkpoint.tensor_file import CheckpointError, read_header
 
 FORMAT_VERSION = 1
@@ -212,11 +212,6 @@ def describe_files(folder: Path, skip: frozenset[str]) -> dict[str, dict[str, An
         if file.is_file() and name not in skip and not name.startswith("."):
             result[name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
     return result
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _fingerprint(content: Mapping[str, Any]) -> str:

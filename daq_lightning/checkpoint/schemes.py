@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from daq_lightning.numerics.formats import Granularity, PerBlock, PerChannel, ScaleFormat
+from daq_lightning.numerics.formats import Format, Granularity, PerBlock, PerChannel, ScaleFormat
+from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 
 SchemeName: TypeAlias = Literal["auto", "FP8_BLOCK", "FP8_DYNAMIC", "FP8A16"]
 """A scheme, or "auto": FP8_BLOCK where all sizes allow it, else FP8_DYNAMIC."""
@@ -28,12 +29,14 @@ class Scheme:
 
     Attributes:
         name: The field's name.
+        format: Of the codes.
         granularity: Which elements share a scale.
         quantized_activations: Whether servers run the matrix product in FP8 as well.
         containers: Those that readers load, the usual one first.
     """
 
     name: str
+    format: Format
     granularity: Granularity
     quantized_activations: bool
     containers: tuple[Container, ...]
@@ -44,27 +47,27 @@ SCHEMES: Mapping[str, Scheme] = {
     for scheme in (
         Scheme(
             name="FP8_BLOCK",
+            format=FP8_E4M3,
             granularity=PerBlock(128, 128),
             quantized_activations=True,
             containers=("fp8", "compressed-tensors"),
         ),
         Scheme(
             name="FP8_DYNAMIC",
+            format=FP8_E4M3,
             granularity=PerChannel(),
             quantized_activations=True,
             containers=("compressed-tensors",),
         ),
         Scheme(
             name="FP8A16",
+            format=FP8_E4M3,
             granularity=PerChannel(),
             quantized_activations=False,
             containers=("compressed-tensors",),
         ),
     )
 }
-
-DEFAULT_SHARD_BYTES = 5 * 10**9
-"""Size at which a new safetensors file begins, as Hugging Face saves models."""
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """Size at which a new safetensors file begins, as Hugging Face saves models."""

@@ -1,42 +1,44 @@
 """The arguments of the command `daq-lightning`, and what is said about them.
 
-Built on jsonargparse, as LightningCLI is: every option can stand in a YAML file (`--config`), and `--print_config`
-prints such a file. The choices and defaults are those of `ExportSettings` and `ScaleSearch`, written out because
-importing them would import torch; a test holds the two together.
+Built on jsonargparse, as LightningCLI is: every option can stand in a YAML file (`--config`), and
+`--print_config` prints such a file. Choices, defaults and help of the settings are those of the fields of
+`ExportSettings` and `ScaleSearch`, which import no torch.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
-from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from daq_lightning import __version__
+from daq_lightning.export.settings import ExportSettings
+from daq_lightning.numerics.search.settings import ScaleSearch
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-ABOUT = """Makes FP8 checkpoints that keep what fine-tuning changed, for vLLM, SGLang and transformers. Rounding to FP8
-is coarser than most fine-tuning updates; each scale is searched so that the update survives it.
-Exit codes: 0 fine, 1 problems were found, 2 wrong arguments or input, 70 an error in this program, 130 interrupted."""
-ABOUT_QUANTIZE = """Writes an FP8 checkpoint of a fine-tuned model. POST and BASE are Hugging Face model folders
-(safetensors; FP8 folders too). Example: daq-lightning quantize my-model --base its-base --out my-model-fp8"""
-ABOUT_INSPECT = """Shows how much of the update each weight of an export kept, worst first. With --base and --post
-every figure is computed again from the files and compared with the report (exit code 1 if they differ)."""
-ABOUT_CHAIN = """Shows the exports that led to this one, each fine-tuned from the one before, and what is left of the
-change since its base and since the root. Exit code 1 if a file of any of them was altered, is missing or foreign."""
-ABOUT_VERIFY = """Checks an FP8 folder against what vLLM, SGLang and transformers need but do not check themselves.
-Exit code 1 if there are problems; each comes with what to do."""
+ABOUT = """Makes FP8 checkpoints that keep what fine-tuning changed, for vLLM, SGLang and transformers.
+Rounding to FP8 is coarser than most fine-tuning updates; each scale is searched so that the update survives.
+Exit codes: 0 fine, 1 problems were found, 2 wrong arguments or input, 70 an error in this program,
+130 interrupted."""
+ABOUT_QUANTIZE = """Writes an FP8 checkpoint of a fine-tuned model. POST and BASE are Hugging Face model
+folders (safetensors; FP8 folders too).
+Example: daq-lightning quantize my-model --base its-base --out my-model-fp8"""
+ABOUT_INSPECT = """Shows how much of the update each weight of an export kept, worst first. With --base and
+--post every figure is computed again from the files and compared with the report (exit code 1 if they
+differ)."""
+ABOUT_CHAIN = """Shows the exports that led to this one, each fine-tuned from the one before, and what is left
+of the change since its base and since the root. Exit code 1 if a file of any of them was altered, is missing
+or foreign."""
+ABOUT_VERIFY = """Checks an FP8 folder against what vLLM, SGLang and transformers need but do not check
+themselves. Exit code 1 if there are problems; each comes with what to do."""
 
 
 def make_parser() -> ArgumentParser:
-    """The parser of the command and its subcommands.
-
-    Raises:
-        ImportError: The extra `cli` is not installed.
-    """
-    try:
-        import jsonargparse
-    except ImportError as error:
-        raise ImportError("the command line needs jsonargparse: pip install daq-lightning[cli]") from error
+    """The parser of the command and its subcommands."""
+    import jsonargparse
 
     class Formatter(jsonargparse.DefaultHelpFormatter):
         def _get_help_string(self, action: Any) -> str:
@@ -48,7 +50,7 @@ def make_parser() -> ArgumentParser:
     def new(about: str, **kinds: Any) -> ArgumentParser:
         return jsonargparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=Formatter, **kinds)
 
-    parser = new(ABOUT, prog="daq-lightning", version=_version())
+    parser = new(ABOUT, prog="daq-lightning", version=__version__)
     commands = parser.add_subcommands(title="commands", metavar="COMMAND", description="Each has a --help of its own.")
 
     quantize = new(ABOUT_QUANTIZE, usage="daq-lightning quantize POST --base FOLDER --out FOLDER [options]")
@@ -60,68 +62,36 @@ def make_parser() -> ArgumentParser:
         "--dry-run", action="store_true", help="print what would be done to each tensor, write nothing"
     )
     layout = quantize.add_argument_group("how it is stored")
-    layout.add_argument(
-        "--scheme",
-        choices=["auto", "FP8_BLOCK", "FP8_DYNAMIC", "FP8A16"],
-        default="auto",
-        help="FP8_BLOCK: a scale per 128 x 128 block. FP8_DYNAMIC: a scale per row. FP8A16: a scale per row, and "
-        "activations stay in 16 bit. auto: FP8_BLOCK if all sizes are multiples of 128, else FP8_DYNAMIC",
-    )
+    _add_setting(layout, ExportSettings, "scheme")
     layout.add_argument(
         "--ignore",
         action="append",
-        default=[],
+        default=list(ExportSettings().ignore),
         metavar="NAME",
-        help="keep this module in high precision: a full name, or re:PATTERN of full names; can be repeated",
+        help=f"{_help_of(ExportSettings, 'ignore')}; can be repeated",
     )
-    layout.add_argument(
-        "--container",
-        choices=["fp8", "compressed-tensors"],
-        help="naming of scales and config; left out, the scheme's usual one",
-    )
-    layout.add_argument(
-        "--scale-format",
-        choices=["ue8m0"],
-        help="scales that are powers of two, for servers that would round them so (vLLM with DeepGEMM)",
-    )
+    _add_setting(layout, ExportSettings, "container")
+    _add_setting(layout, ExportSettings, "scale_format")
     search = quantize.add_argument_group("how scales are searched")
-    search.add_argument(
-        "--metric",
-        choices=["sign", "cosine", "mse", "hybrid"],
-        default="hybrid",
-        help="what is kept. sign: the sign of each change. cosine: the direction of the update. hybrid: its strength "
-        "along its own direction. mse: the weights themselves, without a look at the base",
-    )
+    _add_setting(search, ScaleSearch, "metric")
     search.add_argument(
         "--range",
         type=float,
         nargs=2,
-        default=[0.5, 2.0],
+        default=[ScaleSearch().alpha_min, ScaleSearch().alpha_max],
         metavar=("LOW", "HIGH"),
         help="range of the multiples of the plain (absmax) scale that are tried",
     )
-    search.add_argument("--n-coarse", type=int, default=5, metavar="N", help="scales tried over the whole range")
-    search.add_argument("--n-fine", type=int, default=10, metavar="N", help="scales then tried around the best of them")
-    search.add_argument(
-        "--alpha-scope",
-        choices=["group", "layer"],
-        default="group",
-        help="one multiple for each scale (group) or for each weight (layer)",
-    )
-    search.add_argument("--tau", type=float, default=0.01, help="weight of the noise in the hybrid metric")
-    search.add_argument(
-        "--missing-base",
-        choices=["error", "absmax"],
-        default="error",
-        help="a weight that the base lacks is an error, or gets a plain scale (absmax)",
-    )
+    for name in ("n_coarse", "n_fine", "alpha_scope", "tau"):
+        _add_setting(search, ScaleSearch, name)
+    _add_setting(search, ExportSettings, "missing_base")
     chain = quantize.add_argument_group("as a stage of a chain, where each model is trained from the export before")
     chain.add_argument("--parent", metavar="FOLDER", help="the export before; left out, BASE if it is one")
     chain.add_argument(
         "--chain-from",
         choices=["weights", "deployed"],
-        help="what POST was trained from: the high-precision weights that the parent was made of, or its deployed "
-        "(dequantized FP8) ones. It is checked against the parent; left out, this export begins a chain",
+        help="what POST was trained from: the high-precision weights that the parent was made of, or its "
+        "deployed (dequantized FP8) ones. It is checked against the parent; left out, this begins a chain",
     )
     search.add_argument("--device", metavar="DEVICE", help="where to search, such as cuda; left out, the CPU")
     quantize.add_argument("--config", action="config", metavar="FILE", help="YAML of options, as --print_config prints")
@@ -150,13 +120,39 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
+def _add_setting(group: Any, settings: type, name: str) -> None:
+    """An option with the choices or type, the default and the words of a field of the settings."""
+    (field,) = (field for field in dataclasses.fields(settings) if field.name == name)
+    kind = get_type_hints(settings)[name]
+    allowed = [choice for part in (kind, *get_args(kind)) if get_origin(part) is Literal for choice in get_args(part)]
+    option, words = f"--{name.replace('_', '-')}", _help_of(settings, name)
+    if allowed:
+        group.add_argument(option, choices=allowed, default=field.default, help=words)
+    else:
+        group.add_argument(option, type=kind, default=field.default, help=words, metavar=name[0].upper())
+
+
+@functools.cache
+def _words(settings: type) -> dict[str, str]:
+    """The section "Attributes:" of a docstring: field -> what it says."""
+    import docstring_parser  # jsonargparse comes with it
+
+    parsed = docstring_parser.parse(settings.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)
+    return {field.arg_name: " ".join((field.description or "").split()) for field in parsed.params}
+
+
+def _help_of(settings: type, name: str) -> str:
+    words = _words(settings)[name].rstrip(".").replace("`", "").replace('"', "")
+    return words[0].lower() + words[1:]
+
+
 def _add_output(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def normalized(argv: list[str]) -> list[str]:
-    """Accepts underscores in the names of options, and reads --config first, so that other options go before it."""
+    """Accepts underscores in names of options, and reads --config first, so that other options go before."""
     options = [part if not part.startswith("--") or part.startswith("--print") else _dashed(part) for part in argv]
     for index, part in enumerate(options[1:], 1):
         width = 2 if part == "--config" else 1
@@ -174,10 +170,3 @@ def in_options(message: str) -> str:
     """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
     named = r"\b(scheme|container|scale_format|missing_base|parent|chain_from|device)='([^']*)'"
     return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("daq-lightning")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return "unknown"

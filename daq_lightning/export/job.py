@@ -106,7 +106,7 @@ def prepare(
         CheckpointError: Nothing to quantize, a base that does not fit, or a base that is not what `chain_from` says.
     """
     if plan is None:
-        plan = plan_export(source.specs, source.keys, source.architecture, settings)
+        plan = plan_export(source.specs, source.outline, settings)
     base = described(base, [tensor.spec.name for tensor in plan.quantized])
     base_names, without_base = _match_base(plan, base, source, settings)
     names = [tensor.spec.name for tensor in plan.quantized]
@@ -130,7 +130,7 @@ def _match_base(
     """Weight name -> base name for every quantized weight, and why the others have none."""
     by_identity: dict[tuple[str, str], str] = {}
     if isinstance(base, Checkpoint) and any(tensor.spec.name not in base for tensor in plan.quantized):
-        by_identity = {_identity(name, key): name for name, key in source.architecture.keys_of(base).items()}
+        by_identity = {_identity(name, key): name for name, key in source.keys_of(base).items()}
     names, problems = {}, {}
     for tensor in plan.quantized:
         name = tensor.spec.name

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,10 +23,12 @@ from daq_lightning.checkpoint.layouts import Layout, make_layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.ignore import ignored_by
 from daq_lightning.export.progress import size_text
-from daq_lightning.export.settings import ExportSettings
-from daq_lightning.model.architecture import Architecture, Role, owner_of
 from daq_lightning.model.fusion import check_experts, check_fused
+from daq_lightning.model.outline import Outline, Role, owner_of
 from daq_lightning.numerics.formats import PerBlock
+
+if TYPE_CHECKING:
+    from daq_lightning.export.settings import ExportSettings
 
 KEPT = "kept"
 """The one part of a tensor that is not quantized."""
@@ -116,25 +118,20 @@ class ExportPlan:
         return {"scheme": self.layout.scheme.name, "bytes": size, "tensors": tensors, "notes": list(self.notes)}
 
 
-def plan_export(
-    specs: Sequence[TensorSpec],
-    keys: Mapping[str, str],
-    architecture: Architecture,
-    settings: ExportSettings,
-) -> ExportPlan:
+def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportSettings) -> ExportPlan:
     """Decides what happens to every tensor.
 
     Args:
         specs: The tensors of the checkpoint, in order.
-        keys: Checkpoint name -> memory name.
-        architecture: Says which role each tensor has.
+        outline: Says which role each tensor has, and its name in memory.
         settings: What the user chose.
 
     Raises:
         CheckpointError: Nothing to quantize, sizes that FP8_BLOCK cannot hold, an ignore pattern that matches
             nothing, or one that splits projections which servers fuse.
     """
-    roles: dict[str, Role] = {spec.name: architecture.role(keys[spec.name], len(spec.shape)) for spec in specs}
+    keys = outline.keys
+    roles: dict[str, Role] = {spec.name: outline.role(keys[spec.name], len(spec.shape)) for spec in specs}
     ignored = ignored_by(settings.ignore, specs, keys)
     chosen = [
         spec for spec in specs if roles[spec.name] in ("linear", "expert") and spec.name not in ignored
@@ -143,7 +140,7 @@ def plan_export(
     if not chosen:
         conv1d = " Its Conv1D layers hold transposed weights, which no FP8 reader takes." * ("conv1d" in roles.values())
         raise CheckpointError(
-            f"{type(architecture.model).__name__} has no Linear weight to quantize among its {len(specs)} tensors "
+            f"{outline.model} has no Linear weight to quantize among its {len(specs)} tensors "
             f"(output heads, routers and ignored modules are kept).{conv1d}"
         )
     check_fused({spec.name for spec in chosen}, roles)
@@ -163,16 +160,16 @@ def plan_export(
     return ExportPlan(
         tensors=tensors,
         layout=layout,
-        ignore=_ignore_list(tensors, architecture),
+        ignore=_ignore_list(tensors, outline),
         dtype=dtype,
         notes=tuple(notes),
     )
 
 
-def _ignore_list(tensors: Sequence[TensorPlan], architecture: Architecture) -> tuple[str, ...]:
+def _ignore_list(tensors: Sequence[TensorPlan], outline: Outline) -> tuple[str, ...]:
     """Every module that a reader might take for a quantized one: by its name in the checkpoint, then in memory."""
     quantized = {tensor.key.removesuffix(".weight") for tensor in tensors if tensor.quantize}
-    unquantized = [name for name in architecture.linear_modules if name not in quantized]
+    unquantized = [name for name in outline.linear_modules if name not in quantized]
     by_key = {tensor.key: tensor.spec.name for tensor in tensors}
     on_disk = [by_key.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in unquantized]
     kept = [tensor for tensor in tensors if not tensor.quantize]
@@ -180,10 +177,10 @@ def _ignore_list(tensors: Sequence[TensorPlan], architecture: Architecture) -> t
     unknown = [
         tensor.spec.name.removesuffix(".weight")
         for tensor in kept
-        if architecture.is_transformers
+        if outline.is_transformers
         and tensor.spec.name.endswith(".weight")
         and len(tensor.spec.shape) == 2
-        and not architecture.has_module(owner_of(tensor.key))
+        and owner_of(tensor.key) not in outline.modules
     ]
     experts = [tensor for tensor in kept if _is_expert(tensor)]
     of_experts = [tensor.spec.name.removesuffix(".weight") for tensor in experts if len(tensor.spec.shape) == 2]

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.destination import check_destination, check_inputs
 from daq_lightning.checkpoint.folder import MANIFEST, REPORT
-from daq_lightning.checkpoint.writer import CheckpointWriter, check_destination, check_inputs
+from daq_lightning.checkpoint.writer import CheckpointWriter
 from daq_lightning.export.behind import Behind
 from daq_lightning.export.manifest import TensorPrints, make_manifest, prints_of
 from daq_lightning.export.plan import KEPT, TensorPlan
@@ -121,6 +122,7 @@ def _search(job: Job, batch: Batch) -> list[SearchResult]:
         job.plan.layout.granularity,
         job.settings.search,
         scale_format=job.plan.layout.scale_format,
+        fmt=job.plan.layout.scheme.format,
         names=[pair.plan.spec.name for pair in batch],
         reader_dtype=job.plan.dtype,
     )
@@ -135,7 +137,7 @@ def _reports(job: Job, batch: Batch, results: Sequence[SearchResult]) -> list[Te
     arrived = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
     reports = []
     for pair, of_tensor in zip(batch, sides, strict=True):
-        alpha = dict(zip(ALPHA_STATISTICS, next(arrived).tolist(), strict=True))
+        alpha: dict[str, float] = dict(zip(ALPHA_STATISTICS, map(float, next(arrived).tolist()), strict=True))
         sums = {side: DeltaStats.unpacked(next(arrived)) for side in of_tensor}
         fits = bool(sums["dequantized"].delta_q_sq.isfinite())
         reports.append(
@@ -164,7 +166,9 @@ def _sides(job: Job, pair: Pair, result: SearchResult) -> dict[Side, DeltaStats]
         "dequantized": result.dequantized_stats.total(),
     }
     root = _since_root(job, pair, result.scale)
-    return sides if root is None else sides | {"root": root}
+    if root is not None:
+        sides["root"] = root
+    return sides
 
 
 def _since_root(job: Job, pair: Pair, scale: Tensor) -> DeltaStats | None:
@@ -175,7 +179,9 @@ def _since_root(job: Job, pair: Pair, scale: Tensor) -> DeltaStats | None:
     root = as_searched(job.root[name]).to(pair.weight.device)
     if root.shape != pair.weight.shape:
         return None
-    stats = delta_stats(as_searched(pair.weight), root, scale.reshape(-1, 1), job.plan.layout.granularity)
+    layout = job.plan.layout
+    scale_G1 = scale.reshape(-1, 1)
+    stats = delta_stats(as_searched(pair.weight), root, scale_G1, layout.granularity, layout.scheme.format)
     return stats.total().map(lambda field: field[0])
 
 
@@ -187,8 +193,8 @@ def _notes(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
         notes.append(f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?")
     notes += [f"{name}: plain absmax scale, because {problem}." for name, problem in job.without_base.items()]
     notes += [
-        f"{name}: to a reader that dequantizes to {str(job.plan.dtype).removeprefix('torch.')} some of its values are "
-        "infinite: serve it with FP8 kernels, or keep it (ignore)."
+        f"{name}: to a reader that dequantizes to {str(job.plan.dtype).removeprefix('torch.')} some of its values "
+        "are infinite: serve it with FP8 kernels, or keep it (ignore)."
         for name, report in reports.items()
         if report.dequantized is None
     ]

@@ -12,16 +12,19 @@ from daq_lightning.numerics.search.settings import ScaleSearch
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """The settings of an export.
+    """The settings of an export. The command line takes its help from these words.
 
     Attributes:
-        scheme: "FP8_BLOCK", "FP8_DYNAMIC", "FP8A16", or "auto": blocks where all sizes allow it, else channels.
+        scheme: Which weights share a scale. "FP8_BLOCK": those of a block of 128 x 128. "FP8_DYNAMIC": those
+            of a row. "FP8A16": those of a row, and activations stay in 16 bit. "auto": FP8_BLOCK if all sizes
+            are multiples of 128, else FP8_DYNAMIC.
         search: Objective and candidates of the scale search.
-        ignore: Modules to keep as they are: full names, or `re:` patterns of full names.
-        container: "fp8" or "compressed-tensors"; None takes the scheme's usual one.
-        scale_format: None, or "ue8m0" for scales that are powers of two.
-        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or "absmax" to
-            quantize it without a search and say so in the report.
+        ignore: Modules to keep in high precision: full names, or `re:PATTERN` of full names.
+        container: Naming of scales and config; if not given, the scheme's usual one.
+        scale_format: How scales are rounded; if not given, as readers keep them. "ue8m0": powers of two, for
+            servers that would round them so (vLLM with DeepGEMM).
+        missing_base: A weight that the base lacks, or has in another shape, is an "error", or gets a plain
+            scale without a search ("absmax"), which the report says.
         max_shard_bytes: Size at which a new safetensors file begins.
 
     Raises:

@@ -22,6 +22,8 @@ from daq_lightning.checkpoint.folder import companion_files
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, LazyTensors, TensorSpec, spec_of
 from daq_lightning.model.architecture import Architecture
+from daq_lightning.model.from_folder import FolderModel
+from daq_lightning.model.outline import Outline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +33,24 @@ class Source:
     Attributes:
         weights: Checkpoint name -> tensor, may be lazy.
         specs: The same names with dtypes and shapes, in file order.
-        keys: Checkpoint name -> memory name.
-        architecture: The model's modules.
+        outline: What is known of their model, with the memory names of these names.
+        keys_of: Memory names of other checkpoint names, such as those of a base.
         config: Content of config.json, or None for a model that has none.
         copy_files: Puts tokenizer, generation config and the like into a folder.
     """
 
     weights: Mapping[str, Tensor]
     specs: tuple[TensorSpec, ...]
-    keys: Mapping[str, str]
-    architecture: Architecture
+    outline: Outline
+    keys_of: Callable[[Iterable[str]], Mapping[str, str]]
     config: Mapping[str, Any] | None
     copy_files: Callable[[Path], None]
 
     @classmethod
     def of(
-        cls, weights: str | os.PathLike[str] | Mapping[str, Tensor], adapter: str | os.PathLike[str] | None = None
+        cls,
+        weights: str | os.PathLike[str] | Mapping[str, Tensor],
+        adapter: str | os.PathLike[str] | None = None,
     ) -> Source:
         """The source that a model folder, an open one, or a mapping is.
 
@@ -77,21 +81,19 @@ class Source:
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, adapter: str | os.PathLike[str] | None = None) -> Source:
         """The source that an open model folder is; see `from_folder`."""
-        architecture = Architecture.from_folder(checkpoint.path, len(checkpoint.raw))
-        keys = architecture.keys_of(checkpoint)
-        _check_complete(checkpoint, architecture, keys)
-        specs = tuple(
-            spec for name, spec in checkpoint.specs.items() if not _is_tied_copy(name, checkpoint, architecture, keys)
-        )
+        model = FolderModel(checkpoint.path, len(checkpoint.raw))
+        outline = model.outline(checkpoint)
+        _check_complete(checkpoint, outline)
+        specs = tuple(spec for name, spec in checkpoint.specs.items() if not _is_tied_copy(name, checkpoint, outline))
         weights = checkpoint
         if adapter is not None:
-            tied = [(name, copy) for copy, name in architecture.ties.items()]
+            tied = [(name, copy) for copy, name in outline.ties.items()]
             weights = AdaptedCheckpoint(checkpoint.path, read_adapter(adapter), tied, checkpoint.dtype)
         return cls(
             weights=weights,
             specs=specs,
-            keys=keys,
-            architecture=architecture,
+            outline=outline,
+            keys_of=lambda names: model.outline(names).keys,
             config=checkpoint.config,
             copy_files=lambda folder: _copy_companions(checkpoint.path, folder),
         )
@@ -111,8 +113,8 @@ class Source:
         return cls(
             weights=weights,
             specs=specs,
-            keys=architecture.keys_of(weights),
-            architecture=architecture,
+            outline=architecture.outline(architecture.keys_of(weights)),
+            keys_of=architecture.keys_of,
             config=None,
             copy_files=lambda folder: None,
         )
@@ -144,28 +146,27 @@ def spec_in(weights: Mapping[str, Tensor], name: str) -> TensorSpec:
     return weights.spec(name) if isinstance(weights, LazyTensors) else spec_of(name, weights[name])
 
 
-def _check_complete(checkpoint: Checkpoint, architecture: Architecture, keys: Mapping[str, str]) -> None:
-    missing = architecture.missing(keys.values())
+def _check_complete(checkpoint: Checkpoint, outline: Outline) -> None:
+    missing = outline.missing(outline.keys.values())
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise CheckpointError(
             f"{checkpoint.path} lacks {', '.join(missing[:4])}{more}, which the model of its config.json has: the "
             "folder is incomplete. Copy or save it again."
         )
-    parameters = dict(architecture.model.named_parameters(remove_duplicate=False))
     for name, spec in checkpoint.specs.items():
-        expected = parameters.get(keys[name])
-        if keys[name] == name and expected is not None and tuple(expected.shape) != spec.shape:
+        expected = outline.parameters.get(name)
+        if outline.keys[name] == name and expected is not None and expected != spec.shape:
             raise CheckpointError(
-                f"{checkpoint.path}: {name} has shape {spec.shape}, by config.json it should have "
-                f"{tuple(expected.shape)}. Files and config.json are of different models."
+                f"{checkpoint.path}: {name} has shape {spec.shape}, by config.json it should have {expected}. Files "
+                "and config.json are of different models."
             )
 
 
-def _is_tied_copy(name: str, checkpoint: Checkpoint, architecture: Architecture, keys: Mapping[str, str]) -> bool:
+def _is_tied_copy(name: str, checkpoint: Checkpoint, outline: Outline) -> bool:
     """Whether this is a second copy of a tied tensor, which no export writes."""
-    target = architecture.ties.get(keys[name])
-    original = next((other for other, key in keys.items() if key == target), None) if target else None
+    target = outline.ties.get(outline.keys[name])
+    original = next((other for other, key in outline.keys.items() if key == target), None) if target else None
     if original is None or original == name:
         return False
     if not torch.equal(checkpoint[name], checkpoint[original]):

@@ -1,56 +1,36 @@
 """What each tensor of a checkpoint is to its model: a Linear weight, an expert, a router, an embedding, ...
 
-Two name spaces meet here. A model in memory has parameters such as `mlp.experts.gate_up_proj` (experts stacked in
-three dimensions); its checkpoint has `mlp.experts.0.gate_proj.weight` and so on. Servers read the checkpoint's names.
-transformers knows how to translate in both directions, and its own conversion is used for both, so that no list of
-architectures has to be kept here.
+Two name spaces meet here. A model in memory has parameters such as `mlp.experts.gate_up_proj` (experts
+stacked in three dimensions); its checkpoint has `mlp.experts.0.gate_proj.weight` and so on. Servers read the
+checkpoint's names. transformers knows how to translate in both directions, and its own conversion is used for
+both, so that no list of architectures has to be kept here.
 
-Sources: transformers 5 `core_model_loading` (`revert_weight_conversion`, `rename_source_key`), PEFT 0.21 (names of
-wrapped modules).
+Sources: transformers 5 `core_model_loading` (`revert_weight_conversion`, `rename_source_key`), PEFT 0.21
+(names of wrapped modules).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import re
-import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
-from daq_lightning.checkpoint.folder import read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-
-Role: TypeAlias = Literal["linear", "expert", "router", "head", "outside", "conv1d", "other"]
-"""linear and expert weights can be quantized. head: lm_head, classifiers. outside: Linear weights that are not part
-of the language model (vision tower, projector). conv1d: GPT-2's transposed Linear."""
+from daq_lightning.model.outline import Outline, Role
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
 _HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
-# fields of a config.json that name code or a repository to fetch code from; none of them changes a tensor
-_NAMES_CODE = re.compile(
-    r"auto_map|custom_pipelines|trust_remote_code|code_revision|use_kernels|(_?name_or_path)|"
-    r"_?(attn|experts)_implementation(_internal)?"
-)
-_COUNTS_MODULES = re.compile(r".*(layers?|depths?|experts|blocks|stages)")
 
 
 class Architecture:
     """The modules of a model and the role of its tensors; holds no weights of its own.
 
     Args:
-        model: A `PreTrainedModel` (also on the meta device, also with PEFT adapters inside) or any other module.
+        model: A `PreTrainedModel` (also on the meta device, also with PEFT adapters) or any other module.
 
     Attributes:
         model: The model.
-        linear_modules: Names of all Linear modules and routers, in memory names.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,56 +42,32 @@ class Architecture:
         output = model.get_output_embeddings() if self.is_transformers else None  # type: ignore[operator]
         self._heads = {name for name, module in self._modules.items() if module is output and output is not None}
         self._conversion: _Conversion | None = None
-        self.linear_modules = [
-            name
-            for name, module in self._modules.items()
-            if isinstance(module, nn.Linear) or self._module_role(name) == "router"
-        ]
 
-    @classmethod
-    def from_folder(cls, folder: Path, tensors: int) -> Architecture:
-        """The architecture that a folder's config.json describes, built without memory for weights.
-
-        A config.json is foreign input: nothing that it names is imported or downloaded, attention is the plain one,
-        and a model of many more modules than the files hold tensors is not built.
+    def outline(self, keys: Mapping[str, str]) -> Outline:
+        """The names and roles alone, see `Outline`.
 
         Args:
-            folder: A Hugging Face model folder.
-            tensors: How many tensors its files hold.
-
-        Raises:
-            CheckpointError: No config.json, or a model that transformers does not know.
+            keys: Checkpoint name -> memory name, of `keys_of` or of `saved`.
         """
-        import transformers
-
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"{folder} has no config.json, which says what the tensors are: pass a Hugging Face model folder."
-            )
-        content = _without_code(read_json(folder / "config.json"))
-        limit = 1000 + 16 * tensors
-        try:
-            _check_counts(content, limit)
-            with _quiet_and_offline():
-                config = _read_config(content, folder.name)
-                names = config.architectures or []
-                model_class = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
-                if names and not issubclass(model_class, transformers.PreTrainedModel):
-                    raise ValueError(f"{names[0]} is not a model class")
-                # a quantized folder is described by its config too: the plain architecture is asked for here
-                vars(config).pop("quantization_config", None)
-                build = getattr(model_class, "_from_config" if names else "from_config")
-                with torch.device("meta"), _at_most_modules(limit):
-                    model = build(config, attn_implementation="eager")
-                return cls(model)
-        except Exception as error:  # foreign input: transformers raises whatever it trips over
-            raise CheckpointError(
-                f"transformers {transformers.__version__} cannot build the model that {folder / 'config.json'} "
-                f"describes: {error}. Models with code of their own are not supported."
-            ) from error
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        once = {name for name, _ in self.model.named_parameters()}
+        return Outline(
+            model=type(self.model).__name__,
+            is_transformers=self.is_transformers,
+            parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+            copies=tuple(name for name in parameters if name not in once),
+            tensors=frozenset(self.model.state_dict()),
+            modules=frozenset(self._modules),
+            linear_modules=tuple(name for name in self._modules if self._is_linear(name)),
+            roles=self._roles(),
+            ties=self.ties,
+            may_lack=tuple(sorted(getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ())),
+            may_add=tuple(sorted(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())),
+            keys=dict(keys),
+        )
 
     def keys_of(self, names: Iterable[str]) -> dict[str, str]:
-        """Checkpoint names -> memory names, as transformers would load them; unknown names map to themselves."""
+        """Checkpoint names -> memory names, as transformers loads them; unknown names map to themselves."""
         if not self.is_transformers:
             return {name: name for name in names}
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -132,26 +88,10 @@ class Architecture:
             keys[name] = key
         return keys
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """Parameters that a checkpoint of these memory names leaves at random values; tied ones are not missed."""
-        if not self.is_transformers:
-            return []
-        present, tied = set(keys), self.ties
-        present |= {key for key, source in tied.items() if source in present}
-        present |= {source for key, source in tied.items() if key in present}
-        patterns = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
-        optional = [re.compile(pattern) for pattern in patterns]
-        names = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
-        return [name for name in names if name not in present and not any(pattern.search(name) for pattern in optional)]
-
     @property
     def ties(self) -> dict[str, str]:
         """Memory name of a tied copy -> of the tensor that it shares."""
         return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
-
-    def has_module(self, name: str) -> bool:
-        """Whether the model has a module of this memory name."""
-        return name in self._modules
 
     def split(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
         """The checkpoint tensors of one tensor in memory: views of it, under checkpoint names."""
@@ -187,31 +127,31 @@ class Architecture:
             odd = set(self._conversion.revert(meta)) ^ set(result)
             if odd:
                 raise CheckpointError(
-                    f"{type(self.model).__name__}: the checkpoint form of {', '.join(sorted(odd)[:4])} is made from "
-                    "several tensors at once, which cannot be exported one at a time. Save the model with "
-                    "save_pretrained and export that folder."
+                    f"{type(self.model).__name__}: the checkpoint form of {', '.join(sorted(odd)[:4])} is "
+                    "made from several tensors at once, which cannot be exported one at a time. Save the model "
+                    "with save_pretrained and export that folder."
                 )
         return result
 
-    def role(self, key: str, ndim: int) -> Role:
-        """The role of a tensor.
+    def _roles(self) -> dict[str, Role]:
+        """Matrix, or stack of matrices, in memory -> its role, if it has one."""
+        roles: dict[str, Role] = {}
+        for name, module in self._modules.items():
+            prefix = f"{name}." if name else ""
+            for (
+                parameter,
+                value,
+            ) in module._parameters.items():  # not getattr, which would compute a parametrized one
+                if value is not None and value.ndim == 3:
+                    roles[prefix + parameter] = "expert"
+            if self._is_linear(name):
+                roles[f"{prefix}weight"] = self._module_role(name)
+            elif type(module).__name__ == "Conv1D":
+                roles[f"{prefix}weight"] = "conv1d"
+        return roles
 
-        Args:
-            key: Memory name.
-            ndim: Dimensions of the tensor in the checkpoint.
-        """
-        owner, _, parameter = key.rpartition(".")
-        module = self._modules.get(owner)
-        if module is None or ndim != 2:
-            return "other"
-        if parameter == "weight" and (isinstance(module, nn.Linear) or self._module_role(owner) == "router"):
-            return self._module_role(owner)
-        if type(module).__name__ == "Conv1D" and parameter == "weight":
-            return "conv1d"
-        in_memory = module._parameters.get(parameter)  # not getattr, which would compute a parametrized tensor
-        if in_memory is not None and in_memory.ndim == 3:
-            return "expert"
-        return "other"
+    def _is_linear(self, name: str) -> bool:
+        return isinstance(self._modules[name], nn.Linear) or self._module_role(name) == "router"
 
     def _has_one_decoder(self) -> bool:
         # the encoder of an encoder-decoder belongs to the language model as much as its decoder does
@@ -246,8 +186,8 @@ class _Conversion:
         used = getattr(self._model, "_weight_conversions", None)
         if not any(_dequantizes(conversion) for conversion in used or ()):
             return revert_weight_conversion(self._model, tensors)  # type: ignore[arg-type]
-        # loaded from an FP8 folder and dequantized, which transformers 5.23 would revert by quantizing: without this
-        # attribute it takes the conversions of the plain architecture
+        # loaded from an FP8 folder and dequantized, which transformers 5.23 would revert by quantizing:
+        # without this attribute it takes the conversions of the plain architecture
         del self._model._weight_conversions
         try:
             return revert_weight_conversion(self._model, tensors)  # type: ignore[arg-type]
@@ -255,78 +195,9 @@ class _Conversion:
             self._model._weight_conversions = used  # type: ignore[assignment]
 
 
-def _read_config(content: Mapping[str, Any], name: str) -> Any:
-    """The configuration object of a config.json's content; transformers reads it from a folder of this name."""
-    import transformers
-
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / (name or "model")
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(content), "utf-8")
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-def _without_code(content: Any) -> Any:
-    """A config.json without the fields that name code, at any depth."""
-    if isinstance(content, dict):
-        return {key: _without_code(value) for key, value in content.items() if not _NAMES_CODE.fullmatch(key)}
-    return [_without_code(value) for value in content] if isinstance(content, list) else content
-
-
-def _check_counts(content: Any, limit: int, key: str = "") -> None:
-    """Refuses a config.json whose counts of layers and the like the files cannot bear out: building would not end."""
-    if isinstance(content, dict):
-        for name, value in content.items():
-            _check_counts(value, limit, name)
-    elif isinstance(content, list):
-        for value in content:
-            _check_counts(value, limit, key)
-    elif isinstance(content, (int, float)) and content > limit and _COUNTS_MODULES.fullmatch(key):
-        raise ValueError(f"{key} is {content:g}, far more than the tensors in its files")
-
-
-@contextlib.contextmanager
-def _at_most_modules(limit: int) -> Iterator[None]:
-    """Stops a model that this thread builds when it has more modules than that."""
-    thread, count = threading.get_ident(), 0
-
-    def check(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-        nonlocal count
-        count += threading.get_ident() == thread
-        if count > limit:
-            raise ValueError(f"it has more than {limit} modules, far more than the tensors in its files")
-
-    hook = register_module_module_registration_hook(check)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextlib.contextmanager
-def _quiet_and_offline() -> Iterator[None]:
-    """Without transformers' warnings, and without the Hub: a config.json may name repositories in many fields."""
-    from huggingface_hub import constants
-
-    logger = logging.getLogger("transformers")
-    level, offline = logger.level, constants.HF_HUB_OFFLINE
-    logger.setLevel(logging.ERROR)
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        constants.HF_HUB_OFFLINE = offline
-
-
 def _dequantizes(conversion: Any) -> bool:
     operations = getattr(conversion, "operations", None) or ()
     return any(type(operation).__name__.endswith("Dequantize") for operation in operations)
-
-
-def owner_of(key: str) -> str:
-    """The module that holds a tensor."""
-    return key.rpartition(".")[0]
 
 
 def name_without_peft(name: str) -> str | None:

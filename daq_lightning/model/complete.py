@@ -14,6 +14,7 @@ from torch import nn
 
 from daq_lightning.model.architecture import Architecture
 from daq_lightning.model.live import LiveModel
+from daq_lightning.model.outline import Outline
 
 
 def check_complete(model: LiveModel) -> None:
@@ -31,8 +32,7 @@ def check_complete(model: LiveModel) -> None:
     keys = set(model.keys.values())
     missing = reference.missing(keys)
     if missing:
-        known = set(reference.model.state_dict())
-        foreign = [key for key in model.keys.values() if key not in known]
+        foreign = [key for key in model.keys.values() if key not in reference.tensors]
         instead = f" It has {_listed(foreign)} instead." if foreign else ""
         raise ValueError(
             f"The export would lack {_listed(missing)}, which the {type(model.model).__name__} of its config.json has "
@@ -53,8 +53,8 @@ def _check_ties(model: LiveModel) -> None:
             )
 
 
-def _built_from_config(model: nn.Module) -> Architecture | None:
-    """The model that a reader builds, without memory for weights; None if its class cannot be built this way."""
+def _built_from_config(model: nn.Module) -> Outline | None:
+    """Of the model that a reader builds, without memory for weights; None if its class cannot be built this way."""
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     logger = logging.getLogger("transformers")
@@ -63,7 +63,8 @@ def _built_from_config(model: nn.Module) -> Architecture | None:
     try:
         # some models draw random numbers on the CPU when they are built: those of the training stay what they were
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return Architecture(type(model)._from_config(config, attn_implementation="eager"))  # type: ignore[attr-defined]
+            built = type(model)._from_config(config, attn_implementation="eager")  # type: ignore[attr-defined]
+            return Architecture(built).outline({})
     except (
         Exception
     ):  # a class of the user's whose constructor takes more than a config: its readers are the user's too

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
-from daq_lightning.model.architecture import Role, owner_of
+from daq_lightning.model.outline import Role, owner_of
 
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),

@@ -73,7 +73,7 @@ class DeltaStats(NamedTuple):
         return self.map(lambda field: field.sum(0))
 
     def packed(self) -> Tensor:
-        """All sums as one tensor that leaves a device at once: float64, exact for counts below 2^53, (10, ...)."""
+        """All sums as one float64 tensor of shape (10, ...); exact, for counts are below 2^53."""
         return torch.stack([field.double() for field in self])
 
     @classmethod
@@ -168,7 +168,7 @@ def sums(weight: Tensor, base: Tensor, dequantized: Tensor) -> DeltaStats:
     # compared, not subtracted: a difference of two tiny numbers may be flushed to zero on some devices
     sign, sign_q = _sign_of_difference(weight, base), _sign_of_difference(dequantized, base)
     changed = sign != 0
-    shape = torch.broadcast_shapes(delta.shape, delta_q.shape)[:-1]
+    shape = torch.broadcast_tensors(delta, delta_q)[0].shape[:-1]  # torch.broadcast_shapes imports sympy
 
     def count(mask: Tensor) -> Tensor:
         return mask.sum(-1, dtype=torch.int64).expand(shape)

@@ -206,7 +206,7 @@ def only_finite(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-ALPHA_STATISTICS = ("min", "mean", "max", "moved")
+ALPHA_STATISTICS: tuple[str, ...] = ("min", "mean", "max", "moved")
 
 
 def alpha_statistics(alpha: Tensor) -> Tensor:

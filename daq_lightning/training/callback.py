@@ -23,9 +23,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from daq_lightning.checkpoint.destination import check_destination
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.schemes import SchemeName
-from daq_lightning.checkpoint.writer import check_destination
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.report.figures import ExportReport

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from daq_lightning.training.schedule import Schedule
+if TYPE_CHECKING:
+    from daq_lightning.training.schedule import Schedule
 
 
 def best_saver(trainer: Trainer) -> ModelCheckpoint | None:

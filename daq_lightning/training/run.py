@@ -21,8 +21,8 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from daq_lightning.checkpoint.destination import check_inputs
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
-from daq_lightning.checkpoint.writer import check_inputs
 from daq_lightning.export.job import Job, prepare
 from daq_lightning.export.plan import plan_export
 from daq_lightning.export.run import run
@@ -115,7 +115,7 @@ class Run:
         with as_misconfiguration():
             check_complete(model)
         source = self._source(model)
-        plan = plan_export(source.specs, source.keys, source.architecture, settings.choices)
+        plan = plan_export(source.specs, source.outline, settings.choices)
         names = tuple(tensor.spec.name for tensor in plan.quantized)
         resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path is not None else None
         own = settings.description(model=model_name, place=place)
@@ -236,8 +236,8 @@ class Run:
         return Source(
             weights=model.weights,
             specs=model.specs,
-            keys=model.keys,
-            architecture=model.architecture,
+            outline=model.architecture.outline(model.keys),
+            keys_of=model.architecture.keys_of,
             config=model.config(),
             copy_files=copy_files,
         )

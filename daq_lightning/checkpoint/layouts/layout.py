@@ -12,7 +12,6 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.tensor_file import TensorSpec
 from daq_lightning.numerics.formats import Granularity, ScaleFormat
-from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.schemes import Container, Scheme
@@ -67,7 +66,7 @@ class Layout(ABC):
         shape_MN = (weight.shape[0], weight.shape[1])
         scale_shape = self.granularity.grid(shape_MN)
         return {
-            "codes": TensorSpec(name=weight.name, dtype=FP8_E4M3.dtype, shape=weight.shape),
+            "codes": TensorSpec(name=weight.name, dtype=self.scheme.format.dtype, shape=weight.shape),
             "scale": TensorSpec(name=self.scale_name(weight.name), dtype=torch.float32, shape=scale_shape),
         }
 

@@ -16,14 +16,16 @@ Legend: M out, N in, G groups, K candidates.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import sys
 import warnings
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from daq_lightning.numerics.backends import library
 from daq_lightning.numerics.formats import Format, Granularity
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.objectives import DeltaStats
@@ -91,23 +93,20 @@ def delta_stats(
 @functools.cache
 def _choose(device_type: str) -> Backend:
     if device_type == "cpu":
-        from daq_lightning.numerics.backends import cpu, library
-
-        reason = library.why_not()
-        if reason is None:
-            return cpu
+        name, reason = "cpu", library.why_not()
     elif device_type == "cuda":
-        if importlib.util.find_spec("triton"):
-            from daq_lightning.numerics.backends import cuda  # imports triton
-
-            return cuda
-        reason = "Triton is not installed"
+        name, reason = "cuda", None if importlib.util.find_spec("triton") else "Triton is not installed"
     else:
-        reason = f"there is no kernel for {device_type} devices"
-    from daq_lightning.numerics.backends import reference
-
+        name, reason = "", f"there is no kernel for {device_type} devices"
+    if reason is None:
+        return _module(name)
     warnings.warn(f"The scale search uses its slow reference implementation: {reason}", stacklevel=_users_level())
-    return reference
+    return _module("reference")
+
+
+def _module(name: str) -> Backend:
+    """A backend by its name: only the one that is used is imported (`cuda` imports triton)."""
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
 
 
 def _users_level() -> int:

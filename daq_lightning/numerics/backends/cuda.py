@@ -94,7 +94,7 @@ def delta_stats(
             MAX=fmt.max,
             MIN_NORMAL=math.frexp(fmt.min_normal)[1] - 1 + 127,  # its biased exponent in float32
             MANTISSA_BITS=fmt.mantissa_bits,
-            HARDWARE_CAST=fmt.dtype == torch.float8_e4m3fn and _hardware_cast(weight_MN.device),
+            HARDWARE_CAST=fmt.dtype_name == "float8_e4m3fn" and _hardware_cast(weight_MN.device),
             READER="" if reader_dtype is None else str(reader_dtype),
             num_warps=1,  # pyright: ignore[reportCallIssue]
             enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]  (q - b is 0 exactly where q == b)
@@ -150,7 +150,8 @@ def _read(q, READER: tl.constexpr):
         bits = q.to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     if READER == "torch.float16":
-        rounded = _round(tl.minimum(tl.maximum(q, -65536.0), 65536.0), 127 - 14, 10, False)
+        q = tl.minimum(tl.maximum(q, -65536.0), 65536.0)
+        rounded = _round(q, 127 - 14, 10, False)  # pyright: ignore[reportArgumentType]
         return tl.where(tl.abs(rounded) == 65536.0, rounded * float("inf"), rounded)
     return q
 

@@ -30,7 +30,6 @@ import logging
 import os
 import platform
 import shlex
-import stat
 import sys
 import tempfile
 import threading
@@ -39,6 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from daq_lightning.numerics.backends.cache_folder import cache_folder, why_not_ours
 from daq_lightning.numerics.backends.compiling import (
     FLAGS,
     LEVELS,
@@ -165,7 +165,7 @@ def _load_shipped() -> ctypes.CDLL | str:
 
 def _load_cached() -> ctypes.CDLL | None:
     """What any compiler has built for this machine."""
-    folder, _ = _cache_folder()
+    folder, _ = cache_folder()
     try:
         return _load_built(folder, f"{_machine()}_") if folder is not None and _features() else None
     except OSError:
@@ -175,7 +175,7 @@ def _load_cached() -> ctypes.CDLL | None:
 def _load(command: list[str]) -> ctypes.CDLL:
     """The library that this command builds: from the cache, built there, or for this process alone."""
     key = f"{_machine()}_{_hash(b' '.join([*map(os.fsencode, command), predefined(command)]))}"
-    folder, problem = _cache_folder()
+    folder, problem = cache_folder()
     if folder is not None:
         try:
             found = _load_built(folder, key)
@@ -240,37 +240,6 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _cache_folder() -> tuple[Path | None, str]:
-    """The user's cache folder; or None, and why there is none that can be trusted."""
-    parent = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not parent.is_absolute():  # then the XDG specification has it ignored
-        try:
-            parent = Path.home() / ".cache"
-        except RuntimeError:  # HOME is not set, and the system does not know the user
-            return None, "there is no home folder"
-        if not parent.is_absolute():
-            return None, f"the home folder {parent.parent} is not an absolute path"
-    folder = parent / "daq_lightning"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        problem = why_not_ours(folder)
-    except OSError as error:
-        return None, str(error)
-    return (None, problem) if problem else (folder, "")
-
-
-def why_not_ours(path: Path) -> str | None:
-    """None if only this user (and root) can have written a file or folder, else what speaks against it."""
-    status = path.lstat()
-    if stat.S_ISLNK(status.st_mode):
-        return f"{path} is a link"
-    if status.st_uid != os.geteuid():
-        return f"{path} belongs to another user"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"{path} can be written by other users"
-    return None
-
-
 @contextlib.contextmanager
 def _one_process(lock: Path) -> Iterator[None]:
     """Keeps other processes out, as far as the file system knows locks."""
@@ -292,4 +261,5 @@ def _announce(text: str) -> None:
     if logger.hasHandlers():
         logger.info(text)
     else:
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()

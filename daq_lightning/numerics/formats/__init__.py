@@ -26,17 +26,24 @@ class Format:
     """A small floating point format whose codes have a sign, an exponent and a mantissa, 8 bits in all.
 
     Attributes:
-        dtype: The torch dtype that holds the codes.
+        dtype_name: Of the torch dtype that holds the codes.
         max: Largest finite value; larger magnitudes saturate to it.
         min_normal: Smallest normal number, a power of two. Below it the grid is even, with step
             ``min_normal / 2^mantissa_bits``.
         mantissa_bits: Explicit bits of the significand.
     """
 
-    dtype: torch.dtype
+    dtype_name: str
     max: float
     min_normal: float
     mantissa_bits: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype that holds the codes."""
+        import torch  # here, so that settings which name a format do without it
+
+        return getattr(torch, self.dtype_name)
 
 
 ScaleFormat: TypeAlias = Literal["float32", "bfloat16", "ue8m0"]

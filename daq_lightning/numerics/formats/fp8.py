@@ -5,8 +5,6 @@ Source: OCP 8-bit floating point specification (OFP8), revision 1.0, table 1.
 
 from __future__ import annotations
 
-import torch
-
 from daq_lightning.numerics.formats import Format
 
-FP8_E4M3 = Format(dtype=torch.float8_e4m3fn, max=448.0, min_normal=2.0**-6, mantissa_bits=3)
+FP8_E4M3 = Format(dtype_name="float8_e4m3fn", max=448.0, min_normal=2.0**-6, mantissa_bits=3)

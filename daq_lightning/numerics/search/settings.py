@@ -33,7 +33,8 @@ class ScaleSearch:
     """How to search; checked when it is made.
 
     Attributes:
-        metric: The objective: "sign", "cosine", "mse" or "hybrid" (see `daq_lightning.numerics.objectives`).
+        metric: What is kept. "sign": the sign of each change. "cosine": the direction of the update. "hybrid":
+            its strength along its own direction. "mse": the weights themselves, without a look at the base.
         alpha_min: Lower end of the range of alpha, > 0.
         alpha_max: Upper end, >= alpha_min.
         n_coarse: Candidates of the coarse stage, evenly spaced over the range, 1 to 16,384.

@@ -92,7 +92,8 @@ def search_in_steps(task: Task, kernels: Kernels) -> SearchResult:
     def evaluate(band: _Band, alpha_GK: Tensor) -> DeltaStats:
         scale_GK = _scaled(scale_G[band.groups, None], alpha_GK, task)
         rows = band.rows
-        return kernels.delta_stats(task.weight[rows], task.base[rows], scale_GK, task.granularity, task.format, None)
+        weight, base = task.weight[rows], task.base[rows]
+        return kernels.delta_stats(weight, base, scale_GK, task.granularity, task.format, None)
 
     found = _search_layer(task, evaluate) if task.search.alpha_scope == "layer" else _search_groups(task, evaluate)
     # a group of zeros has scale 1 whatever the alpha of its layer

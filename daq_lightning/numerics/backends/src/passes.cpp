@@ -34,8 +34,12 @@ const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Format format
                 each(piece, cover.region(item), weight, &base, [&] {
                     piece->prepare();
                     fixed.add(*piece);
-                    for (int64_t k = 0; k < K && !reader; ++k) piece->add(scale_K[k], grid, sums[k]);
-                    for (int64_t k = 0; k < K && reader; ++k) piece->add_read((Reader)reader, scale_K[k], grid, plain, sums[k]);
+                    for (int64_t k = 0; k < K; ++k) {
+                        if (reader)
+                            piece->add_read((Reader)reader, scale_K[k], grid, plain, sums[k]);
+                        else
+                            piece->add(scale_K[k], grid, sums[k]);
+                    }
                 });
                 int64_t* counts_K = (int64_t*)counts.data + item * K;
                 double* totals_K = (double*)totals.data + item * K;

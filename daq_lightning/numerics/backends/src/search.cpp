@@ -20,7 +20,7 @@ struct Search {
 struct Found {
     Array scale;   // float32 [G]; NaN or infinity where the group holds one
     Array alpha;   // float64 [G]
-    Array counts;  // int64 [6, S, G]: of the scale found, the absmax scale, the scale found as the reader sees it
+    Array counts;  // int64 [6, S, G]: of the scale found, of absmax, of the scale found as the reader sees it
     Array totals;  // float64 [4, S, G]; S is 3, or 2 without a reader; see write()
     Array codes;   // uint8 [M, N]
 };

@@ -2,7 +2,7 @@
 // memory once, and all candidates are evaluated from the first-level cache.
 //
 //     x = clamp(w * (1 / s), -max, max)       one float32 product, as in quantize.py
-//     q = round(x) * s                        to the grid of the format; for a reader in 16 bit rounded once more
+//     q = round(x) * s                        to the grid of the format; a 16-bit reader rounds once more
 //     d = w - b,  d_q = q - b,  e = q - w     float32; their products are summed in float32 over at most 1,008
 //                                             elements and in float64 beyond
 //
@@ -27,7 +27,7 @@ inline double add_product(double sum, double a, double b) { return sum + a * b; 
 
 enum Wanted { DIRECTION = 1, ERROR = 2, COUNTS = 4, ALL = 7 };
 
-// What a reader of the file makes of code * scale, to nearest, ties to even; numbered as the dtypes of a Matrix.
+// What a reader of the file makes of code * scale: to nearest, ties to even. Numbered as the dtypes of Matrix.
 enum Reader { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 template <Reader reader>
@@ -36,7 +36,7 @@ inline float read_as(float q) {
         const uint32_t bits = (uint32_t)bits_of(q);
         return float_of((int32_t)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u));
     }
-    if constexpr (reader == FLOAT16) {  // a grid with one step beyond its largest value, which stands for infinity
+    if constexpr (reader == FLOAT16) {  // a grid with one value more, which stands for infinity
         const Grid grid(Format{0x1p16, 0x1p-14, 10});
         const int32_t bits = bits_of(grid.round(grid.saturate(q)));
         return float_of((bits & MAGNITUDE) == bits_of(0x1p16f) ? bits | EXPONENT : bits);
@@ -113,7 +113,8 @@ struct CountedPiece : Piece {
         const float reciprocal = 1.0f / scale;
         Real dot = 0, delta_q_sq = 0, error_sq = 0, dot_r = 0, delta_r_sq = 0, error_r_sq = 0;
         int32_t with = 0, equals = 0, with_r = 0, equals_r = 0;
-#pragma omp simd reduction(+ : dot, delta_q_sq, error_sq, dot_r, delta_r_sq, error_r_sq, with, equals, with_r, equals_r)
+#pragma omp simd reduction(+ : dot, delta_q_sq, error_sq, with, equals) \
+    reduction(+ : dot_r, delta_r_sq, error_r_sq, with_r, equals_r)
         for (int64_t i = 0; i < count; ++i) {
             const float q = grid.round(grid.saturate(w[i] * reciprocal)) * scale;
             const float d = w[i] - b[i], d_q = q - b[i], e = q - w[i];

@@ -1,0 +1,195 @@
+"""What each subcommand does with its options, and the words in which it says so; each returns the exit code.
+
+A command imports what it needs itself: `chain` of a folder does not wait for the search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from daq_lightning.checkpoint.reader import Checkpoint
+
+_SHOWN = 5  # differing weights in the text of inspect
+
+
+def quantize(options: Namespace) -> int:
+    """Writes an FP8 checkpoint, or shows what would be written."""
+    from daq_lightning.checkpoint.destination import check_destination, check_inputs
+    from daq_lightning.export.job import prepare
+    from daq_lightning.export.run import check_device, run
+    from daq_lightning.export.settings import ExportSettings
+    from daq_lightning.export.source import Source
+    from daq_lightning.numerics.search.settings import ScaleSearch
+
+    if options.base is None and options.adapter is None:
+        raise ValueError("--base is missing: pass the folder of the model that POST was trained from.")
+    if options.out is None and not options.dry_run:
+        raise ValueError("--out is missing: pass the folder to write, or --dry-run to see what would be written.")
+    choices = ExportSettings(
+        scheme=options.scheme,
+        search=ScaleSearch(
+            metric=options.metric,
+            alpha_min=options.range[0],
+            alpha_max=options.range[1],
+            n_coarse=options.n_coarse,
+            n_fine=options.n_fine,
+            alpha_scope=options.alpha_scope,
+            tau=options.tau,
+        ),
+        ignore=tuple(options.ignore),
+        container=options.container,
+        scale_format=options.scale_format,
+        missing_base=options.missing_base,
+    )
+    check_device(options.device)
+    adapter = None if options.adapter is None else _folder(options.adapter, "--adapter")
+    source = Source.from_folder(_folder(options.post, "POST"), adapter)
+    base = _checkpoint(options.base or options.post, "--base")
+    job = prepare(source, base, choices, parent=options.parent, chain_from=options.chain_from)
+    if options.dry_run:
+        if options.out is not None:
+            check_inputs(Path(options.out), job.inputs())
+            check_destination(Path(options.out))
+        if options.json:
+            _print_json(job.plan.to_dict() | {"without_base": dict(job.without_base)})
+            return 0
+        quantized, missing = len(job.plan.quantized), len(job.without_base)
+        print(job.plan.table())
+        print(f"base: {quantized - missing} of {quantized} FP8 weights are in {base.path}")
+        print("".join(f"  {name}: plain scale, {why}\n" for name, why in job.without_base.items()), end="")
+        print("dry run: nothing was written")
+        return 0
+    report = run(job, Path(str(options.out)), device=options.device, progress=not options.quiet)
+    if options.json:
+        _print_json({"path": report.path, **report.to_dict()})
+    elif not options.quiet:
+        print(report.summary())
+    return 0
+
+
+def inspect(options: Namespace) -> int:
+    """Shows what an export kept of the update, weight by weight."""
+    from daq_lightning.audit.recompute import differences, recompute
+    from daq_lightning.report.figures import ExportReport
+    from daq_lightning.report.text import table, worst_first
+
+    post, base = options.post, options.base
+    if options.limit is not None and options.limit < 0:
+        raise ValueError(f"--limit says how many weights to show, expected 0 or more, got {options.limit}.")
+    if options.adapter is not None:
+        post, base = post or base, base or post
+    if (post is None) != (base is None) or (options.adapter is not None and post is None):
+        raise ValueError("--base and --post (or --base and --adapter) belong together: figures need all of them.")
+    report = found = ExportReport.load(_export_folder(options.out))
+    if base is not None:
+        progress = sys.stderr.isatty()
+        found = recompute(report, _weights(post, options.adapter), _checkpoint(base, "--base"), progress=progress)
+    differing = differences(report, found)
+    if options.json:
+        content = found.to_dict()
+        names = [tensor.name for tensor in worst_first(found)][: options.limit]
+        content["tensors"] = {name: content["tensors"][name] for name in names}
+        _print_json({"path": found.path, "recomputed": base is not None, "differences": differing, **content})
+        return 1 if differing else 0
+    print(table(found, options.limit))
+    if base is not None:
+        print(
+            f"computed again from the files: {len(report.tensors) - len(differing)} of {len(report.tensors)} "
+            "weights agree with daq_report.json"
+        )
+    for name, sums in list(differing.items())[:_SHOWN]:
+        print(f"DIFFERS {name}: {'; '.join(sums[:2])}" + (f"; and {len(sums) - 2} more" if len(sums) > 2 else ""))
+    if differing:
+        more = f"and {len(differing) - _SHOWN} more weights. " if len(differing) > _SHOWN else ""
+        print(f"{more}The files were changed after the export, or base and post are not the models it was made from.")
+    return 1 if differing else 0
+
+
+def chain(options: Namespace) -> int:
+    """Shows the exports that led to one, and whether all are intact."""
+    from daq_lightning.audit.chain import Chain
+    from daq_lightning.checkpoint.folder import MANIFEST
+    from daq_lightning.checkpoint.tensor_file import CheckpointError
+
+    if not (Path(_folder(options.folder, "FOLDER")) / MANIFEST).is_file():
+        raise ValueError(f"{options.folder} has no {MANIFEST}, so it is not an export by this package.")
+    stages, problems, text = [], [], ""
+    try:
+        chain = Chain.open(options.folder)
+        problems += chain.verify()
+        text = chain.table()
+        for stage in chain.stages:
+            described = {"folder": str(stage.folder.resolve()), "fingerprint": stage.manifest.fingerprint}
+            stages.append(described | dataclasses.asdict(stage.manifest.lineage) | {"totals": stage.totals()})
+    except CheckpointError as error:  # a manifest or report that was altered, or a stage that is gone
+        problems.append(str(error))
+    if options.json:
+        _print_json({"path": options.folder, "stages": stages, "problems": problems})
+    else:
+        verdict = [f"FAILED  {problem}" for problem in problems] or ["all is as it was exported"]
+        print("\n".join([*filter(None, [text]), *verdict]))
+    return 1 if problems else 0
+
+
+def verify(options: Namespace) -> int:
+    """Checks an FP8 folder against what its readers need."""
+    from daq_lightning.audit.verify import checklist, run_checks
+
+    checks = run_checks(options.out)
+    if options.json:
+        _print_json({"path": options.out, "checks": [dataclasses.asdict(check) for check in checks]})
+    else:
+        print(checklist(checks))
+    return 1 if any(check.problems for check in checks) else 0
+
+
+def _weights(post: str, adapter: str | None) -> Checkpoint:
+    """The fine-tuned weights: of a folder, or of a folder with an adapter merged in."""
+    from daq_lightning.checkpoint.adapted import AdaptedCheckpoint
+    from daq_lightning.checkpoint.adapter import read_adapter
+
+    if adapter is None:
+        return _checkpoint(post, "POST")
+    return AdaptedCheckpoint(_folder(post, "POST"), read_adapter(_folder(adapter, "--adapter")))
+
+
+def _checkpoint(path: str, role: str) -> Checkpoint:
+    from daq_lightning.checkpoint.reader import Checkpoint
+
+    return Checkpoint(_folder(path, role))
+
+
+def _folder(path: str, role: str) -> str:
+    """The path, if it is a folder; else an error that guesses what was meant."""
+    if not Path(path).is_dir():
+        hub = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+        meant = f" To take it from the Hub: hf download {path} --local-dir FOLDER" if hub else ""
+        raise ValueError(f"{role}: {path} is {'not a folder' if Path(path).exists() else 'not there'}.{meant}")
+    if (
+        role != "--adapter"
+        and (Path(path) / "adapter_config.json").is_file()
+        and not (Path(path) / "config.json").is_file()
+    ):
+        raise ValueError(
+            f"{role}: {path} is a LoRA adapter. Pass the model it was trained on as POST, and --adapter {path}"
+        )
+    return path
+
+
+def _export_folder(path: str) -> str:
+    if not (Path(_folder(path, "OUT")) / "daq_report.json").is_file():
+        raise ValueError(f"{path} has no daq_report.json, so it was not written by `daq-lightning quantize`.")
+    return path
+
+
+def _print_json(content: Any) -> None:
+    # the escapes of an encoding that cannot hold a name are JSON's own only above 8 bits
+    plain = "utf" not in (sys.stdout.encoding or "utf-8").lower()
+    print(json.dumps(content, indent=2, ensure_ascii=plain))
