@@ -1,4 +1,4 @@
-"""A wheel brings the CPU kernels compiled; where there is no compiler they are used, with the same results."""
+"""A wheel brings the CPU kernels compiled; without a compiler they are used, with the same results."""
 
 from __future__ import annotations
 

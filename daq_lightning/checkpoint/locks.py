@@ -5,8 +5,8 @@
     allocate, flush         as good as the system has it
 
 A lock is `flock` on a file that its owner removes, while it holds the lock, when it is done: the file means
-nothing without the lock, which the system takes from a process that ends, however it ends. Linux and macOS have
-that; Windows does not, and is refused: without locks one export could remove what another one writes.
+nothing without the lock, which the system takes from a process that ends, however it ends. Linux and macOS
+have that; Windows does not, and is refused: without locks one export could remove what another one writes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def check_locks() -> None:
     """
     if fcntl is None:
         raise CheckpointError(
-            "Exports are written on Linux and macOS: this system has no file locks (flock) that would keep two exports "
-            "apart. On Windows, run this in WSL."
+            "Exports are written on Linux and macOS: this system has no file locks (flock) that would keep "
+            "two exports apart. On Windows, run this in WSL."
         )
 
 
@@ -45,8 +45,8 @@ def lock(path: Path, *, wait: bool = True, new: bool = False) -> int | None:
         new: Whether the file must not be there yet.
 
     Returns:
-        A descriptor, which holds the lock until it is closed; None if another process has it (without `wait`),
-        or if it removed the new file before this one had the lock.
+        A descriptor, which holds the lock until it is closed; None if another process has the lock (without
+        `wait`), or has removed the new file before it was locked.
 
     Raises:
         CheckpointError: As `check_locks`.
@@ -58,7 +58,7 @@ def lock(path: Path, *, wait: bool = True, new: bool = False) -> int | None:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | (os.O_EXCL if new else 0), 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_nlink:  # else its owner has removed it since it was opened: the name is free
+            if os.fstat(descriptor).st_nlink:  # else its owner has removed it since: the name is free
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
@@ -74,7 +74,7 @@ def lock(path: Path, *, wait: bool = True, new: bool = False) -> int | None:
 def allocate(descriptor: int, size: int) -> None:
     """Reserves room for a file, so that a full disk is known now, where the system can say it."""
     os.truncate(descriptor, size)
-    reserve = getattr(os, "posix_fallocate", None)  # macOS has none: there, a full disk is known when it is full
+    reserve = getattr(os, "posix_fallocate", None)  # macOS has none: there, the writes tell
     if reserve is None:
         return
     try:

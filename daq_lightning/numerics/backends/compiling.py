@@ -1,7 +1,7 @@
-"""How the C++ library is compiled: for the processor at hand, or for a wheel, for whole families of processors.
+"""How the C++ library is compiled: for the processor at hand or, in a wheel, for families of processors.
 
-The build of a wheel (`.ci/wheel_hook.py`) loads this file by itself, where neither torch nor the package can be
-imported: it uses the standard library only, and imports nothing of the package.
+The build of a wheel (`.ci/wheel_hook.py`) loads this file by itself, where neither torch nor the package
+can be imported: it uses the standard library only, and imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def compilers() -> list[list[str]]:
 
 
 def sources_number() -> int:
-    """64 bits of a hash of sources and flags. A library has that of its own compiled in, as `daq_sources()`."""
+    """64 bits of a hash of sources and flags. A library has its own compiled in, as `daq_sources()`."""
     texts = ((_FOLDER / name).read_bytes() for name in (*_HEADERS, *_SOURCES))
     return int(hashlib.sha256(b"".join([*texts, *map(os.fsencode, FLAGS)])).hexdigest()[:16], 16)
 

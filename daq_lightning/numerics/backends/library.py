@@ -2,8 +2,8 @@
 
 The library knows nothing of Python or torch, so it builds in seconds and runs without the interpreter's lock.
 
-A wheel brings libraries for families of processors (`lib/`, see compiling.py): the highest that this processor
-belongs to is taken, if it was compiled from the sources that lie here. An editable install has none.
+A wheel brings libraries for families of processors (`lib/`, see compiling.py): the highest that this
+processor belongs to is taken, if it was compiled from the sources that lie here. Editable installs have none.
 
 Built libraries are kept in the user's cache folder (`$XDG_CACHE_HOME/daq_lightning`, else
 `~/.cache/daq_lightning`) as `native_<machine>_<compiler>_<content>.so`: hashes of the sources and the
@@ -110,7 +110,8 @@ def _raise_problem(problem: bytes | None, function: Any, _: tuple[object, ...]) 
     if problem == b"out of memory":
         raise MemoryError(f"{function.__name__}: out of memory")
     if problem is not None:
-        raise RuntimeError(f"{function.__name__} refused its arguments: {problem.decode()}. Please report this.")
+        what = problem.decode()
+        raise RuntimeError(f"{function.__name__} refused its arguments: {what}. Please report this.")
 
 
 def why_not() -> str | None:
@@ -181,7 +182,8 @@ def _load(command: list[str]) -> ctypes.CDLL:
             if found is not None:
                 return found
             with _one_process(folder / f"native_{key}.lock"):
-                return _load_built(folder, key) or ctypes.CDLL(str(_build(command, folder, key, "once per machine")))
+                found = _load_built(folder, key)  # another process may have built it meanwhile
+                return found or ctypes.CDLL(str(_build(command, folder, key, "once per machine")))
         except OSError as error:  # read-only, full, or mounted so that nothing in it can be run
             problem = str(error)
     with tempfile.TemporaryDirectory(prefix="daq_lightning_") as private:
@@ -199,8 +201,8 @@ def _features() -> frozenset[str]:
         lines = _CPUINFO.read_text(errors="replace").splitlines()
     except OSError:
         return frozenset()
-    rows = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))  # ARM's
-    cores = [frozenset(row) for row in rows]
+    rows = [line for line in lines if line.startswith(("flags", "Features"))]  # "Features" on ARM
+    cores = [frozenset(row.partition(":")[2].split()) for row in rows]
     return frozenset.intersection(*cores) if cores else frozenset()  # a thread may move to any core
 
 
