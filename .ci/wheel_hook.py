@@ -35,7 +35,9 @@ class CompiledKernels(BuildHookInterface):
         system, _, machine = sysconfig.get_platform().partition("-")
         levels = compiling.LEVELS.get(machine, ()) if system == "linux" else ()
         if not levels:
-            self.app.display_warning(f"No CPU kernels are compiled for {system} {machine}: a pure Python wheel.")
+            self.app.display_warning(
+                f"No CPU kernels are compiled for {system} {machine}: a pure Python wheel."
+            )
             return []
         try:
             commands = compiling.compilers()
@@ -61,7 +63,9 @@ class CompiledKernels(BuildHookInterface):
                 path.chmod(0o755)
                 self.app.display_info(f"{path.name}: {path.stat().st_size:,} bytes, by {compiler[0]}")
                 return True
-        self.app.display_warning(f"{path.name} could not be compiled and is not in this wheel: {problem[-500:]}")
+        self.app.display_warning(
+            f"{path.name} could not be compiled and is not in this wheel: {problem[-500:]}"
+        )
         return False
 
 

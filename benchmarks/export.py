@@ -1,13 +1,14 @@
-"""How fast an export is, and how much memory it needs: a synthetic Llama of 0.6 B parameters, beside a plain copy.
+"""How fast an export is, and how much memory it needs: a synthetic Llama of 0.6 B parameters, beside a plain
+copy.
 
     export     read both checkpoints, search all scales, fingerprint, write, fsync
-    copy       read both checkpoints in pieces and write as many bytes as the export, fsync: what the disk alone needs
-    snapshot   the copy of a base that a full fine-tuning makes at the start: fingerprint, write, fsync
-    write      write the same tensors from memory, fsync
-    llmc       llm-compressor's `model_free_ptq` to the same scheme, where it is installed: no base, no search
+    copy       read both checkpoints in pieces and write as many bytes as the export, fsync: what the disk
+    alone needs snapshot   the copy of a base that a full fine-tuning makes at the start: fingerprint, write,
+    fsync write      write the same tensors from memory, fsync llmc       llm-compressor's `model_free_ptq` to
+    the same scheme, where it is installed: no base, no search
 
-Each runs in a process of its own, so that each has a peak of resident memory; imports and building the kernel are
-left out of the time. Run it on a quiet machine; compare runs by their ratio.
+Each runs in a process of its own, so that each has a peak of resident memory; imports and building the kernel
+are left out of the time. Run it on a quiet machine; compare runs by their ratio.
 
     python benchmarks/export.py [--layers 8] [--folder outputs/benchmark] [--scheme FP8_BLOCK] [--json FILE]
 """
@@ -136,7 +137,9 @@ if importlib.util.find_spec("llmcompressor"):
 
 def measure(job: str, *arguments: str) -> tuple[float, float]:
     """Seconds and peak resident gigabytes of a job in a process of its own."""
-    output = subprocess.run([sys.executable, __file__, "--job", job, *arguments], capture_output=True, text=True)
+    output = subprocess.run(
+        [sys.executable, __file__, "--job", job, *arguments], capture_output=True, text=True
+    )
     if output.returncode:
         raise SystemExit(output.stderr)
     seconds, peak = output.stdout.split()[-2:]
@@ -168,7 +171,10 @@ def main() -> None:
             shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
             row[job] = measure(job, str(post), str(base), str(out), args.scheme)
         rows.append(row)
-        print("   ".join(f"{job} {seconds:5.2f} s, {peak:.2f} GB" for job, (seconds, peak) in row.items()), flush=True)
+        print(
+            "   ".join(f"{job} {seconds:5.2f} s, {peak:.2f} GB" for job, (seconds, peak) in row.items()),
+            flush=True,
+        )
     best = {job: min(row[job][0] for row in rows) for job in JOBS}
     peak = max(row["export"][1] for row in rows)
     print(
@@ -178,10 +184,13 @@ def main() -> None:
     )
     if "llmc" in best:
         print(
-            f"llm-compressor, without a search: {best['llmc']:.2f} s, {best['llmc'] / best['export']:.1f} x the export"
+            f"llm-compressor, without a search: {best['llmc']:.2f} s, {best['llmc'] / best['export']:.1f} x "
+            "the export"
         )
     if args.json:
-        args.json.write_text(json.dumps({"layers": args.layers, "scheme": args.scheme, "rows": rows}, indent=2))
+        args.json.write_text(
+            json.dumps({"layers": args.layers, "scheme": args.scheme, "rows": rows}, indent=2)
+        )
 
 
 if __name__ == "__main__":

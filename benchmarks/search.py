@@ -3,9 +3,10 @@
     python benchmarks/search.py                      # sizes 1 M to 16 M weights
     python benchmarks/search.py --sizes 1 4 16 64 --json out.json
 
-Rows: the search that users call (`search_scale`, absmax and codes included); the kernel alone; the reference backend;
-a materializing baseline, which holds ``[groups, candidates, elements]`` in float32 at once; plain absmax quantization;
-and a copy of the bytes that must be read and written once, below which nothing can be. Ratios are to the baseline.
+Rows: the search that users call (`search_scale`, absmax and codes included); the kernel alone; the reference
+backend; a materializing baseline, which holds ``[groups, candidates, elements]`` in float32 at once; plain
+absmax quantization; and a copy of the bytes that must be read and written once, below which nothing can be.
+Ratios are to the baseline.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from daq_lightning.numerics.tiling import to_groups
 GRANULARITIES: dict[str, Granularity] = {"block": PerBlock(128, 128), "channel": PerChannel()}
 
 
-def materializing(weight: Tensor, base: Tensor, scale_GK: Tensor, granularity: Granularity) -> tuple[Tensor, ...]:
+def materializing(
+    weight: Tensor, base: Tensor, scale_GK: Tensor, granularity: Granularity
+) -> tuple[Tensor, ...]:
     """Every candidate of every element in memory at once, in float32."""
     weight_G1E = to_groups(weight, granularity).float()[:, None]
     base_G1E = to_groups(base, granularity).float()[:, None]
@@ -75,7 +78,9 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     return max(itertools.accumulate((count for _, count in changes), initial=0))
 
 
-def measure(size: int, dtype: torch.dtype, name: str, device: torch.device, budget: float) -> list[dict[str, object]]:
+def measure(
+    size: int, dtype: torch.dtype, name: str, device: torch.device, budget: float
+) -> list[dict[str, object]]:
     """All rows of one weight of 2048 x (512 * size)."""
     granularity = GRANULARITIES[name]
     base = (torch.randn(2048, 512 * size, device=device) * 0.02).to(dtype)
@@ -105,12 +110,17 @@ def measure(size: int, dtype: torch.dtype, name: str, device: torch.device, budg
         keys = ("size", "dtype", "group", "what", "rate", "ratio", "memory")
         rows.append(dict(zip(keys, (size, kind, name, label, rate, ratio, memory), strict=True)))
         shown = "" if ratio is None else f"{ratio:.1f} x"
-        print(f"{size:4} M  {kind:9} {name:8} {label:28} {rate / 1e6:10.1f} {shown:>9} {memory:7.2f}", flush=True)
+        print(
+            f"{size:4} M  {kind:9} {name:8} {label:28} {rate / 1e6:10.1f} {shown:>9} {memory:7.2f}",
+            flush=True,
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--sizes", type=int, nargs="+", default=[1, 4, 16], help="million weights")
     add("--dtypes", nargs="+", default=["bfloat16", "float32"])
@@ -127,7 +137,10 @@ def main() -> None:
     name = getattr(choose(device), "__name__", "").rpartition(".")[2]
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, backend {name}.")
     print(f"First call (builds, or loads what was built): {first:.1f} s")
-    print("weights    dtype     group    what                         M weights/s  to base  memory / float32 size")
+    print(
+        "weights    dtype     group    what                         M weights/s  to base  memory / float32 "
+        "size"
+    )
     rows = [
         row
         for dtype in arguments.dtypes

@@ -1,7 +1,8 @@
 """Delta-aware FP8 export for models fine-tuned with Lightning.
 
 Quantization to FP8 rounds much of what fine-tuning changed away. This package searches each scale so that the
-direction of the change survives (arXiv 2603.22324), and writes checkpoints that vLLM, SGLang and transformers load.
+direction of the change survives (arXiv 2603.22324), and writes checkpoints that vLLM, SGLang and transformers
+load.
 """
 
 from importlib import import_module
@@ -53,8 +54,9 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Each name is loaded when it is first used: torch takes seconds to import, torchmetrics and lightning take more
-# (they import transformers and matplotlib where they are installed), and `daq-lightning --help` needs none of them.
+# Each name is loaded when it is first used: torch takes seconds to import, torchmetrics and lightning take
+# more (they import transformers and matplotlib where they are installed), and `daq-lightning --help` needs
+# none of them.
 _HOMES = {
     "Chain": "daq_lightning.audit.chain",
     "DeltaAwareQuantization": "daq_lightning.training.callback",

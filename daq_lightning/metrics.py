@@ -2,12 +2,12 @@
 
     delta = weight - base,    delta_q = quantized - base,    value = function of sums over all elements seen
 
-The states are the additive sums of `daq_lightning.numerics.objectives`, the same ones that the search scores. They add
-over layers, steps and ranks, so a value is that of all elements together, not a mean of per-layer values, and the four
-metrics share one update in a `MetricCollection`.
+The states are the additive sums of `daq_lightning.numerics.objectives`, the same ones that the search scores.
+They add over layers, steps and ranks, so a value is that of all elements together, not a mean of per-layer
+values, and the four metrics share one update in a `MetricCollection`.
 
-Counts are int64 (a float32 count sticks at 2^24) and sums float64; no cast of the module or of the metric changes that.
-Under DDP every rank holds the same weights: give each rank other layers, or do not sync.
+Counts are int64 (a float32 count sticks at 2^24) and sums float64; no cast of the module or of the metric
+changes that. Under DDP every rank holds the same weights: give each rank other layers, or do not sync.
 
 Sources: arXiv 2603.22324, Eq. 6 (mean squared error), 8 (sign rate), 9 (cosine).
 """
@@ -32,8 +32,8 @@ def delta_metrics(prefix: str | None = None, *, sync: bool = True) -> MetricColl
 
     Args:
         prefix: Put before every key, for example "daq/".
-        sync: Whether `compute` adds up the sums of all ranks, which all ranks must then call. False where one rank
-            alone has seen everything.
+        sync: Whether `compute` adds up the sums of all ranks, which all ranks must then call. False where one
+            rank alone has seen everything.
 
     Returns:
         A `MetricCollection` whose members form one compute group.
@@ -77,12 +77,14 @@ class _DeltaMetric(Metric):
         """The sums of everything seen since the last reset, each of shape ()."""
         return DeltaStats(*(getattr(self, field) for field in DeltaStats._fields))
 
-    def update(self, quantized: Tensor | DeltaStats, weight: Tensor | None = None, base: Tensor | None = None) -> None:
+    def update(
+        self, quantized: Tensor | DeltaStats, weight: Tensor | None = None, base: Tensor | None = None
+    ) -> None:
         """Adds a weight, or sums that were taken elsewhere.
 
         Args:
-            quantized: The dequantized weight, as a reader of the file computes it; or `DeltaStats` of any shape (its
-                entries are sums over disjoint elements and are added up).
+            quantized: The dequantized weight, as a reader of the file computes it; or `DeltaStats` of any
+                shape (its entries are sums over disjoint elements and are added up).
             weight: The fine-tuned weight, of the same shape; left out after `DeltaStats`.
             base: The weight before fine-tuning, of the same shape; left out after `DeltaStats`.
 
@@ -124,7 +126,8 @@ class _DeltaMetric(Metric):
         return self._plot(val, ax)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
-        """Lets `fn` move the states, never cast them: `set_dtype` and `.to(dtype)` would ruin counts and sums."""
+        """Lets `fn` move the states, never cast them: `set_dtype` and `.to(dtype)` would ruin counts and
+        sums."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -155,8 +158,8 @@ class SignPreservationRate(_DeltaMetric):
 class DeltaCosineSimilarity(_DeltaMetric):
     """Cosine between the update and what quantization left of it, in [-1, 1].
 
-    Formula: ``dot(delta, delta_q) / sqrt(|delta|^2 |delta_q|^2)`` (Eq. 9); 1 if both are zero, 0 if exactly one is.
-    It rises when the update is amplified: read it beside `DeltaGain`.
+    Formula: ``dot(delta, delta_q) / sqrt(|delta|^2 |delta_q|^2)`` (Eq. 9); 1 if both are zero, 0 if exactly
+    one is. It rises when the update is amplified: read it beside `DeltaGain`.
 
     Example:
         >>> metric = DeltaCosineSimilarity()
@@ -173,7 +176,8 @@ class DeltaCosineSimilarity(_DeltaMetric):
 
 
 class DeltaGain(_DeltaMetric):
-    """Strength at which the update survives along its own direction: 1 in full, 0 not at all, above 1 amplified.
+    """Strength at which the update survives along its own direction: 1 in full, 0 not at all, above 1
+    amplified.
 
     Formula: ``dot(delta, delta_q) / |delta|^2``. An update of zero has gain 1 if it is kept, else NaN.
 

@@ -1,11 +1,14 @@
-"""Continual learning: three skills, one after another, each trained from the FP8 model that the stage before deployed.
+"""Continual learning: three skills, one after another, each trained from the FP8 model that the stage before
+deployed.
 
-    root -> stage 1: Title Case -> stage 2: UPPER CASE -> stage 3: under_scores      (a first byte asks for the style)
+    root -> stage 1: Title Case -> stage 2: UPPER CASE -> stage 3: under_scores      (a first byte asks for
+    the style)
 
-Each stage starts from the weights that are served, so what an export rounds away is gone, and replays earlier skills.
-Three chains: no FP8, plain (absmax) scales, scales searched for the update (DAQ). Six minutes on one core; seed 0:
-of Title Case as stage 1 taught it without FP8, plain FP8 deploys 68 % and DAQ 98 %. By stage 3 replay has brought plain
-FP8 back to 99 %, DAQ to 117 % as no FP8; of under_scores, the last skill, plain FP8 then has 63 % and DAQ 99 %.
+Each stage starts from the weights that are served, so what an export rounds away is gone, and replays earlier
+skills. Three chains: no FP8, plain (absmax) scales, scales searched for the update (DAQ). Six minutes on one
+core; seed 0: of Title Case as stage 1 taught it without FP8, plain FP8 deploys 68 % and DAQ 98 %. By stage 3
+replay has brought plain FP8 back to 99 %, DAQ to 117 % as no FP8; of under_scores, the last skill, plain FP8
+then has 63 % and DAQ 99 %.
 
     python recipes/continual_chain.py [--out outputs/chain] [--seed 0] [--fast]
 """
@@ -29,7 +32,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from daq_lightning import Chain, DeltaAwareQuantization, ScaleSearch, export_checkpoint, load_checkpoint
 
-CONTEXT, BATCH, LR = 128, 8, 3e-5  # bytes of a training example, examples of a step, learning rate of the stages
+CONTEXT, BATCH, LR = (
+    128,
+    8,
+    3e-5,
+)  # bytes of a training example, examples of a step, learning rate of the stages
 SKILLS = {
     "Title Case": lambda text: re.sub(r"\b[a-z]", lambda match: match[0].upper(), text),
     "UPPER CASE": str.upper,
@@ -49,7 +56,9 @@ def standard_library_text() -> tuple[str, str]:
     others = {"test", "tests", "site-packages", "dist-packages"}
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
     sources = [file.read_text("utf-8", errors="ignore") for file in files if others.isdisjoint(file.parts)]
-    found = [text for source in sources for text in re.findall(r':\n\s+r?"""(.{60,4000}?)"""', source, re.DOTALL)]
+    found = [
+        text for source in sources for text in re.findall(r':\n\s+r?"""(.{60,4000}?)"""', source, re.DOTALL)
+    ]
     texts = [re.sub(r"\n\s+", "\n", text) for text in found if text.isascii()]
     random.Random(0).shuffle(texts)
     return "\n\n".join(texts[400:]), "\n\n".join(texts[:400])
@@ -63,7 +72,8 @@ def examples(text: str, count: int, seed: int, tag: int) -> Tensor:
 
 
 def examples_of_stage(text: str, stage: int, count: int, seed: int) -> Tensor:
-    """Half of them of the new skill, the rest plain and of earlier skills, so that training itself forgets little."""
+    """Half of them of the new skill, the rest plain and of earlier skills, so that training itself forgets
+    little."""
     styles = [str, *SKILLS.values()][: stage + 1]
     counts = [count // 2 // stage] * stage + [count // 2]
     return torch.cat([examples(styles[tag](text), counts[tag], seed + tag, tag) for tag in range(stage + 1)])
@@ -76,10 +86,14 @@ class LanguageModel(L.LightningModule):
         super().__init__()
         self.model, self.lr = LlamaForCausalLM(CONFIG), lr
         if folder:
-            self.model.load_state_dict({name: tensor.float() for name, tensor in load_checkpoint(folder).items()})
+            self.model.load_state_dict(
+                {name: tensor.float() for name, tensor in load_checkpoint(folder).items()}
+            )
 
     def loss(self, batch: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(input_ids=batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
+        return F.cross_entropy(
+            self.model(input_ids=batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten()
+        )
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch[0])
@@ -89,7 +103,9 @@ class LanguageModel(L.LightningModule):
 
     def configure_optimizers(self) -> tuple[list, list]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, int(self.trainer.max_steps), pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr, int(self.trainer.max_steps), pct_start=0.1
+        )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
@@ -141,7 +157,7 @@ def main() -> None:
             if search is None:
                 train(module, data)
                 module.model.bfloat16().save_pretrained(folder := out)
-            else:  # a snapshot at the start is the base; it is checked that it equals what the parent deployed
+            else:  # a snapshot at the start is the base; it is checked against what the parent deployed
                 callback = DeltaAwareQuantization(str(out), scheme="FP8_BLOCK", search=search, **link)
                 train(module, data, callback)
                 folder = callback.exports[-1]
@@ -151,7 +167,9 @@ def main() -> None:
     for name, values in found.items():
         kept = f"{(before - values[0]) / (before - taught):.1%} |"
         print(f"| {name:18} |", *(f"{value:.4f} |" for value in values), kept)
-    print(f"\n{Chain.open(folder).table()}\naltered or foreign files: {Chain.open(folder).verify() or 'none'}")
+    print(
+        f"\n{Chain.open(folder).table()}\naltered or foreign files: {Chain.open(folder).verify() or 'none'}"
+    )
 
 
 if __name__ == "__main__":

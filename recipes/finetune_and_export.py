@@ -4,8 +4,8 @@
     fine-tuned  The Same Text In Title Case, with updates that are small beside an FP8 step
     exports     plain absmax scales, and scales searched for sign, cosine and hybrid
 
-Nothing is downloaded; two CPU cores need two to three minutes. By default the base is itself an FP8 checkpoint, as
-DeepSeek-V3 is: absmax scales then round most of the small updates straight back to the base.
+Nothing is downloaded; two CPU cores need two to three minutes. By default the base is itself an FP8
+checkpoint, as DeepSeek-V3 is: absmax scales then round most of the small updates straight back to the base.
 
     python recipes/finetune_and_export.py [--out outputs/demo] [--base-format fp8|bf16] [--seed 0] [--fast]
 """
@@ -30,10 +30,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as hf_logging
 
-from daq_lightning import DeltaAwareQuantization, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
+from daq_lightning import (
+    DeltaAwareQuantization,
+    ExportReport,
+    ScaleSearch,
+    export_checkpoint,
+    load_checkpoint,
+)
 
 CONTEXT, BATCH = 128, 8  # bytes of a training example, examples of a step
-DOCSTRING_OR_COMMENT = re.compile(r':\n\s+r?"""(.+?)"""|((?:^[ \t]*# [^\n]*\n){2,})', re.DOTALL | re.MULTILINE)
+DOCSTRING_OR_COMMENT = re.compile(
+    r':\n\s+r?"""(.+?)"""|((?:^[ \t]*# [^\n]*\n){2,})', re.DOTALL | re.MULTILINE
+)
 START = time.monotonic()
 
 
@@ -42,7 +50,8 @@ def say(line: str) -> None:
 
 
 def standard_library_text() -> list[str]:
-    """Passages of prose, with a little code, from the Python that runs this file; always in the same shuffled order."""
+    """Passages of prose, with a little code, from the Python that runs this file; always in the same shuffled
+    order."""
     passages = []
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if {"test", "tests", "site-packages", "encodings", "lib2to3", "idlelib"}.isdisjoint(file.parts):
@@ -90,13 +99,18 @@ class LanguageModel(L.LightningModule):
         loss = F.cross_entropy(log_probs(self.model, batch[0]).flatten(0, 1), batch[0][:, 1:].flatten())
         self.log("loss", loss, prog_bar=True)
         if batch_idx % 25 == 0 and not sys.stdout.isatty():  # where Lightning's bar would be garbled
-            say(f"  step {batch_idx}/{self.trainer.num_training_batches}, loss {loss.item():.3f} nats per byte")
+            say(
+                f"  step {batch_idx}/{self.trainer.num_training_batches}, loss {loss.item():.3f} nats per "
+                "byte"
+            )
         return loss
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / (0.1 * steps), 1 - k / steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda k: min((k + 1) / (0.1 * steps), 1 - k / steps)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -123,9 +137,12 @@ def evaluate(folder: Path, held_out: Tensor, new_bytes: int) -> Result:
     loss = float(F.nll_loss(log_p.flatten(0, 1), held_out[:, 1:].flatten()))
     torch.manual_seed(0)
     prompt = torch.tensor([list(b"\n\nReturn the "), list(b"\n\nThis class ")])
-    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_bytes, do_sample=True,
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_bytes,
+    do_sample=True,
                          temperature=0.5, top_k=0, pad_token_id=0)  # fmt: skip
-    return Result(log_p, loss, [" ".join(bytes(row).decode("ascii", "replace").split()) for row in out.tolist()])
+    return Result(
+        log_p, loss, [" ".join(bytes(row).decode("ascii", "replace").split()) for row in out.tolist()]
+    )
 
 
 def print_table(results: dict[str, Result], reports: dict[str, ExportReport]) -> None:
@@ -146,11 +163,15 @@ def print_table(results: dict[str, Result], reports: dict[str, ExportReport]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune, export to FP8, compare.")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder of all checkpoints")
-    parser.add_argument("--base-format", choices=("fp8", "bf16"), default="fp8", help="what the base is stored as")
+    parser.add_argument(
+        "--base-format", choices=("fp8", "bf16"), default="fp8", help="what the base is stored as"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fast", action="store_true", help="a few steps only: checks that everything runs")
     args = parser.parse_args()
-    base_steps, tune_steps, tune_lr, tests, new_bytes = (3, 3, 1e-4, 4, 8) if args.fast else (450, 150, 1.5e-5, 96, 90)
+    base_steps, tune_steps, tune_lr, tests, new_bytes = (
+        (3, 3, 1e-4, 4, 8) if args.fast else (450, 150, 1.5e-5, 96, 90)
+    )
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -172,14 +193,17 @@ def main() -> None:
     model = new_model()  # float32 masters that start from exactly the values of the base checkpoint
     model.load_state_dict({name: tensor.float() for name, tensor in load_checkpoint(base).items()})
     searches = {"absmax FP8": ScaleSearch.absmax(), "DAQ sign": ScaleSearch(metric="sign"),
-                "DAQ cosine": ScaleSearch(metric="cosine"), "DAQ hybrid": ScaleSearch(metric="hybrid")}  # fmt: skip
+                "DAQ cosine": ScaleSearch(metric="cosine"),
+                "DAQ hybrid": ScaleSearch(metric="hybrid")}  # fmt: skip
     exports = {
         name: DeltaAwareQuantization(
             dirpath=str(args.out / name.replace(" ", "-")), base=str(base), scheme="FP8_BLOCK", search=search
         )
         for name, search in searches.items()
     }
-    train(model, windows(in_title_case(seen), tune_steps * BATCH, args.seed + 1), tune_lr, [*exports.values()])
+    train(
+        model, windows(in_title_case(seen), tune_steps * BATCH, args.seed + 1), tune_lr, [*exports.values()]
+    )
     model.bfloat16().save_pretrained(args.out / "finetuned-bf16")
 
     say("Every checkpoint, reloaded with transformers, on text that none was trained on")

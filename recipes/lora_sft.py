@@ -4,9 +4,10 @@
     adapters   rank 8 on every linear layer, trained on The Same Text In Title Case
     exports    the merged weights: plain (absmax) scales, and scales searched for the update (DAQ)
 
-The frozen weights in memory are the base: nothing is copied. Minutes on two cores. With seed 0, plain FP8 keeps 80 %
-of what training gained and DAQ 98 %, at a tenth of the divergence (KL). The larger the update beside an FP8 step, the
-less there is to win: with three times the learning rate plain FP8 keeps over 99 %, with a third of it 32 %.
+The frozen weights in memory are the base: nothing is copied. Minutes on two cores. With seed 0, plain FP8
+keeps 80 % of what training gained and DAQ 98 %, at a tenth of the divergence (KL). The larger the update
+beside an FP8 step, the less there is to win: with three times the learning rate plain FP8 keeps over 99 %,
+with a third of it 32 %.
 
     python recipes/lora_sft.py [--out outputs/lora] [--seed 0] [--fast]
 """
@@ -52,14 +53,22 @@ class Text(L.LightningDataModule):
 
     def examples(self, count: int, held_out: bool = False) -> Tensor:
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
-        sources = [file.read_text("utf-8", errors="ignore") for file in files if OTHERS.isdisjoint(file.parts)]
-        found = [text for source in sources for text in re.findall(r':\n\s+r?"""(.{60,4000}?)"""', source, re.DOTALL)]
+        sources = [
+            file.read_text("utf-8", errors="ignore") for file in files if OTHERS.isdisjoint(file.parts)
+        ]
+        found = [
+            text
+            for source in sources
+            for text in re.findall(r':\n\s+r?"""(.{60,4000}?)"""', source, re.DOTALL)
+        ]
         texts = [re.sub(r"\n\s+", "\n", text) for text in found if text.isascii()]
         random.Random(0).shuffle(texts)
         text = "\n\n".join(texts[:400] if held_out else texts[400:])
         text = re.sub(r"\b[a-z]", lambda match: match[0].upper(), text) if self.title_case else text
         tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
-        starts = torch.randint(len(tokens) - CONTEXT, (count, 1), generator=torch.Generator().manual_seed(self.seed))
+        starts = torch.randint(
+            len(tokens) - CONTEXT, (count, 1), generator=torch.Generator().manual_seed(self.seed)
+        )
         return tokens[starts + torch.arange(CONTEXT + 1)]
 
     def train_dataloader(self) -> DataLoader:
@@ -71,14 +80,17 @@ def log_probs(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 class LanguageModel(L.LightningModule):
-    """Next-byte prediction; begins with the (dequantized) weights of a folder, or anew. Rank 0 trains all weights."""
+    """Next-byte prediction; begins with the (dequantized) weights of a folder, or anew. Rank 0 trains all
+    weights."""
 
     def __init__(self, folder: str | None = None, rank: int = 8, lr: float = 1e-4) -> None:
         super().__init__()
         self.lr = lr
         self.model: Any = LlamaForCausalLM(CONFIG)
         if folder:
-            self.model.load_state_dict({name: tensor.float() for name, tensor in load_checkpoint(folder).items()})
+            self.model.load_state_dict(
+                {name: tensor.float() for name, tensor in load_checkpoint(folder).items()}
+            )
         if rank:
             lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
             self.model = peft.get_peft_model(self.model, lora)
@@ -90,8 +102,12 @@ class LanguageModel(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.99))  # skips what is frozen
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, int(self.trainer.max_steps), pct_start=0.1)
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.lr, betas=(0.9, 0.99)
+        )  # skips what is frozen
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr, int(self.trainer.max_steps), pct_start=0.1
+        )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
@@ -133,7 +149,9 @@ def main() -> None:
     export_checkpoint(unrounded, unrounded, base, scheme="FP8_BLOCK", search=ScaleSearch.absmax())
     say(f"LoRA: {tune_steps} steps In Title Case from {base}, then the exports")
     exports = {
-        name: DeltaAwareQuantization(str(args.out / name.replace(" ", "-")), scheme="FP8_BLOCK", search=search)
+        name: DeltaAwareQuantization(
+            str(args.out / name.replace(" ", "-")), scheme="FP8_BLOCK", search=search
+        )
         for name, search in {"plain FP8": ScaleSearch.absmax(), "DAQ": ScaleSearch()}.items()
     }
     module = LanguageModel(str(base))
@@ -143,13 +161,22 @@ def main() -> None:
     say("Every checkpoint, reloaded with transformers, on text that none was trained on")
     folders = {"base": base, "merged": args.out / "merged", "merged BF16": args.out / "merged-bf16"}
     folders |= {name: callback.exports[-1] for name, callback in exports.items()}
-    results = {name: evaluate(folder, Text(seed=1).examples(tests, held_out=True)) for name, folder in folders.items()}
+    results = {
+        name: evaluate(folder, Text(seed=1).examples(tests, held_out=True))
+        for name, folder in folders.items()
+    }
     (_, before), (wanted, after) = results["base"], results["merged"]
-    print("\n| model       | style loss | gap kept | KL to merged | sign rate | cosine | gain |\n" + "| --- " * 7 + "|")
+    print(
+        "\n| model       | style loss | gap kept | KL to merged | sign rate | cosine | gain |\n"
+        + "| --- " * 7
+        + "|"
+    )
     for name, (log_p, loss) in results.items():
         kl = float((wanted.exp() * (wanted - log_p)).sum(-1).mean())
         report = exports[name].report if name in exports else None
-        delta = "{sign_rate:9.3f} | {cosine:6.3f} | {gain:4.2f} |".format(**report.metrics()) if report else ""
+        delta = (
+            "{sign_rate:9.3f} | {cosine:6.3f} | {gain:4.2f} |".format(**report.metrics()) if report else ""
+        )
         kept, delta = f"{(before - loss) / (before - after):8.1%}", delta or "        - |      - |    - |"
         print(f"| {name:11} | {loss:10.4f} | {kept} | {kl:12.2e} | {delta}")
 

@@ -1,6 +1,6 @@
 """Two folders of weights in, one FP8 folder out: no Trainer, no data.
 
-    python recipes/two_folders.py fine-tuned/ base/ fp8/
+python recipes/two_folders.py fine-tuned/ base/ fp8/
 """
 
 import sys

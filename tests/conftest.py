@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start; before torch is imported
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # also for the processes that tests start; before torch is imported
 
 import pytest
 import torch

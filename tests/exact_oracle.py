@@ -1,27 +1,29 @@
 """The best scale among ALL of [1, 2) x absmax, for cosine, MSE and hybrid on bfloat16 weights.
 
-Elements of a group with one magnitude |w| share one code c under any scale s, with the sign of w. So four sums per
-magnitude, n, sum(delta) with that sign, and for the group ||w||^2, <delta, w> and ||delta||^2, give for every s
+Elements of a group with one magnitude |w| share one code c under any scale s, with the sign of w. So four
+sums per magnitude, n, sum(delta) with that sign, and for the group ||w||^2, <delta, w> and ||delta||^2, give
+for every s
 
     error_sq   = s^2 A - 2 s C + ||w||^2              A = sum n c^2,   C = sum n c |w|,   P = sum c delta
     dot        = s P - <delta, w> + ||delta||^2
     delta_q_sq = error_sq + 2 (s P - <delta, w>) + ||delta||^2
 
-A, C and P change only where some |w| / s passes a midpoint between two codes. A bfloat16 magnitude is m / 128 * 2^l
-with m = 128 ... 255, codes repeat from binade to binade, and s runs over one octave: so the breakpoints are the ratios
-of m and the midpoints' significands, the same ones for every group. Between two of them each objective is a smooth
-function of s with at most one maximum, known in closed form:
+A, C and P change only where some |w| / s passes a midpoint between two codes. A bfloat16 magnitude is m / 128
+* 2^l with m = 128 ... 255, codes repeat from binade to binade, and s runs over one octave: so the breakpoints
+are the ratios of m and the midpoints' significands, the same ones for every group. Between two of them each
+objective is a smooth function of s with at most one maximum, known in closed form:
 
     mse        s = C / A
     hybrid     a quadratic in s
-    cosine     with B = P - C, p = ||delta||^2 - <delta, w> and g = ||base||^2:   s = (p B - P g) / (P B - p A)
+    cosine     with B = P - C, p = ||delta||^2 - <delta, w> and g = ||base||^2:   s = (p B - P g) / (P B - p
+    A)
 
-A search over alpha >= 1 covers every grid: below 1 the largest weights saturate, and 2 x the scale is the same grid up
-to subnormal codes. Scales that are exact ties between codes have 8 significant bits; they are candidates by
-themselves, and the only ones when the scale format is bfloat16.
+A search over alpha >= 1 covers every grid: below 1 the largest weights saturate, and 2 x the scale is the
+same grid up to subnormal codes. Scales that are exact ties between codes have 8 significant bits; they are
+candidates by themselves, and the only ones when the scale format is bfloat16.
 
-Not covered: within 2^-22 of a breakpoint where two magnitudes change code at once, rounding to float32 may let one of
-them pass before the other. Groups whose absmax scale lies outside 2^-110 ... 2^110 keep it.
+Not covered: within 2^-22 of a breakpoint where two magnitudes change code at once, rounding to float32 may
+let one of them pass before the other. Groups whose absmax scale lies outside 2^-110 ... 2^110 keep it.
 
 An oracle for the dense search, which tries 64 scales where this tries all.
 
@@ -76,8 +78,8 @@ def best_scale(
         scale_format: "float32" or "bfloat16" ("ue8m0" leaves nothing to sweep).
 
     Returns:
-        The scale and the score that it promises (float64), shaped like `scale`. A group without any change keeps its
-        scale and promises NaN.
+        The scale and the score that it promises (float64), shaped like `scale`. A group without any change
+        keeps its scale and promises NaN.
     """
     eight_bits = scale_format == "bfloat16"
     scale_G = scale.flatten()
@@ -138,7 +140,9 @@ def _sweep(
     narrow_GJ = low_GJ >= high_GJ
     low_GJ, high_GJ = torch.where(narrow_GJ, middle_GJ, low_GJ), torch.where(narrow_GJ, middle_GJ, high_GJ)
     peak_GJ = _peak(sums, A_GJ, C_GJ, P_GJ, metric, tau).nan_to_num()
-    tried = [(s, objective(s)) for s in (low_GJ, high_GJ, torch.maximum(torch.minimum(peak_GJ, high_GJ), low_GJ))]
+    tried = [
+        (s, objective(s)) for s in (low_GJ, high_GJ, torch.maximum(torch.minimum(peak_GJ, high_GJ), low_GJ))
+    ]
     scale_GX, score_GX = (torch.cat(column, 1) for column in zip(*tried, strict=True))
     promise_G1, winner_G1 = score_GX.nan_to_num(nan=-torch.inf).max(1, keepdim=True)
     best_G = (scale_GX.gather(1, winner_G1)[:, 0] * unit_G).float()
@@ -166,7 +170,8 @@ def _sum_magnitudes(weight_GE: Tensor, base_GE: Tensor, unit_G: Tensor) -> _Sums
     delta = (weight_GE.float() - base_GE.float()).double() / unit_G[:, None]
     mantissa, exponent = torch.frexp(weight.abs())  # mantissa in [0.5, 1)
     level_GE = exponent - 1
-    # the classes from _NORMAL on have codes that differ by powers of two: one class for all of them, in units of 2^l
+    # the classes from _NORMAL on have codes that differ by powers of two: one class for all of them, in units
+    # of 2^l
     two_GE = torch.ldexp(torch.ones_like(weight), torch.where(level_GE < _NORMAL, 0, level_GE))
     bin_GE = ((level_GE.clamp(max=_NORMAL) - _LOWEST) * 128 + (mantissa * 256 - 128)).long()
     classes = (_NORMAL - _LOWEST + 1) * 128
@@ -204,7 +209,8 @@ def _intervals(eight_bits: bool) -> tuple[Tensor, Tensor, Tensor]:
         ratio = torch.cat([torch.where(ratio < 1, 2 * ratio, ratio), four / 4]).unique()
         edge = torch.cat([ratio, 2 * ratio, four])
         low, high = torch.cat([low, edge[:-1]]), torch.cat([high, edge[1:]])
-    # the one rounding of the package says what the codes are: at a point itself, else in the middle of the interval
+    # the one rounding of the package says what the codes are: at a point itself, else in the middle of the
+    # interval
     middle = ((low + high) / 2).float()
     quotient_SJ = _magnitudes().float()[:, None] * middle.reciprocal()
     return low, high, encode(quotient_SJ.clamp(max=FP8_E4M3.max), FP8_E4M3).double()

@@ -73,7 +73,9 @@ def make_trainer(folder: Path, *callbacks: L.Callback, **changes: Any) -> L.Trai
     return L.Trainer(callbacks=list(callbacks), **(settings | changes))
 
 
-def fit(folder: Path, *callbacks: L.Callback, module: Tuning | None = None, ckpt: Any = None, **changes: Any) -> Tuning:
+def fit(
+    folder: Path, *callbacks: L.Callback, module: Tuning | None = None, ckpt: Any = None, **changes: Any
+) -> Tuning:
     L.seed_everything(3, verbose=False)
     module = Tuning() if module is None else module
     trainer = make_trainer(folder, *callbacks, **changes)

@@ -1,4 +1,5 @@
-"""PEFT adapters: names, frozen and merged weights; held against PEFT itself, NumPy in float64, and transformers."""
+"""PEFT adapters: names, frozen and merged weights; held against PEFT itself, NumPy in float64, and
+transformers."""
 
 import copy
 import json
@@ -14,7 +15,14 @@ import torch
 from lightning import LightningModule
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from daq_lightning.checkpoint.adapter import read_adapter
 from daq_lightning.checkpoint.tensor_file import CheckpointError
@@ -83,10 +91,14 @@ CASES = {
     "dora on embedding": lambda: lora(llama(), use_dora=True, target_modules=["embed_tokens", "v_proj"]),
     "embedding and head": lambda: lora(llama(), target_modules=["embed_tokens", "lm_head"]),
     "conv1d": lambda: lora(gpt2(), target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True),
-    "conv1d, dora": lambda: lora(gpt2(), target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, use_dora=True),
+    "conv1d, dora": lambda: lora(
+        gpt2(), target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, use_dora=True
+    ),
     "qwen2, lora bias": lambda: lora(qwen2(), target_modules=["q_proj", "v_proj"], lora_bias=True),
     "modules to save": lambda: lora(llama(), modules_to_save=["lm_head", "norm"]),
-    "tied, trained as one": lambda: lora(llama(tied=True), modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "tied, trained as one": lambda: lora(
+        llama(tied=True), modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    ),
 }
 
 
@@ -167,7 +179,9 @@ class TestMergedWeights:
 
     def test_adapted_names_are_those_that_differ(self, adapted):
         found = find_adapters(adapted)
-        assert found.adapted == tuple(n for n in found.base if not torch.equal(found.weights[n], found.base[n]))
+        assert found.adapted == tuple(
+            n for n in found.base if not torch.equal(found.weights[n], found.base[n])
+        )
         assert found.displaced == ()
 
     def test_merged_model_computes_what_the_adapted_one_does(self, adapted):
@@ -241,7 +255,9 @@ class TestMergedWeights:
             torch.manual_seed(0)
             block = nn.ModuleDict({"mlp": Block(is_transposed)})
             names = list(block.state_dict())
-            config = LoraConfig(r=2, target_modules=["router"], target_parameters=["experts.up", "experts.down"])
+            config = LoraConfig(
+                r=2, target_modules=["router"], target_parameters=["experts.up", "experts.down"]
+            )
             model = train(get_peft_model(block, config))
             found = find_adapters(model)
             assert list(found.weights) == names
@@ -363,7 +379,9 @@ class TestFindsAdapters:
 
         model = lora(llama())
         expected = find_adapters(model).weights[Q]
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        )
         try:
             mesh = torch.distributed.init_device_mesh("cpu", (1,))
             for layer in model.base_model.model.model.layers:
@@ -372,7 +390,9 @@ class TestFindsAdapters:
             assert isinstance(found.base[Q], DTensor)
             assert torch.equal(found.weights[Q], expected)
             save_adapter(model, tmp_path / "adapter")
-            assert torch.equal(read_adapter(tmp_path / "adapter").merged(Q, found.base[Q].full_tensor()), expected)
+            assert torch.equal(
+                read_adapter(tmp_path / "adapter").merged(Q, found.base[Q].full_tensor()), expected
+            )
         finally:
             torch.distributed.destroy_process_group()
 
@@ -413,7 +433,10 @@ class TestBase:
 class TestTies:
     def test_intact_tie_lists_both_names(self):
         found = find_adapters(lora(qwen2()))
-        assert found.weights["lm_head.weight"].data_ptr() == found.weights["model.embed_tokens.weight"].data_ptr()
+        assert (
+            found.weights["lm_head.weight"].data_ptr()
+            == found.weights["model.embed_tokens.weight"].data_ptr()
+        )
 
     @pytest.mark.parametrize(
         "settings",
@@ -428,7 +451,9 @@ class TestTies:
         ids=str,
     )
     def test_a_tie_that_training_broke_is_refused(self, settings):
-        with pytest.raises(ValueError, match=r"embed_tokens\.weight and lm_head\.weight are tied.*ensure_weight_tying"):
+        with pytest.raises(
+            ValueError, match=r"embed_tokens\.weight and lm_head\.weight are tied.*ensure_weight_tying"
+        ):
             find_adapters(lora(llama(tied=True), **settings))
 
     def test_the_same_is_allowed_without_a_tie(self):
@@ -488,7 +513,9 @@ class TestRefusals:
 
     def test_convolutions_by_name(self):
         model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), LoraConfig(r=2, target_modules=["0"]))
-        with pytest.raises(ValueError, match=r"0 is adapted by peft\.tuners\.lora\.layer\.Conv2d, expected LoRA on"):
+        with pytest.raises(
+            ValueError, match=r"0 is adapted by peft\.tuners\.lora\.layer\.Conv2d, expected LoRA on"
+        ):
             find_adapters(model)
 
     def test_several_adapters_with_dora(self):
@@ -510,7 +537,9 @@ class TestRefusals:
         cls = type(dict(lora_layers(model))[Q])
         quantized = type("Linear4bit", (cls,), {"__module__": "peft.tuners.lora.bnb"})
         dict(lora_layers(model))[Q].__class__ = quantized
-        with pytest.raises(ValueError, match=r"q_proj is adapted by peft\.tuners\.lora\.bnb\.Linear4bit.*unquantized"):
+        with pytest.raises(
+            ValueError, match=r"q_proj is adapted by peft\.tuners\.lora\.bnb\.Linear4bit.*unquantized"
+        ):
             find_adapters(model)
 
     def test_merged_in_place(self):
@@ -687,7 +716,9 @@ class TestAdapterFolder:
         folder = read_adapter(tmp_path)
         with pytest.raises(CheckpointError, match=rf"cannot be merged into {Q}.*trained on this model"):
             folder.merged(Q, torch.zeros(32, 64))
-        with pytest.raises(CheckpointError, match=r"replaces lm_head\.weight by a tensor of shape \(96, 64\)"):
+        with pytest.raises(
+            CheckpointError, match=r"replaces lm_head\.weight by a tensor of shape \(96, 64\)"
+        ):
             folder.merged("lm_head.weight", torch.zeros(100, 64))
 
 
@@ -704,7 +735,9 @@ class TestMergeLora:
         weight = weight.T.contiguous() if transposed else weight
         whole = merge_lora(weight, factors, transposed=transposed)
         monkeypatch.setattr("daq_lightning.numerics.lora._BAND", 60)
-        torch.testing.assert_close(merge_lora(weight, factors, transposed=transposed), whole, rtol=2**-23, atol=0)
+        torch.testing.assert_close(
+            merge_lora(weight, factors, transposed=transposed), whole, rtol=2**-23, atol=0
+        )
         if not dora:
             assert torch.equal(merge_lora(weight, factors, transposed=transposed), whole)
 
@@ -713,7 +746,10 @@ class TestMergeLora:
         for size in (None, magnitude.abs()):
             factors = [LoraFactors(A_RN=A, B_MR=B, scaling=0.7, magnitude=size)]
             torch.testing.assert_close(
-                merge_lora(weight.T, factors, transposed=True).T, merge_lora(weight, factors), rtol=2**-22, atol=0
+                merge_lora(weight.T, factors, transposed=True).T,
+                merge_lora(weight, factors),
+                rtol=2**-22,
+                atol=0,
             )
 
     def test_dora_rows_have_the_length_of_the_magnitude(self):
@@ -732,7 +768,9 @@ class TestMergeLora:
         weight, A, B, _ = self.random()
         for tensor in (weight.double(), weight):
             before = tensor.clone()
-            assert merge_lora(tensor, [LoraFactors(A_RN=A, B_MR=B, scaling=1.0)]).data_ptr() != tensor.data_ptr()
+            assert (
+                merge_lora(tensor, [LoraFactors(A_RN=A, B_MR=B, scaling=1.0)]).data_ptr() != tensor.data_ptr()
+            )
             assert torch.equal(tensor, before)
             merge_lora_bias(tensor[0], [(B[:24, 0], 1.0)])
             assert torch.equal(tensor, before)

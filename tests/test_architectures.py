@@ -1,4 +1,5 @@
-"""transformers loads every export completely, and computes with exactly the weights that codes and scales stand for."""
+"""transformers loads every export completely, and computes with exactly the weights that codes and scales
+stand for."""
 
 import json
 import shutil
@@ -30,13 +31,21 @@ LINEAR = tuple(
     for part in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
 )
 ATTENTION = LINEAR[:4]
-CLIP_LAYER = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+CLIP_LAYER = (
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.q_proj",
+    "self_attn.out_proj",
+    "mlp.fc1",
+    "mlp.fc2",
+)
 LLAVA_KEPT = [f"vision_tower.encoder.layers.0.{leaf}" for leaf in CLIP_LAYER] + [
     f"multi_modal_projector.linear_{i}" for i in (1, 2)
 ]
 QWEN2_VL_KEPT = [
     f"visual.{leaf}"
-    for leaf in ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "merger.mlp.0",
+    for leaf in ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2",
+    "merger.mlp.0",
                  "merger.mlp.2")
 ]  # fmt: skip
 
@@ -58,14 +67,18 @@ MODELS["phi3"] = (
 MODELS["qwen3_moe"] = (
     tiny_models.qwen3_moe,
     layers("model.layers", *ATTENTION)
-    + layers("model.layers", *(f"mlp.experts.{i}.{leaf}_proj" for i in range(2) for leaf in ("gate", "up", "down"))),
+    + layers(
+        "model.layers", *(f"mlp.experts.{i}.{leaf}_proj" for i in range(2) for leaf in ("gate", "up", "down"))
+    ),
     ["lm_head", *layers("model.layers", "mlp.gate")],
     ["lm_head", *layers("model.layers", "mlp.gate")],
 )
 MODELS["mixtral"] = (
     tiny_models.mixtral,
     layers("model.layers", *ATTENTION)
-    + layers("model.layers", *(f"block_sparse_moe.experts.{i}.{w}" for i in range(2) for w in ("w1", "w2", "w3"))),
+    + layers(
+        "model.layers", *(f"block_sparse_moe.experts.{i}.{w}" for i in range(2) for w in ("w1", "w2", "w3"))
+    ),
     ["lm_head", *layers("model.layers", "block_sparse_moe.gate")],
     ["lm_head", *layers("model.layers", "mlp.gate")],
 )
@@ -130,7 +143,8 @@ def ignored(folder):
 
 
 def meant_tensors(folder, dtype=torch.bfloat16):
-    """What codes and scales stand for: dtype(float32(code) * float32(scale)), written out with torch alone."""
+    """What codes and scales stand for: dtype(float32(code) * float32(scale)), written out with torch
+    alone."""
     stored = stored_tensors(folder)
     meant = {}
     for name, tensor in stored.items():
@@ -194,7 +208,9 @@ def test_exactly_the_linear_layers_are_codes_with_one_scale_each(exported, name,
     for key in codes:
         scale, (rows, cols) = stored[key + suffix], stored[key].shape
         assert scale.dtype == torch.float32
-        assert tuple(scale.shape) == ((rows // 128, cols // 128) if variant.startswith("block") else (rows, 1))
+        assert tuple(scale.shape) == (
+            (rows // 128, cols // 128) if variant.startswith("block") else (rows, 1)
+        )
         assert bool(((scale > 0) & scale.isfinite()).all())
         if suffix == "_scale":  # transformers casts these to bfloat16: that must change nothing
             assert torch.equal(scale, scale.bfloat16().float())
@@ -231,10 +247,18 @@ def test_compressed_tensors_own_matching_finds_the_quantized_modules(exported, p
     before = post.state_dict()
     loaded, _ = load(folder)
     changed = {
-        key.rpartition(".")[0] for key, tensor in loaded.state_dict().items() if not torch.equal(tensor, before[key])
+        key.rpartition(".")[0]
+        for key, tensor in loaded.state_dict().items()
+        if not torch.equal(tensor, before[key])
     }
-    apply_quantization_config(post, QuantizationConfig.model_validate(config_of(folder)["quantization_config"]))
-    matched = {key for key, module in post.named_modules() if getattr(module, "quantization_scheme", None) is not None}
+    apply_quantization_config(
+        post, QuantizationConfig.model_validate(config_of(folder)["quantization_config"])
+    )
+    matched = {
+        key
+        for key, module in post.named_modules()
+        if getattr(module, "quantization_scheme", None) is not None
+    }
     assert matched == changed
 
 
@@ -292,7 +316,9 @@ def test_an_fp8_mixture_of_experts_as_input(exported, pair, tmp_path, name):
     export_checkpoint(post, folder, tmp_path / "out", search=QUICK)
 
 
-def test_scales_of_activations_and_cache_do_not_outlive_the_quantization_they_belong_to(exported, pair, tmp_path):
+def test_scales_of_activations_and_cache_do_not_outlive_the_quantization_they_belong_to(
+    exported, pair, tmp_path
+):
     folder = tmp_path / "fp8"
     shutil.copytree(exported("llama", "channel"), folder)
     stored = stored_tensors(folder)
@@ -300,7 +326,9 @@ def test_scales_of_activations_and_cache_do_not_outlive_the_quantization_they_be
     stored |= {f"{attention}.{end}": torch.ones(1) for end in ("k_scale", "v_scale", "q_proj.input_scale")}
     safetensors.torch.save_file(stored, folder / "model.safetensors", {"format": "pt"})
     export_checkpoint(folder, pair("llama")[0], tmp_path / "out", search=QUICK)
-    assert not any(key.endswith(("k_scale", "v_scale", "input_scale")) for key in stored_tensors(tmp_path / "out"))
+    assert not any(
+        key.endswith(("k_scale", "v_scale", "input_scale")) for key in stored_tensors(tmp_path / "out")
+    )
     assert load(tmp_path / "out")[1] == {}
 
 
@@ -361,7 +389,9 @@ def test_a_second_copy_of_a_tied_tensor_is_left_out_if_it_is_equal_and_refused_i
         export_checkpoint(post, pair("gemma3")[0], tmp_path / "out", search=QUICK)
         assert "lm_head.weight" not in stored_tensors(tmp_path / "out")
     else:
-        with pytest.raises(CheckpointError, match=r"lm_head.weight is tied to model.embed_tokens.weight.*different"):
+        with pytest.raises(
+            CheckpointError, match=r"lm_head.weight is tied to model.embed_tokens.weight.*different"
+        ):
             export_checkpoint(post, pair("gemma3")[0], tmp_path / "out", search=QUICK)
 
 
@@ -371,7 +401,9 @@ def test_the_files_beside_the_weights_come_along(exported, pair):
         assert (folder / name).read_bytes() == (post / name).read_bytes()
     changed = {"dtype", "quantization_config"}
     before, after = config_of(post), config_of(folder)
-    assert {key: before[key] for key in before.keys() - changed} == {key: after[key] for key in after.keys() - changed}
+    assert {key: before[key] for key in before.keys() - changed} == {
+        key: after[key] for key in after.keys() - changed
+    }
 
 
 def test_a_classifier_keeps_its_head(tmp_path):
@@ -391,7 +423,9 @@ def test_a_bare_model_finds_its_base_in_a_folder_with_a_head(tmp_path, pair):
     bare.save_pretrained(tmp_path / "bare")
     report = export_checkpoint(tmp_path / "bare", base, tmp_path / "out", search=QUICK)
     full = export_checkpoint(post, base, tmp_path / "full", search=QUICK)
-    assert [tensor.name for tensor in report.tensors] == [tensor.name.removeprefix("model.") for tensor in full.tensors]
+    assert [tensor.name for tensor in report.tensors] == [
+        tensor.name.removeprefix("model.") for tensor in full.tensors
+    ]
     assert report.metrics() == full.metrics()
     assert load(tmp_path / "out")[1] == {}
 
@@ -418,7 +452,9 @@ def test_base_and_post_may_use_the_two_namings_of_a_vision_language_model(pair, 
 
 def test_ignored_experts_are_listed_as_the_stack_that_transformers_replaces(pair, tmp_path):
     base, post = pair("qwen3_moe")
-    export_checkpoint(post, base, tmp_path / "out", ignore=[r"re:model\.layers\.0\.mlp\.experts\..*"], search=QUICK)
+    export_checkpoint(
+        post, base, tmp_path / "out", ignore=[r"re:model\.layers\.0\.mlp\.experts\..*"], search=QUICK
+    )
     listed = ignored(tmp_path / "out")
     assert "model.layers.0.mlp.experts" in listed
     assert "model.layers.0.mlp.experts.1.down_proj" in listed

@@ -61,7 +61,11 @@ def assert_same(stats: DeltaStats, expected: DeltaStats):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("shape", "granularity"), SHAPES_AND_GRIDS)
 def test_agrees_with_the_reference(shape, granularity, device):
-    for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)):
+    for dtypes in (
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32),
+    ):
         weight, base = pair(shape, device=device)
         weight = weight.to(dtypes[0])
         scale_GK = candidates(weight, granularity)
@@ -172,7 +176,9 @@ def test_strided_inputs(backend):
         scale_GK = candidates(part, PerChannel())
         assert_same(
             backend.delta_stats(part, base_part, scale_GK, PerChannel(), FP8_E4M3),
-            reference.delta_stats(part.contiguous(), base_part.contiguous(), scale_GK, PerChannel(), FP8_E4M3),
+            reference.delta_stats(
+                part.contiguous(), base_part.contiguous(), scale_GK, PerChannel(), FP8_E4M3
+            ),
         )
 
 
@@ -219,7 +225,9 @@ def test_without_a_compiler_a_search_warns_once_and_uses_the_reference(monkeypat
     monkeypatch.setattr(cpu, "_entry_point", cpu._entry_point.__wrapped__)
     backends._choose.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="reference implementation: No C\\+\\+ compiler.*no-such-compiler"):
+        with pytest.warns(
+            UserWarning, match="reference implementation: No C\\+\\+ compiler.*no-such-compiler"
+        ):
             stats = delta_stats(weight, base, torch.ones(2, 1), PerChannel())
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -238,7 +246,7 @@ def test_the_warning_of_the_slow_reference_points_at_the_line_of_the_user(tmp_pa
         "search_scale": "search_scale(weight, weight, PerChannel())",
         "search_batch": "search_batch([weight] * 2, [weight] * 2, PerChannel(), names=['a', 'b'])",
         "delta_stats": "delta_stats(weight, weight, torch.ones(8, 1), PerChannel())",
-        "export": f"export_checkpoint({{'a.weight': weight}}, {{'a.weight': weight}}, {str(tmp_path / 'out')!r})",
+        "export": f"export_checkpoint(*[{{'a.weight': weight}}] * 2, {str(tmp_path / 'out')!r})",
     }
     script = tmp_path / "user.py"
     script.write_text(

@@ -1,4 +1,5 @@
-"""The callback: training is untouched, the export holds the trained weights, and whatever is wrong is said early."""
+"""The callback: training is untouched, the export holds the trained weights, and whatever is wrong is said
+early."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def test_a_fit_ends_in_a_folder_that_transformers_loads(tmp_path):
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, exported[name].to(value.dtype)), name
         # FP8 keeps three bits of the mantissa; kept tensors are rounded to bfloat16
-        assert torch.allclose(value.float(), state[name], rtol=2**-4, atol=float(state[name].abs().max()) * 2**-9), name
+        assert torch.allclose(
+            value.float(), state[name], rtol=2**-4, atol=float(state[name].abs().max()) * 2**-9
+        ), name
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -81,8 +84,14 @@ def test_the_report_can_be_recomputed_from_the_folders(tmp_path):
         assert figures(stats) == pytest.approx(figures(tensor.searched), rel=1e-5), tensor.name
         total = stats if total is None else total.add(stats)
     assert figures(total) == pytest.approx(report.metrics(), rel=1e-5)
-    assert {name: callback.metrics[f"daq/{name}"] for name in ("sign_rate", "cosine", "gain", "mse")} == pytest.approx(
-        {name: value for name, value in report.metrics().items() if name in ("sign_rate", "cosine", "gain", "mse")}
+    assert {
+        name: callback.metrics[f"daq/{name}"] for name in ("sign_rate", "cosine", "gain", "mse")
+    } == pytest.approx(
+        {
+            name: value
+            for name, value in report.metrics().items()
+            if name in ("sign_rate", "cosine", "gain", "mse")
+        }
     )
 
 
@@ -170,7 +179,9 @@ def test_a_plain_module_is_exported_and_read_back(tmp_path):
     assert set(exported) == set(module.state_dict())
     assert exported.quantized
     weight = module.body[0].weight
-    assert torch.allclose(exported["body.0.weight"].float(), weight, rtol=2**-4, atol=float(weight.abs().max()) / 448)
+    assert torch.allclose(
+        exported["body.0.weight"].float(), weight, rtol=2**-4, atol=float(weight.abs().max()) / 448
+    )
     assert "FP8_DYNAMIC instead of FP8_BLOCK" in callback.report.summary()
 
 
@@ -215,7 +226,14 @@ def _no_base(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "make", [_base_that_lacks_tensors, _base_of_other_shapes, _base_of_other_names, _base_without_safetensors, _no_base]
+    "make",
+    [
+        _base_that_lacks_tensors,
+        _base_of_other_shapes,
+        _base_of_other_names,
+        _base_without_safetensors,
+        _no_base,
+    ],
 )
 def test_a_base_that_does_not_fit_is_refused_before_the_first_step(tmp_path, make):
     message = make(tmp_path / "base")
@@ -232,7 +250,9 @@ def test_weights_that_the_base_lacks_are_quantized_without_a_search_if_that_was_
     lacking = [tensor for tensor in callback.report.tensors if tensor.without_base]
     assert [tensor.name for tensor in lacking] == ["model.layers.0.mlp.up_proj.weight"]
     assert lacking[0].alpha["moved"] == 0
-    with pytest.raises(MisconfigurationException, match="missing_base='ignore': expected one of 'error', 'absmax'"):
+    with pytest.raises(
+        MisconfigurationException, match="missing_base='ignore': expected one of 'error', 'absmax'"
+    ):
         quantization(tmp_path, missing_base="ignore")
 
 
@@ -243,7 +263,12 @@ def test_the_example_in_the_docstring_can_be_copied(tmp_path, monkeypatch):
     lines = [line.strip()[4:] for line in example.splitlines() if line.strip().startswith((">>>", "..."))]
     code = "\n".join(lines)
     assert "trainer.fit(" in code
-    small = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    small = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+    }
     monkeypatch.setattr(L, "Trainer", functools.partial(L.Trainer, **small))
     names = {"module": Tuning(), "data": data(4000)}
     exec(code, names)
@@ -298,7 +323,10 @@ def test_a_failed_export_costs_no_checkpoint_and_surfaces_after_them(tmp_path):
         module.model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
 
     saver = ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True, every_n_train_steps=2)
-    with pytest.warns(UserWarning, match="FP8 export failed"), pytest.raises(ValueError, match="up_proj.*1 NaN"):
+    with (
+        pytest.warns(UserWarning, match="FP8 export failed"),
+        pytest.raises(ValueError, match="up_proj.*1 NaN"),
+    ):
         fit(tmp_path, saver, LambdaCallback(on_train_end=spoil), quantization(tmp_path))
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
     assert [path.name for path in (tmp_path / "exports").iterdir()] == ["base"]

@@ -42,13 +42,16 @@ def perturbed(folder: Path, out: Path, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def lineage(tmp_path_factory):
-    """root -> stage1 -> stage2 -> stage3: the second from deployed weights, the third from high-precision ones."""
+    """root -> stage1 -> stage2 -> stage3: the second from deployed weights, the third from high-precision
+    ones."""
     folder = tmp_path_factory.mktemp("chain")
     tiny_llama().bfloat16().save_pretrained(folder / "root")
     perturbed(folder / "root", folder / "post1", 1)
     export_checkpoint(folder / "post1", folder / "root", folder / "stage1", search=QUICK)
     perturbed(folder / "stage1", folder / "post2", 2)
-    export_checkpoint(folder / "post2", folder / "stage1", folder / "stage2", search=QUICK, chain_from="deployed")
+    export_checkpoint(
+        folder / "post2", folder / "stage1", folder / "stage2", search=QUICK, chain_from="deployed"
+    )
     perturbed(folder / "post2", folder / "post3", 3)
     export_checkpoint(
         folder / "post3", folder / "post2", folder / "stage3", search=QUICK,
@@ -112,7 +115,9 @@ def _cut_the_weights(stage: Path) -> str:
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
-@pytest.mark.parametrize("tamper", [_flip_a_code, _change_the_report, _remove_a_file, _add_a_file, _cut_the_weights])
+@pytest.mark.parametrize(
+    "tamper", [_flip_a_code, _change_the_report, _remove_a_file, _add_a_file, _cut_the_weights]
+)
 def test_any_altered_missing_or_foreign_file_is_found(lineage, tmp_path, stage, tamper):
     shutil.copytree(lineage, tmp_path / "copy")
     message = tamper(tmp_path / "copy" / stage)
@@ -160,7 +165,9 @@ def test_a_run_can_go_on_from_what_transformers_loads_of_an_export(lineage, tmp_
     # transformers remembers that it dequantized the weights, and would save them quantized again
     model = AutoModelForCausalLM.from_pretrained(lineage / "stage1").float()
     parent = str(lineage / "stage1")
-    callback = DeltaAwareQuantization(str(tmp_path / "out"), search=QUICK, parent=parent, chain_from="deployed")
+    callback = DeltaAwareQuantization(
+        str(tmp_path / "out"), search=QUICK, parent=parent, chain_from="deployed"
+    )
     fit(tmp_path, callback, module=Tuning(model))
     chain = Chain.open(callback.exports[0])
     assert [stage.manifest.lineage.chain_from for stage in chain.stages] == [None, "deployed"]

@@ -1,4 +1,5 @@
-"""The command line does what `export_checkpoint` does, says clearly what is wrong, and leaves nothing behind."""
+"""The command line does what `export_checkpoint` does, says clearly what is wrong, and leaves nothing
+behind."""
 
 import json
 import os
@@ -72,7 +73,9 @@ def test_quantize_writes_what_export_checkpoint_writes(models, tmp_path, capsys)
     options += ["--n-fine=2", "--alpha_scope", "layer", "--ignore", "re:.*o_proj", "--ignore", "lm_head"]
     assert quantize(models, tmp_path / "command", *options) == 0
     assert "FP8 export" in capsys.readouterr().out
-    search = ScaleSearch(metric="cosine", alpha_min=0.8, alpha_max=1.25, n_coarse=3, n_fine=2, alpha_scope="layer")
+    search = ScaleSearch(
+        metric="cosine", alpha_min=0.8, alpha_max=1.25, n_coarse=3, n_fine=2, alpha_scope="layer"
+    )
     export_checkpoint(
         models.post,
         models.base,
@@ -143,7 +146,17 @@ def test_a_dry_run_notices_a_base_that_does_not_fit(models, tmp_path, capsys):
 
 
 def test_a_config_file_is_a_whole_command_and_options_go_before_it(models, tmp_path, capsys):
-    command = ["quantize", models.post, "--base", models.base, "--out", str(tmp_path / "out"), "--range", "0.9", "1.11"]
+    command = [
+        "quantize",
+        models.post,
+        "--base",
+        models.base,
+        "--out",
+        str(tmp_path / "out"),
+        "--range",
+        "0.9",
+        "1.11",
+    ]
     with pytest.raises(SystemExit) as end:
         main([*command, "--ignore", "lm_head", "--dry-run", "--print_config"])
     assert end.value.code == 0
@@ -154,7 +167,9 @@ def test_a_config_file_is_a_whole_command_and_options_go_before_it(models, tmp_p
     assert (again.ignore, again.dry_run) == (["lm_head"], True)
     # also where the file is named last
     other = (
-        make_parser().parse_args(normalized(["quantize", "elsewhere", "--metric", "sign", f"--config={file}"])).quantize
+        make_parser()
+        .parse_args(normalized(["quantize", "elsewhere", "--metric", "sign", f"--config={file}"]))
+        .quantize
     )
     assert (other.post, other.metric, other.range) == ("elsewhere", "sign", [0.9, 1.11])
     file.write_text(file.read_text() + "typo: 1\n")
@@ -182,21 +197,50 @@ def test_progress_in_a_log_has_rate_and_time_left(models, tmp_path, capsys):
 
 BAD_COMMANDS = {
     "no such post": (["quantize", "nowhere", "--base", "BASE", "--out", "OUT"], "nowhere is not there"),
-    "a name of the Hub": (["quantize", "some/model", "--base", "BASE", "--out", "OUT"], "hf download some/model"),
-    "no such base": (["quantize", "POST", "--base", "nowhere", "--out", "OUT"], "--base: nowhere is not there"),
+    "a name of the Hub": (
+        ["quantize", "some/model", "--base", "BASE", "--out", "OUT"],
+        "hf download some/model",
+    ),
+    "no such base": (
+        ["quantize", "POST", "--base", "nowhere", "--out", "OUT"],
+        "--base: nowhere is not there",
+    ),
     "no base": (["quantize", "POST", "--out", "OUT"], "--base is missing"),
     "no out": (["quantize", "POST", "--base", "BASE"], "--out is missing"),
-    "out is the post": (["quantize", "POST", "--base", "BASE", "--out", "POST"], "choose another destination"),
-    "range": (["quantize", "POST", "--base", "BASE", "--out", "OUT", "--range", "2", "1"], "alpha_max must be"),
-    "device": (["quantize", "POST", "--base", "BASE", "--out", "OUT", "--device", "abacus"], "--device abacus"),
+    "out is the post": (
+        ["quantize", "POST", "--base", "BASE", "--out", "POST"],
+        "choose another destination",
+    ),
+    "range": (
+        ["quantize", "POST", "--base", "BASE", "--out", "OUT", "--range", "2", "1"],
+        "alpha_max must be",
+    ),
+    "device": (
+        ["quantize", "POST", "--base", "BASE", "--out", "OUT", "--device", "abacus"],
+        "--device abacus",
+    ),
     "a device that does not compute": (
         ["quantize", "POST", "--base", "BASE", "--out", "OUT", "--device", "meta"],
         "--device meta cannot be used",
     ),
     "a negative limit": (["inspect", "EXPORT", "--limit", "-1"], "--limit says how many weights to show"),
-    "ignore": (["quantize", "POST", "--base", "BASE", "--out", "OUT", "--ignore", "nothing"], "matches no module"),
+    "ignore": (
+        ["quantize", "POST", "--base", "BASE", "--out", "OUT", "--ignore", "nothing"],
+        "matches no module",
+    ),
     "container": (
-        ["quantize", "POST", "--base", "BASE", "--out", "OUT", "--scheme", "FP8_DYNAMIC", "--container", "fp8"],
+        [
+            "quantize",
+            "POST",
+            "--base",
+            "BASE",
+            "--out",
+            "OUT",
+            "--scheme",
+            "FP8_DYNAMIC",
+            "--container",
+            "fp8",
+        ],
         "use --container compressed-tensors or --scheme FP8_BLOCK",
     ),
     "inspect something else": (["inspect", "POST"], "not written by `daq-lightning quantize`"),
@@ -266,7 +310,9 @@ def test_a_path_that_the_terminal_cannot_show_is_escaped(models, tmp_path):
 
     def run(*argv):
         environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": os.pathsep.join(sys.path)}
-        return subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, env=environment)
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, argv)], capture_output=True, env=environment
+        )
 
     quick = ["--n-coarse", "2", "--n-fine", "1"]
     done = run("quantize", models.post, "--base", models.base, "--out", out, *quick)
@@ -274,7 +320,9 @@ def test_a_path_that_the_terminal_cannot_show_is_escaped(models, tmp_path):
     assert b"FP8 export: " + str(out).encode("ascii", "backslashreplace") in done.stdout
     shown = run("inspect", out, "--json")
     assert json.loads(shown.stdout)["path"] == str(out)
-    assert run("inspect", out).returncode == run("verify", out).returncode == run("chain", out).returncode == 0
+    assert (
+        run("inspect", out).returncode == run("verify", out).returncode == run("chain", out).returncode == 0
+    )
 
 
 def test_the_home_folder_has_its_short_name(models, tmp_path, monkeypatch, capsys):
@@ -290,10 +338,15 @@ def test_the_home_folder_has_its_short_name(models, tmp_path, monkeypatch, capsy
     assert main(["quantize", "~/post", *chained, "--out=~/next", *quick]) == 0
     for command in (["inspect", "~/fp8"], ["verify", "~/fp8"], ["chain", "~/next"]):
         assert main(command) == 0
-    report = export_checkpoint("~/post", "~/fp8", "~/third", parent="~/fp8", chain_from="deployed", search=QUICK)
+    report = export_checkpoint(
+        "~/post", "~/fp8", "~/third", parent="~/fp8", chain_from="deployed", search=QUICK
+    )
     assert report.path == str(home / "third")
     assert len(load_checkpoint("~/third")) == len(load_checkpoint(home / "fp8"))
-    assert [stage.folder.resolve() for stage in Chain.open("~/third").stages] == [home / "fp8", home / "third"]
+    assert [stage.folder.resolve() for stage in Chain.open("~/third").stages] == [
+        home / "fp8",
+        home / "third",
+    ]
     assert ExportReport.load("~/third").to_dict() == report.to_dict()
     assert verify_checkpoint("~/third") == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
@@ -402,7 +455,15 @@ def second(models, exported, tmp_path_factory):
         for parameter in model.parameters():
             parameter.add_(0.003 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     model.save_pretrained(folder / "post")
-    command = ["quantize", str(folder / "post"), "--base", str(exported), "--chain-from", "deployed", "--quiet"]
+    command = [
+        "quantize",
+        str(folder / "post"),
+        "--base",
+        str(exported),
+        "--chain-from",
+        "deployed",
+        "--quiet",
+    ]
     assert main([*command, "--out", str(folder / "fp8")]) == 0
     return folder
 
@@ -411,11 +472,24 @@ def test_quantize_makes_the_stages_that_export_checkpoint_makes(exported, second
     (second / "function").mkdir()
     options = {"parent": str(exported), "chain_from": "deployed"}
     export_checkpoint(second / "post", exported, second / "function" / "fp8", **options)
-    assert contents(second / "fp8")["daq_report.json"] == contents(second / "function" / "fp8")["daq_report.json"]
-    lineages = [Chain.open(folder / "fp8").stages[1].manifest.lineage for folder in (second, second / "function")]
+    assert (
+        contents(second / "fp8")["daq_report.json"]
+        == contents(second / "function" / "fp8")["daq_report.json"]
+    )
+    lineages = [
+        Chain.open(folder / "fp8").stages[1].manifest.lineage for folder in (second, second / "function")
+    ]
     assert lineages[0].chain_from == lineages[1].chain_from == "deployed"
     assert lineages[0].parent_fingerprint == lineages[1].parent_fingerprint
-    wrong = ["quantize", str(second / "post"), "--base", str(exported), "--chain-from", "weights", "--dry-run"]
+    wrong = [
+        "quantize",
+        str(second / "post"),
+        "--base",
+        str(exported),
+        "--chain-from",
+        "weights",
+        "--dry-run",
+    ]
     assert main([*wrong, "--parent", str(exported)]) == 2
     assert "or --chain-from deployed" in capsys.readouterr().err
 
@@ -472,7 +546,9 @@ class OneMergedWeight:
 def adapter(monkeypatch, tmp_path):
     """Stands in for the reader of adapter folders; the folder's name is the weight that is doubled."""
     for place in ("checkpoint.adapter", "export.source"):
-        monkeypatch.setattr(f"daq_lightning.{place}.read_adapter", lambda folder: OneMergedWeight(Path(folder)))
+        monkeypatch.setattr(
+            f"daq_lightning.{place}.read_adapter", lambda folder: OneMergedWeight(Path(folder))
+        )
 
     def make(name):
         (tmp_path / name).mkdir()
@@ -530,7 +606,10 @@ def test_a_lora_folder_is_merged_as_peft_merges_it(models, tmp_path):
     )
     adapted.save_pretrained(tmp_path / "adapter")
     out = tmp_path / "out"
-    assert main(["quantize", models.base, "--adapter", str(tmp_path / "adapter"), "--out", str(out), "--quiet"]) == 0
+    assert (
+        main(["quantize", models.base, "--adapter", str(tmp_path / "adapter"), "--out", str(out), "--quiet"])
+        == 0
+    )
     base, merged = load_checkpoint(models.base), adapted.merge_and_unload().state_dict()
     for tensor in ExportReport.load(out).tensors:
         delta = merged[tensor.name].double() - base[tensor.name].double()

@@ -1,4 +1,5 @@
-"""An export holds every weight that its readers expect, shared and computed ones too, or is refused before training."""
+"""An export holds every weight that its readers expect, shared and computed ones too, or is refused before
+training."""
 
 from __future__ import annotations
 
@@ -95,7 +96,9 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights that the model computes with in evaluation, by torch's own means."""
     model.eval()
     with torch.no_grad():
-        model(input_ids=torch.ones(1, 2, dtype=torch.long))  # hooks of older torch leave their weight on the module
+        model(
+            input_ids=torch.ones(1, 2, dtype=torch.long)
+        )  # hooks of older torch leave their weight on the module
         names = tiny_llama(num_hidden_layers=2).state_dict()
         return {name: model.get_submodule(name.rpartition(".")[0]).weight.clone() for name in names}
 
@@ -160,7 +163,9 @@ def test_a_checkpoint_from_before_the_parametrization_serves_as_base(tmp_path):
     saver = ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=2, filename="{step}")
     fit(tmp_path, saver, module=Tuning(tiny_llama(num_hidden_layers=2)), max_steps=2)
     for name, change in (("computed", weight_norm), ("plain", lambda model: None)):
-        callback = quantization(tmp_path, base=str(tmp_path / "saved" / "step=2.ckpt"), dirpath=str(tmp_path / name))
+        callback = quantization(
+            tmp_path, base=str(tmp_path / "saved" / "step=2.ckpt"), dirpath=str(tmp_path / name)
+        )
         fit(tmp_path, callback, module=Tuning(model_with(change)))
         assert callback.report.metrics()["cosine"] > 0.5
 
@@ -186,9 +191,8 @@ def test_a_plain_module_writes_shared_and_computed_weights_under_their_names(tmp
 def _wrapped(model):
     attention = model.model.layers[0].self_attn
     attention.q_proj = nn.Sequential(attention.q_proj, nn.Identity())
-    return (
-        r"would lack model\.layers\.0\.self_attn\.q_proj\.weight.*It has model\.layers\.0\.self_attn\.q_proj\.0\.weight"
-    )
+    name = r"model\.layers\.0\.self_attn\.q_proj"
+    return rf"would lack {name}\.weight.*It has {name}\.0\.weight"
 
 
 def _fewer_layers(model):
@@ -215,7 +219,9 @@ def _tied_and_parametrized(model):
     return r"lm_head\.weight and model\.embed_tokens\.weight are tied by config\.json"
 
 
-@pytest.mark.parametrize("spoil", [_wrapped, _fewer_layers, _computed_by_hand, _untied, _tied_and_parametrized])
+@pytest.mark.parametrize(
+    "spoil", [_wrapped, _fewer_layers, _computed_by_hand, _untied, _tied_and_parametrized]
+)
 def test_an_export_that_would_be_incomplete_is_refused_before_the_first_step(tmp_path, spoil):
     model = tiny_llama(num_hidden_layers=2, tie_word_embeddings=spoil in (_untied, _tied_and_parametrized))
     message = spoil(model)

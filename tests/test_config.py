@@ -46,7 +46,9 @@ def holds(whole, part) -> bool:
     return whole == part
 
 
-def test_the_printed_config_says_all_that_the_recipe_says_and_prints_itself(monkeypatch, tmp_path: Path) -> None:
+def test_the_printed_config_says_all_that_the_recipe_says_and_prints_itself(
+    monkeypatch, tmp_path: Path
+) -> None:
     file = tmp_path / "printed.yaml"
     file.write_text(print_config(monkeypatch, RECIPES / "config.yaml"))
     content = yaml.safe_load(file.read_text())
@@ -58,7 +60,9 @@ def test_the_printed_config_says_all_that_the_recipe_says_and_prints_itself(monk
 
 @pytest.mark.slow
 def test_the_command_in_the_recipe_reads_it() -> None:
-    (command,) = re.findall(r"(?m)^#   PYTHONPATH=recipes python (.*)$", (RECIPES / "config.yaml").read_text())
+    (command,) = re.findall(
+        r"(?m)^#   PYTHONPATH=recipes python (.*)$", (RECIPES / "config.yaml").read_text()
+    )
     path = os.pathsep.join([str(ROOT), str(RECIPES)])
     run = subprocess.run(
         [sys.executable, *shlex.split(command), "--print_config"],
@@ -94,8 +98,12 @@ def test_a_search_is_written_out_in_yaml(monkeypatch, tmp_path: Path) -> None:
     assert callback._settings.choices.search == ScaleSearch(metric="sign", n_coarse=3, alpha_scope="layer")
 
 
-@pytest.mark.parametrize(("name", "value"), [("scheme", "INT8"), ("metric", "nonsense"), ("chain_from", "guess")])
-def test_a_wrong_value_is_refused_by_the_parser(monkeypatch, capsys, tmp_path: Path, name: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("scheme", "INT8"), ("metric", "nonsense"), ("chain_from", "guess")]
+)
+def test_a_wrong_value_is_refused_by_the_parser(
+    monkeypatch, capsys, tmp_path: Path, name: str, value: str
+) -> None:
     content = yaml.safe_load((RECIPES / "config.yaml").read_text())
     content["trainer"]["callbacks"][0]["init_args"][name] = value
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))

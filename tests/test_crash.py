@@ -1,7 +1,8 @@
-"""SIGKILL at any moment: the destination is the old folder, the new one, or absent; the next export cleans up.
+"""SIGKILL at any moment: the destination is the old folder, the new one, or absent; the next export cleans
+up.
 
-The kills happen in a process of their own (this file, run as a script), which imports everything once and forks a
-child for each export before any thread is started.
+The kills happen in a process of their own (this file, run as a script), which imports everything once and
+forks a child for each export before any thread is started.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ from pathlib import Path
 import pytest
 
 CALLS = (
-    "open", "truncate", "posix_fallocate", "pwrite", "fsync", "fdatasync", "rename", "mkdir", "unlink", "rmdir",
+    "open", "truncate", "posix_fallocate", "pwrite", "fsync", "fdatasync", "rename", "mkdir", "unlink",
+    "rmdir",
 )  # fmt: skip
 
 
@@ -36,7 +38,11 @@ def drive(*arguments):
     paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run(
-        [sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, __file__, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -74,7 +80,8 @@ def child(function):
 
 
 def kill_at(count):
-    """From now on this process dies at the moment that it is about to make its n-th call into the file system."""
+    """From now on this process dies at the moment that it is about to make its n-th call into the file
+    system."""
     made = 0
 
     def wrapped(original):
@@ -93,7 +100,8 @@ def kill_at(count):
 
 def state_of(out, old, new):
     return next(
-        (name for name, known in (("absent", None), ("old", old), ("new", new)) if hashes(out) == known), "broken"
+        (name for name, known in (("absent", None), ("old", old), ("new", new)) if hashes(out) == known),
+        "broken",
     )
 
 

@@ -1,4 +1,5 @@
-"""Two processes: a run under DDP exports what one process would, resumes to the same bytes, and errors reach all ranks.
+"""Two processes: a run under DDP exports what one process would, resumes to the same bytes, and errors reach
+all ranks.
 
 The runs happen in a process group of their own, which is killed as a whole if it hangs.
 """
@@ -42,7 +43,11 @@ def test_a_resumed_ddp_run_exports_the_same_bytes_and_each_weight_once(tmp_path)
     assert result.returncode == 0, result.stdout
     whole, parts = (folder_bytes(tmp_path / name / "exports" / "step=4") for name in ("whole", "parts"))
     assert whole == parts
-    assert sorted(path.name for path in (tmp_path / "parts" / "exports").iterdir()) == ["base", "step=2", "step=4"]
+    assert sorted(path.name for path in (tmp_path / "parts" / "exports").iterdir()) == [
+        "base",
+        "step=2",
+        "step=4",
+    ]
     # every weight counts once, although every rank holds it
     from daq_lightning import ExportReport
 
@@ -84,7 +89,11 @@ def test_report_metrics_and_exports_are_the_same_on_every_rank(tmp_path, scenari
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
     assert ranks[0]["trainer"]["daq/cosine"] == pytest.approx(ranks[0]["metrics"]["daq/cosine"])
-    names = {"ranks": ["step=2", "step=4"], "ranks_checkpoint": ["step=2", "step=4"], "ranks_best": ["step=4"]}
+    names = {
+        "ranks": ["step=2", "step=4"],
+        "ranks_checkpoint": ["step=2", "step=4"],
+        "ranks_best": ["step=4"],
+    }
     found = expected(tmp_path, names[scenario])
     assert {name: ranks[0][name] for name in found} == found
     assert math.isfinite(ranks[0]["metrics"]["daq/cosine"])
@@ -175,7 +184,9 @@ def _ranks(folder: Path, **changes) -> None:
     callback = quantization(folder, **(changes or {"every_n_train_steps": 2}))
     trainer = make_trainer(folder, callback, *others, strategy="ddp", devices=2)
     trainer.fit(Tuning(), data(16))
-    trainer_metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "daq/" in name}
+    trainer_metrics = {
+        name: float(value) for name, value in trainer.callback_metrics.items() if "daq/" in name
+    }
     _write(folder, attributes(callback) | {"trainer": trainer_metrics})
 
 

@@ -35,7 +35,9 @@ def default(name: str) -> Iterator[None]:
 
 def run(job: Callable[..., None], *arguments: object) -> None:
     call = f"import test_defaults; test_defaults.{job.__name__}({', '.join(map(repr, arguments))})"
-    done = subprocess.run([sys.executable, "-c", call], cwd=TESTS, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", call], cwd=TESTS, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-3000:]}"
 
 
@@ -104,7 +106,18 @@ def numerics_job(name: str) -> None:
                     codes = quantize(w, scale, granularity)
                     read = dequantize(codes, scale, granularity)
                     stats = measure(w, b, read)
-                    yield what, (scale, codes, read, stats, gain(stats), score(stats, "hybrid"), score(stats, "cosine"))
+                    yield (
+                        what,
+                        (
+                            scale,
+                            codes,
+                            read,
+                            stats,
+                            gain(stats),
+                            score(stats, "hybrid"),
+                            score(stats, "cosine"),
+                        ),
+                    )
                 for search in searches:
                     for backend in (None, reference):
                         yield (
@@ -142,7 +155,11 @@ def test_numerics_do_not_depend_on_the_default_dtype_and_device(name):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def export_job(folder: str, names: list[str]) -> None:
@@ -207,7 +224,11 @@ def callback_job(folder: str, name: str) -> None:
             fit(Path(folder) / name, callback, module=module)
         assert [path.name for path in callback.exports] == ["step=2", "step=4"]
         assert all(isinstance(value, float) for value in callback.metrics.values())
-        logged = {key: float(value) for key, value in module.trainer.callback_metrics.items() if key.startswith("daq/")}
+        logged = {
+            key: float(value)
+            for key, value in module.trainer.callback_metrics.items()
+            if key.startswith("daq/")
+        }
         assert logged.keys() == callback.metrics.keys()
         for key, value in callback.metrics.items():
             assert abs(logged[key] - value) <= 1e-6 * abs(value), key  # float32, as other metrics
@@ -236,11 +257,13 @@ def test_the_callback_does_not_depend_on_the_default_dtype_and_device(tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_a_search_under_another_default_does_not_crash(name):
-    setting = "torch.set_default_device('meta')" if name == "meta" else f"torch.set_default_dtype(torch.{name})"
+    setting = (
+        "torch.set_default_device('meta')" if name == "meta" else f"torch.set_default_dtype(torch.{name})"
+    )
     code = (
-        "import torch; from daq_lightning import search_scale, PerChannel; w = torch.randn(4096, 128); v = w + .01; "
-        f"expected = search_scale(w, v, PerChannel()); {setting}; found = search_scale(w, v, PerChannel()); "
-        "assert torch.equal(found.scale, expected.scale)"
+        "import torch; from daq_lightning import search_scale, PerChannel; w = torch.randn(4096, 128); v = "
+        f"w + .01; expected = search_scale(w, v, PerChannel()); {setting}; found = search_scale(w, v, "
+        "PerChannel()); assert torch.equal(found.scale, expected.scale)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"

@@ -20,7 +20,8 @@ KINDS = ["dense", "heavy", "grid", "integers", "sparse", "tiny"]
 
 
 def pair(kind, shape, seed):
-    """A bfloat16 weight and its base: usual, of 20 binades, base on an FP8 grid, with many ties, few changes."""
+    """A bfloat16 weight and its base: usual, of 20 binades, base on an FP8 grid, with many ties, few
+    changes."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal():
@@ -68,7 +69,9 @@ def test_no_scale_beats_the_oracle_and_it_keeps_its_promise(
 ):
     weight, base = pair(kind, shape, seed)
     scale = absmax_scale(weight, granularity, scale_format=scale_format)
-    best, promise = best_scale(weight, base, scale, granularity, metric=metric, tau=0.01, scale_format=scale_format)
+    best, promise = best_scale(
+        weight, base, scale, granularity, metric=metric, tau=0.01, scale_format=scale_format
+    )
     assert torch.equal(round_scale(best, scale_format), best)
     has_promise = promise.flatten().isfinite()
     realized = scores(weight, base, best.reshape(-1, 1), granularity, metric)[:, 0]
@@ -76,7 +79,9 @@ def test_no_scale_beats_the_oracle_and_it_keeps_its_promise(
     assert bool(((realized - promise.flatten()).abs() <= tolerance)[has_promise].all())
 
     generator = torch.Generator().manual_seed(seed + 1)
-    alpha_K = torch.cat([2 ** (torch.arange(steps) / steps), 1 + torch.rand(100, generator=generator), torch.ones(1)])
+    alpha_K = torch.cat(
+        [2 ** (torch.arange(steps) / steps), 1 + torch.rand(100, generator=generator), torch.ones(1)]
+    )
     others_GK = round_scale((scale.reshape(-1, 1).double() * alpha_K).float(), scale_format)
     others = scores(weight, base, others_GK, granularity, metric).amax(1)
     assert bool((realized >= others - tolerance)[has_promise].all())

@@ -1,4 +1,5 @@
-"""An export deletes nothing that an export did not write: no input of its own, and no file of anybody else."""
+"""An export deletes nothing that an export did not write: no input of its own, and no file of anybody
+else."""
 
 import hashlib
 import json
@@ -31,7 +32,9 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     base, post = tiny_models.make_pair(folder, lambda: tiny_models.llama(num_hidden_layers=1))
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder / "adapter")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        folder / "adapter"
+    )
     export_checkpoint(post, base, folder / "stage1", search=QUICK)
     export_checkpoint(post, folder / "stage1", folder / "stage2", search=QUICK, chain_from="deployed")
     return folder
@@ -56,7 +59,8 @@ def adapter_below(place):
 
 
 def listed_adapter_below(place):
-    """As `merge_adapters=False` leaves it: the adapter is a part of the export, and all that the training made."""
+    """As `merge_adapters=False` leaves it: the adapter is a part of the export, and all that the training
+    made."""
     out = place / "stage1"
     command = adapter_below(place)
     manifest = json.loads((out / "daq_manifest.json").read_text())
@@ -113,7 +117,9 @@ def adapter_of_links(place):
         place / "adapter" / "adapter_model.safetensors", place / "stage1" / "model-00001-of-00001.safetensors"
     )
     (place / "adapter" / "adapter_model.safetensors").unlink()
-    (place / "adapter" / "adapter_model.safetensors").symlink_to(place / "stage1" / "model-00001-of-00001.safetensors")
+    (place / "adapter" / "adapter_model.safetensors").symlink_to(
+        place / "stage1" / "model-00001-of-00001.safetensors"
+    )
     return [place / "base", "--adapter", place / "adapter", "--out", place / "stage1"]
 
 
@@ -149,7 +155,8 @@ IN_THE_WAY = {
     case.__name__: case
     for case in (
         adapter_below, listed_adapter_below, base_below, post_below, base_is_out, base_through_a_link,
-        out_through_a_link, a_base_of_links, adapter_of_links, parent_is_out, root_is_out, earlier_stage_is_out,
+        out_through_a_link, a_base_of_links, adapter_of_links, parent_is_out, root_is_out,
+        earlier_stage_is_out,
         out_in_the_parent, base_is_a_leftover,
     )
 }  # fmt: skip

@@ -34,8 +34,14 @@ QUICK = ScaleSearch(metric="cosine", n_coarse=3, n_fine=0)
         ({"module": 3}, r"module=3: expected None or a str"),
         ({"scale_format": "e5m2"}, r"scale_format='e5m2': expected one of None, 'ue8m0'"),
         ({"export_on": None}, r"export_on=None: expected one of 'train_end', 'checkpoint'"),
-        ({"every_n_train_steps": 1.5}, r"every_n_train_steps=1.5: expected a whole number of at least 1, or None"),
-        ({"every_n_train_steps": True}, r"every_n_train_steps=True: expected a whole number of at least 1, or None"),
+        (
+            {"every_n_train_steps": 1.5},
+            r"every_n_train_steps=1.5: expected a whole number of at least 1, or None",
+        ),
+        (
+            {"every_n_train_steps": True},
+            r"every_n_train_steps=True: expected a whole number of at least 1, or None",
+        ),
         ({"every_n_epochs": "1"}, r"every_n_epochs='1': expected a whole number of at least 1, or None"),
         ({"keep_last": 0}, r"keep_last=0: expected a whole number of at least 1, or None"),
         ({"keep_last": "2"}, r"keep_last='2': expected a whole number of at least 1, or None"),
@@ -53,7 +59,10 @@ QUICK = ScaleSearch(metric="cosine", n_coarse=3, n_fine=0)
         ({"parent": 3}, r"parent=3: expected None or a path"),
         ({"chain_from": "weights"}, r"chain_from='weights': needs parent="),
         ({"parent": "exports/a"}, r"parent='exports/a': say .* chain_from="),
-        ({"parent": "exports/a", "chain_from": "guess"}, r"chain_from='guess': expected one of None, 'weights'"),
+        (
+            {"parent": "exports/a", "chain_from": "guess"},
+            r"chain_from='guess': expected one of None, 'weights'",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -66,7 +75,8 @@ def test_what_is_allowed_is_not_refused(tmp_path):
     DeltaAwareQuantization(
         dirpath=tmp_path, base=tmp_path / "base", scheme="FP8_BLOCK", metric="sign", alpha_range=[1, 2],
         ignore=("lm_head", "re:.*mlp.*"), module="model", scale_format="ue8m0", every_n_train_steps=1,
-        every_n_epochs=2, keep_last=3, filename="run.1-{epoch:03d}-{step}-{val/loss:.2f}-{acc:e}", parent=tmp_path,
+        every_n_epochs=2, keep_last=3, filename="run.1-{epoch:03d}-{step}-{val/loss:.2f}-{acc:e}",
+        parent=tmp_path,
         chain_from="deployed", export_on_exception=True, merge_adapters=False,
     )  # fmt: skip
 

@@ -64,7 +64,9 @@ def entry_point(function):
 
 def faults(function: str) -> list[tuple[str, str, Any]]:
     """(what, name of the attribute, its wrong value); a number in `what` is the argument's place."""
-    places = {"absmax": [3], "quantize": [3, 5], "delta_stats": [4, 8, 9], "fold": [0, 2, 4], "search": []}[function]
+    places = {"absmax": [3], "quantize": [3, 5], "delta_stats": [4, 8, 9], "fold": [0, 2, 4], "search": []}[
+        function
+    ]
     found: list[tuple[str, str, Any]] = []
     for place in places:
         found += [(str(place), "data", None), (str(place), "bytes", 4), (str(place), "bytes", 0)]
@@ -73,7 +75,11 @@ def faults(function: str) -> list[tuple[str, str, Any]]:
     plan = 2 if function in ("delta_stats", "search") else 1
     for matrix in range(plan):
         found += [(str(matrix), "data", None), (str(matrix), "dtype", 3), (str(matrix), "dtype", -1)]
-        found += [(str(matrix), "stride", -8), (str(matrix), "stride", 9), (str(matrix), "bytes", M * N * 4 - 1)]
+        found += [
+            (str(matrix), "stride", -8),
+            (str(matrix), "stride", 9),
+            (str(matrix), "bytes", M * N * 4 - 1),
+        ]
         found += [(str(matrix), "stride", 2**62)]
     found += [(str(plan), name, value) for name, value in PLANS.items()]
     found += [(str(plan), "m", 2**62), (str(plan), "n", 2**63 - 1)]
@@ -125,7 +131,9 @@ def test_wrong_arguments_are_refused(function, place, name, value):
     assert all(torch.equal(tensor, copied) for tensor, copied in zip(kept, before, strict=True))
 
 
-@pytest.mark.parametrize("scale", [torch.ones(6, 1).double(), torch.ones(6, 1).bfloat16(), torch.ones(5, 1)], ids=str)
+@pytest.mark.parametrize(
+    "scale", [torch.ones(6, 1).double(), torch.ones(6, 1).bfloat16(), torch.ones(5, 1)], ids=str
+)
 def test_scales_of_another_dtype_or_number_are_refused(scale):
     with pytest.raises(RuntimeError, match="scales"):
         cpu.quantize(torch.ones(6, 8), scale, PerChannel(), FP8_E4M3)

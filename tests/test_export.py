@@ -1,4 +1,5 @@
-"""From two checkpoints to a third: figures that the files bear out, clear words where base and weights do not fit."""
+"""From two checkpoints to a third: figures that the files bear out, clear words where base and weights do not
+fit."""
 
 import hashlib
 import json
@@ -116,7 +117,11 @@ def test_the_report_on_disk_is_the_report_returned(pair, tmp_path):
     base, post = pair
     returned = export_checkpoint(post, base, tmp_path / "out", search=QUICK)
     loaded = ExportReport.load(tmp_path / "out")
-    assert loaded.to_dict() == returned.to_dict() == json.loads((tmp_path / "out" / "daq_report.json").read_text())
+    assert (
+        loaded.to_dict()
+        == returned.to_dict()
+        == json.loads((tmp_path / "out" / "daq_report.json").read_text())
+    )
     assert str(tmp_path / "out") in loaded.summary()
     assert len(loaded.summary().splitlines()) <= 10
 
@@ -139,7 +144,9 @@ def test_how_the_input_is_sharded_changes_nothing_but_the_order(pair, tmp_path):
     shutil.copytree(post, folder)
     (folder / "model.safetensors").unlink()
     for number, part in enumerate((names[::2], names[1::2])):
-        safetensors.torch.save_file({name: tensors[name] for name in part}, folder / f"part{number}.safetensors")
+        safetensors.torch.save_file(
+            {name: tensors[name] for name in part}, folder / f"part{number}.safetensors"
+        )
     export_checkpoint(post, base, tmp_path / "a", search=QUICK)
     export_checkpoint(folder, base, tmp_path / "b", search=QUICK)
     first, second = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
@@ -240,12 +247,16 @@ def no_config(post):
 
 
 def unknown_model(post):
-    (post / "config.json").write_text(json.dumps({"model_type": "no_such_model", "architectures": ["NoSuchModel"]}))
+    (post / "config.json").write_text(
+        json.dumps({"model_type": "no_such_model", "architectures": ["NoSuchModel"]})
+    )
 
 
 def own_code(post):
     (post / "config.json").write_text(
-        json.dumps({"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoConfig": "mine.MyConfig"}})
+        json.dumps(
+            {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoConfig": "mine.MyConfig"}}
+        )
     )
     (post / "mine.py").write_text(f"open({str(post.parent / 'sprung')!r}, 'w')\nclass MyConfig: pass\n")
 
@@ -389,7 +400,8 @@ def test_a_mapping_and_a_folder_mix_and_a_model_says_what_the_tensors_are(pair, 
 
 def test_names_of_linear_weights_are_guessed_without_tripping_over_odd_ones():
     shapes = {
-        "type.weight": (4, 4), "a.weight": (4, 4), "a.b.weight": (4, 8), "c.d.weight": (8, 4), "c.weight": (4, 4),
+        "type.weight": (4, 4), "a.weight": (4, 4), "a.b.weight": (4, 8), "c.d.weight": (8, 4),
+        "c.weight": (4, 4),
         "embed.weight": (9, 4), "x.norm.weight": (4, 4), "mlp.gate.weight": (2, 4), "lm_head.weight": (9, 4),
         "conv.weight": (4, 4, 3), "a.bias": (4,), "weight": (4, 4),
     }  # fmt: skip
@@ -437,7 +449,9 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     peak = [int(line) for line in result.stdout.splitlines()[-2:]]
-    assert size[8] - size[2] > 20e6  # bytes that the second export reads beyond the first, from base and from post
+    assert (
+        size[8] - size[2] > 20e6
+    )  # bytes that the second export reads beyond the first, from base and from post
     assert peak[1] - peak[0] < (size[8] - size[2]) / 4
 
 

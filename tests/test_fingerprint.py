@@ -15,7 +15,9 @@ def test_all_paths_give_the_same(size, monkeypatch):
     expected = fingerprint(data)
     monkeypatch.setattr(module, "_rows", module._rows_on_device)
     assert fingerprint(data) == expected
-    monkeypatch.setattr(module, "_rows", lambda words: fold.fold_words(words, module._odd_numbers(words.device)))
+    monkeypatch.setattr(
+        module, "_rows", lambda words: fold.fold_words(words, module._odd_numbers(words.device))
+    )
     assert fingerprint(data) == expected
 
 
@@ -46,7 +48,9 @@ def test_dtype_shape_and_values_count_but_not_layout_or_place():
     assert fingerprint(values) != fingerprint(values.reshape(10, 6))
     assert fingerprint(values) != fingerprint(values.view(torch.int32))
     assert fingerprint(values.T) == fingerprint(values.T.contiguous())
-    padded = torch.cat([torch.zeros(1), values.flatten()])[1:].reshape(6, 10)  # begins in the middle of a word
+    padded = torch.cat([torch.zeros(1), values.flatten()])[1:].reshape(
+        6, 10
+    )  # begins in the middle of a word
     assert fingerprint(padded) == fingerprint(values)
     assert fingerprint(torch.empty(0)) != fingerprint(torch.empty(0, 3))
 

@@ -1,4 +1,5 @@
-"""float64 weights, which no FP8 reader knows, are exported as their float32 copies would be; the report says so."""
+"""float64 weights, which no FP8 reader knows, are exported as their float32 copies would be; the report says
+so."""
 
 from __future__ import annotations
 
@@ -34,7 +35,11 @@ def pair(folder: Path, dtype: torch.dtype) -> tuple[Path, Path]:
 
 def quantized(folder: Path) -> dict[str, torch.Tensor]:
     tensors = load_file(folder / "model.safetensors")
-    return {name: t for name, t in tensors.items() if name + "_scale_inv" in tensors or name.endswith("_scale_inv")}
+    return {
+        name: t
+        for name, t in tensors.items()
+        if name + "_scale_inv" in tensors or name.endswith("_scale_inv")
+    }
 
 
 def test_folders_in_float64_give_the_codes_and_scales_of_their_float32_copies(tmp_path):
@@ -46,7 +51,9 @@ def test_folders_in_float64_give_the_codes_and_scales_of_their_float32_copies(tm
     (expected, _), (actual, report) = found[torch.float32], found[torch.float64]
     assert set(actual) == set(expected)
     assert len(actual) == 14
-    assert all(torch.equal(actual[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in expected)
+    assert all(
+        torch.equal(actual[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in expected
+    )
     assert report.metrics() == found[torch.float32][1].metrics()
     assert "7 weights are float64: they were searched and measured as float32." in report.notes
     out = tmp_path / "torch.float64" / "out"
@@ -68,7 +75,12 @@ def test_a_stage_that_follows_a_float64_export_finds_its_weights_and_is_measured
             parameter.mul_(1.001)
     model.save_pretrained(tmp_path / "next")
     report = export_checkpoint(
-        tmp_path / "next", post, tmp_path / "two", search=QUICK, parent=str(tmp_path / "one"), chain_from="weights"
+        tmp_path / "next",
+        post,
+        tmp_path / "two",
+        search=QUICK,
+        parent=str(tmp_path / "one"),
+        chain_from="weights",
     )
     assert report.totals("root") is not None
     assert main(["chain", str(tmp_path / "two")]) == 0

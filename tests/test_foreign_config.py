@@ -1,4 +1,5 @@
-"""A config.json is foreign input: nothing it names is run or fetched, and a model far beyond its files is not built."""
+"""A config.json is foreign input: nothing it names is run or fetched, and a model far beyond its files is not
+built."""
 
 import json
 import shutil
@@ -19,7 +20,9 @@ QUICK = ScaleSearch(n_coarse=2, n_fine=1)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return tiny_models.make_pair(tmp_path_factory.mktemp("pair"), lambda: tiny_models.llama(num_hidden_layers=1))
+    return tiny_models.make_pair(
+        tmp_path_factory.mktemp("pair"), lambda: tiny_models.llama(num_hidden_layers=1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,10 @@ def test_nothing_that_a_config_names_is_imported_or_fetched(pair, plain, tmp_pat
     assert not (tmp_path / "run").exists()
     stored = safetensors.torch.load_file(tmp_path / "fp8" / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in stored.items()} == {n: t.dtype for n, t in plain.items()}
-    assert all(torch.equal(stored[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in plain.items())
+    assert all(
+        torch.equal(stored[name].view(torch.uint8), tensor.view(torch.uint8))
+        for name, tensor in plain.items()
+    )
 
 
 def test_a_backbone_of_the_hub_is_not_asked_for(pair, tmp_path, capsys, monkeypatch):

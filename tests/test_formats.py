@@ -55,11 +55,15 @@ def test_a_format_is_what_ml_dtypes_says_of_it(fmt, outside):
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_codes_are_those_of_ml_dtypes_for_every_half_and_every_midpoint(fmt, outside, backend):
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
-    halves = [every.view(dtype)[every.view(dtype).isfinite()].float() for dtype in (torch.bfloat16, torch.float16)]
+    halves = [
+        every.view(dtype)[every.view(dtype).isfinite()].float() for dtype in (torch.bfloat16, torch.float16)
+    ]
     grid = np.arange(256, dtype=np.uint8).view(outside).astype(np.float32)
     grid = np.sort(grid[np.isfinite(grid)])
     middle = (grid[:-1] + grid[1:]) / 2
-    near = np.concatenate([np.nextafter(middle, np.float32(1e9)), np.nextafter(middle, np.float32(-1e9)), middle])
+    near = np.concatenate(
+        [np.nextafter(middle, np.float32(1e9)), np.nextafter(middle, np.float32(-1e9)), middle]
+    )
     for values in (*halves, torch.from_numpy(near)):
         for scale in (1.0, 2.0**-20, 2.0**30, 0.37, 5.25e-5):
             scales = torch.full((1, 1), scale)
@@ -111,7 +115,9 @@ def test_a_search_per_channel_finds_what_the_definition_in_float64_finds(fmt, ou
     search = ScaleSearch.dense(24, metric=metric)
     absmax = absmax_scale(weight, PerChannel(), fmt=fmt)
     alphas = [1.0, *(2 ** (i / 24) for i in range(24))]
-    tried = [sums_in_float64(weight, base, (absmax.double() * alpha).float(), outside, fmt) for alpha in alphas]
+    tried = [
+        sums_in_float64(weight, base, (absmax.double() * alpha).float(), outside, fmt) for alpha in alphas
+    ]
     columns = DeltaStats(*(torch.from_numpy(np.stack(field, 1)) for field in zip(*tried, strict=True)))
     best = score(columns, metric).amax(1)
     for backend in BACKENDS:
@@ -171,7 +177,9 @@ def test_an_export_takes_the_format_from_its_scheme(tmp_path, monkeypatch, conta
     scheme = dataclasses.replace(SCHEMES["FP8_BLOCK"], format=E5M2)
     monkeypatch.setitem(SCHEMES, "FP8_BLOCK", scheme)
     (weight, base), out = pair((128, 256)), tmp_path / "out"
-    report = export_checkpoint({"a.weight": weight}, {"a.weight": base}, out, scheme="FP8_BLOCK", container=container)
+    report = export_checkpoint(
+        {"a.weight": weight}, {"a.weight": base}, out, scheme="FP8_BLOCK", container=container
+    )
     stored = load_file(out / "model.safetensors")
     found = search_scale(weight, base, PerBlock(), scale_format=SCALES_KEPT[container], fmt=E5M2)
     assert stored["a.weight"].dtype == torch.float8_e5m2
@@ -180,7 +188,11 @@ def test_an_export_takes_the_format_from_its_scheme(tmp_path, monkeypatch, conta
     plain = dequantize(quantize(weight, absmax, PerBlock(), E5M2), absmax, PerBlock())
     read = dequantize(stored["a.weight"], found.scale, PerBlock())
     [tensor] = report.tensors
-    for stats, seen in ((tensor.searched, read), (tensor.absmax, plain), (tensor.dequantized, read.bfloat16())):
+    for stats, seen in (
+        (tensor.searched, read),
+        (tensor.absmax, plain),
+        (tensor.dequantized, read.bfloat16()),
+    ):
         for one, two in zip(stats, measure(weight, base, seen), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-9)
 

@@ -1,7 +1,7 @@
 """Report, manifest, config, index and adapter files that anybody may have written end in a clean error, soon.
 
-Each example changes one or two places of a valid JSON file (or its text) and runs the commands that read it. A manifest
-gets the fingerprint of its changed content, as a forger would give it.
+Each example changes one or two places of a valid JSON file (or its text) and runs the commands that read it.
+A manifest gets the fingerprint of its changed content, as a forger would give it.
 """
 
 import contextlib
@@ -28,16 +28,21 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "he
 HOSTILE = st.one_of(
     st.none(),
     st.booleans(),
-    st.sampled_from([0, 1, -1, 2, 7, 10**7, 10**15, 2**63, 10**400, -(10**15), 0.5, 1e300, float("nan"), float("inf")]),
+    st.sampled_from([0, 1, -1, 2, 7, 10**7, 10**15, 2**63, 10**400, -(10**15), 0.5, 1e300, float("nan"),
+    float("inf")]),
     st.sampled_from(
         [
-            "", " ", "x", "re:(", "re:(a+)+$", "(.*)*$", "(([a-z]+)*)*x", "(a|aa)+$", "[", "../..", "/dev/zero", "/",
-            "a\0b", "\ud800", "é→", "kernels-community/x", "someone/evil", "bfloat16", "float32", "nan", "x" * 5000,
-            "fp8", "compressed-tensors", "block", "channel", "LlamaForCausalLM", "CLIPModel", "qwen3_moe", "..",
+            "", " ", "x", "re:(", "re:(a+)+$", "(.*)*$", "(([a-z]+)*)*x", "(a|aa)+$", "[", "../..",
+            "/dev/zero", "/",
+            "a\0b", "\ud800", "é→", "kernels-community/x", "someone/evil", "bfloat16", "float32", "nan",
+            "x" * 5000,
+            "fp8", "compressed-tensors", "block", "channel", "LlamaForCausalLM", "CLIPModel", "qwen3_moe",
+            "..",
         ]
     ),
     st.text(max_size=8),
-    st.sampled_from([[], [[]], {}, [1], [128, 128], [0, 0], [None], ["re:("], ["re:(a+)+$"], {"": ""}, {"x": 1}, [{}]]),
+    st.sampled_from([[], [[]], {}, [1], [128, 128], [0, 0], [None], ["re:("], ["re:(a+)+$"], {"": ""},
+    {"x": 1}, [{}]]),
     st.lists(st.integers(-2, 300), max_size=4),
 )  # fmt: skip
 
@@ -45,7 +50,13 @@ HOSTILE = st.one_of(
 def places(content, path=()):
     """Every place of a JSON value, as a path of keys and indices."""
     yield path
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    )
     for key, value in items:
         yield from places(value, (*path, key))
 
@@ -79,7 +90,9 @@ def mutations(draw, content):
         cut = draw(st.integers(0, len(text)))
         return text[:cut] + draw(st.binary(max_size=3))
     if kind == 1:
-        return draw(st.sampled_from([b"", b"null", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b'"x"']))
+        return draw(
+            st.sampled_from([b"", b"null", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b'"x"'])
+        )
     for _ in range(draw(st.integers(1, 2))):
         path = draw(st.sampled_from(sorted(places(content), key=repr)))
         # names of tensors are many and alike: half of the examples are about the fields above and below them
@@ -149,7 +162,11 @@ TARGETS = {
         "daq_report.json",
         [["inspect", "{fp8}", "--base", "{made}/base", "--post", "{made}/post"]],
     ),
-    "manifest": ("fp8", "daq_manifest.json", [["chain", "{fp8}"], ["chain", "{next}", "--json"], ["verify", "{fp8}"]]),
+    "manifest": (
+        "fp8",
+        "daq_manifest.json",
+        [["chain", "{fp8}"], ["chain", "{next}", "--json"], ["verify", "{fp8}"]],
+    ),
     "manifest of a destination": (
         "fp8",
         "daq_manifest.json",
@@ -214,7 +231,9 @@ def test_a_hostile_file_ends_in_a_clean_error(made, target):
             content = signed(content)
         file.write_bytes(as_bytes(content))
         for command in commands:
-            check([part.format(**names) for part in command], {0, 1, 2} if command[0] != "quantize" else {0, 2})
+            check(
+                [part.format(**names) for part in command], {0, 1, 2} if command[0] != "quantize" else {0, 2}
+            )
             shutil.rmtree(out, ignore_errors=True)
 
     try:
@@ -236,7 +255,9 @@ CASES = {
     ),
     "a list of ignored modules that is no list": (
         "fp8/config.json",
-        lambda x: x | {"quantization_config": x["quantization_config"] | {"ignore": 5, "modules_to_not_convert": 5}},
+        lambda x: (
+            x | {"quantization_config": x["quantization_config"] | {"ignore": 5, "modules_to_not_convert": 5}}
+        ),
         "verify {made}/fp8",
         1,
     ),
@@ -249,7 +270,11 @@ CASES = {
     "an ignored pattern that explodes": (
         "fp8/config.json",
         lambda x: (
-            x | {"quantization_config": x["quantization_config"] | {"ignore": ["re:(.*.*)*(a|aa|[a-z])*\\d\\d$"]}}
+            x
+            | {
+                "quantization_config": x["quantization_config"]
+                | {"ignore": ["re:(.*.*)*(a|aa|[a-z])*\\d\\d$"]}
+            }
         ),
         "verify {made}/fp8",
         1,

@@ -56,7 +56,8 @@ NAMES = pytest.mark.parametrize("name", MODULES, ids=lambda name: name or PACKAG
 
 @functools.cache
 def imports(name):
-    """Every import of a module as (full dotted name, whether it runs when the module is imported); not for types."""
+    """Every import of a module as (full dotted name, whether it runs when the module is imported); not for
+    types."""
     found = []
 
     def visit(node, at_top):
@@ -79,7 +80,9 @@ def imports(name):
 
 def inside(name):
     """The modules of the package that a module imports, anywhere in it."""
-    targets = {target.removeprefix(PACKAGE).removeprefix(".") for target, _ in imports(name) if is_ours(target)}
+    targets = {
+        target.removeprefix(PACKAGE).removeprefix(".") for target, _ in imports(name) if is_ours(target)
+    }
     return targets - {"", name}
 
 
@@ -90,7 +93,10 @@ def is_ours(target):
 @functools.cache
 def longest_chain(name, above=()):
     assert name not in above, f"a circle: {' > '.join([*above, name])}"
-    return (name, *max((longest_chain(target, (*above, name)) for target in inside(name)), key=len, default=()))
+    return (
+        name,
+        *max((longest_chain(target, (*above, name)) for target in inside(name)), key=len, default=()),
+    )
 
 
 @NAMES
@@ -129,7 +135,10 @@ def test_only_the_command_prints_and_only_checkpoint_opens_files(name):
         called = ast.unparse(node.func)
         assert called != "print" or room == "cli", f"{name} prints in line {node.lineno}"
         opens = called in OPENS or called.rpartition(".")[2] in OPENS - {"open"}
-        allowed = room in ("checkpoint", "cli") or name in ("numerics.backends.library", "numerics.backends.compiling")
+        allowed = room in ("checkpoint", "cli") or name in (
+            "numerics.backends.library",
+            "numerics.backends.compiling",
+        )
         assert not opens or allowed, f"{name} opens a file in line {node.lineno}"
 
 
@@ -148,7 +157,8 @@ def test_the_entrance_shows_the_rooms():
 
 def test_importing_the_package_loads_no_heavy_package():
     code = (
-        "import sys, torch; before = set(sys.modules); import daq_lightning, daq_lightning.numerics.search.search; "
+        "import sys, torch; before = set(sys.modules); "
+        "import daq_lightning, daq_lightning.numerics.search.search; "
         "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -188,7 +188,9 @@ def read_only(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", [no_home, relative_home, no_folder, read_only])
-def test_without_a_cache_folder_a_process_builds_once_and_leaves_nothing(builds, tmp_path, monkeypatch, spoil):
+def test_without_a_cache_folder_a_process_builds_once_and_leaves_nothing(
+    builds, tmp_path, monkeypatch, spoil
+):
     spoil(tmp_path, monkeypatch)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -207,7 +209,9 @@ def test_the_users_home_that_the_system_does_not_know(builds, tmp_path):
     code = "import os; os.getuid = lambda: 2**31 - 9\nfrom daq_lightning.numerics.backends import library\n"
     code += "assert library.why_not() is None, library.why_not()"
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_CACHE_HOME")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "for this process alone: there is no home folder" in done.stderr
 
@@ -233,7 +237,10 @@ def test_a_compiler_of_several_words(builds, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("no-such-compiler -O3", r"No C\+\+ compiler found \(looked for no-such-compiler\); install one or set CXX"),
+        (
+            "no-such-compiler -O3",
+            r"No C\+\+ compiler found \(looked for no-such-compiler\); install one or set CXX",
+        ),
         ("g++ 'oops", r"CXX=\"g\+\+ 'oops\" is no command: No closing quotation; correct or unset it"),
         ("false", r"false cannot build the CPU kernels"),
     ],
@@ -299,7 +306,8 @@ def test_without_a_compiler_nothing_is_loaded_that_others_can_have_written(build
 
 @pytest.fixture
 def shipped(builds, tmp_path, monkeypatch):
-    """The folder of a wheel's libraries, with that of this machine under each name; processors by their level."""
+    """The folder of a wheel's libraries, with that of this machine under each name; processors by their
+    level."""
     folder = tmp_path / "lib"
     folder.mkdir()
     monkeypatch.setattr(library, "_SHIPPED", folder)
@@ -343,7 +351,9 @@ def test_a_feature_that_only_some_cores_have_does_not_count(shipped, tmp_path, m
     assert find() == shipped / "daq_x86_64_v3.so"
 
 
-def test_a_shipped_library_that_was_compiled_from_other_sources_is_not_used(shipped, builds, tmp_path, monkeypatch):
+def test_a_shipped_library_that_was_compiled_from_other_sources_is_not_used(
+    shipped, builds, tmp_path, monkeypatch
+):
     monkeypatch.setattr(library, "sources_number", lambda: 7)
     monkeypatch.setattr(library, "_features", lambda: frozenset(V4.split()))
     assert find() == in_cache(tmp_path)[0]

@@ -137,7 +137,12 @@ def hostile(marker: Path) -> dict[str, object]:
 
 def same(one: torch.Tensor, two: torch.Tensor) -> bool:
     bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, two)]
-    return one.dtype == two.dtype and one.shape == two.shape and one.stride() == two.stride() and torch.equal(*bits)
+    return (
+        one.dtype == two.dtype
+        and one.shape == two.shape
+        and one.stride() == two.stride()
+        and torch.equal(*bits)
+    )
 
 
 @pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
@@ -161,12 +166,15 @@ def test_shared_storages_stay_shared_and_are_mapped_from_the_file(tmp_path):
     whole = torch.randn(4096, 4096)
     torch.save({"state_dict": {"a": whole, "b": whole[3:], "c": torch.randn(4096, 4096)}}, path)
     code = (
-        "import resource, sys, torch; from daq_lightning.checkpoint.lightning_file import read_lightning_checkpoint;"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; state = read_lightning_checkpoint(sys.argv[1]);"
-        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "assert state['b'].data_ptr() == state['a'].data_ptr() + 3 * 4096 * 4; print(after - before)"
+        "import resource, sys, torch; from daq_lightning.checkpoint.lightning_file import "
+        "read_lightning_checkpoint;before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; state = "
+        "read_lightning_checkpoint(sys.argv[1]);after = "
+        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;assert state['b'].data_ptr() == "
+        "state['a'].data_ptr() + 3 * 4096 * 4; print(after - before)"
     )
-    shown = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
     assert int(shown.stdout) < 16 << 10, "128 MB of weights are mapped, not read"
 
 
@@ -218,7 +226,8 @@ def _scripted() -> bytes:
         (_legacy(), "not a zip archive"),
         (_scripted(), "TorchScript archive, which holds code"),
         (_repacked(SMALL, {}, zipfile.ZIP_DEFLATED), "compressed or encrypted"),
-        (_repacked(SMALL, {"archive/data/0": b"123"}), "needs 24 bytes of the record data/0, which has 3 bytes"),
+        (_repacked(SMALL, {"archive/data/0": b"123"}),
+        "needs 24 bytes of the record data/0, which has 3 bytes"),
         (_repacked(SMALL, {"archive/byteorder": b"big"}), "big-endian"),
         (_repacked(SMALL, {"other/data.pkl": b"."}), "2 records named data.pkl"),
         (_repacked(SMALL, {"archive/data.pkl": b"\x80\x02}"}), "pickle exhausted before seeing STOP"),
@@ -277,7 +286,9 @@ def test_a_damaged_pickle_is_an_error_and_never_other_weights(tmp_path_factory, 
 @pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(MUTATIONS)
-def test_a_forged_pickle_whose_checksum_fits_gives_an_error_or_tensors_of_this_file(tmp_path_factory, mutations):
+def test_a_forged_pickle_whose_checksum_fits_gives_an_error_or_tensors_of_this_file(
+    tmp_path_factory, mutations
+):
     path = tmp_path_factory.getbasetemp() / "forged.ckpt"
     path.write_bytes(_repacked(SMALL, {"archive/data.pkl": _mutated(mutations)}))
     try:
@@ -289,7 +300,9 @@ def test_a_forged_pickle_whose_checksum_fits_gives_an_error_or_tensors_of_this_f
         # every element that can be addressed is inside the storage
         spans = [(count - 1) * step for count, step in zip(tensor.shape, tensor.stride(), strict=True)]
         if tensor.numel():
-            assert (tensor.storage_offset() + sum(spans) + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes()
+            assert (
+                tensor.storage_offset() + sum(spans) + 1
+            ) * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,4 +1,5 @@
-"""LoRA runs: the frozen weights are the base, the merged ones are exported, and live adapters stay as they are."""
+"""LoRA runs: the frozen weights are the base, the merged ones are exported, and live adapters stay as they
+are."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ QUICK = ScaleSearch(metric="cosine", n_coarse=3, n_fine=0)
 
 
 def adapted(**changes) -> Tuning:
-    config = peft.LoraConfig(**({"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]} | changes))
+    config = peft.LoraConfig(
+        **({"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"]} | changes)
+    )
     torch.manual_seed(5)
     return Tuning(peft.get_peft_model(tiny_llama(), config), learning_rate=1e-2)  # type: ignore[arg-type]
 
@@ -77,7 +80,9 @@ def test_adapters_can_stay_apart(tmp_path):
 
 
 def test_a_resumed_lora_run_finds_its_base_in_memory(tmp_path):
-    saver = ModelCheckpoint(dirpath=tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    saver = ModelCheckpoint(
+        dirpath=tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1, filename="{step}"
+    )
     fit(tmp_path, saver, quantization(tmp_path), module=adapted(), max_steps=2)
     callback = quantization(tmp_path)
     fit(tmp_path, callback, module=adapted(), ckpt=tmp_path / "checkpoints" / "step=2.ckpt", max_steps=4)
@@ -93,11 +98,15 @@ def test_a_resumed_lora_run_finds_its_base_in_memory(tmp_path):
 
 
 def test_the_adapters_of_a_saved_checkpoint_are_exported_and_live_ones_stay(tmp_path):
-    saver = ModelCheckpoint(dirpath=tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    saver = ModelCheckpoint(
+        dirpath=tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1, filename="{step}"
+    )
     callback = quantization(tmp_path, export_on="checkpoint")
     with_it = fit(tmp_path, EMAWeightAveraging(decay=0.5), saver, callback, module=adapted())
     without = fit(tmp_path, EMAWeightAveraging(decay=0.5), module=adapted())
-    assert all(torch.equal(one, two) for one, two in zip(with_it.parameters(), without.parameters(), strict=True))
+    assert all(
+        torch.equal(one, two) for one, two in zip(with_it.parameters(), without.parameters(), strict=True)
+    )
     name = "model.layers.0.self_attn.q_proj.weight"
     state = torch.load(tmp_path / "checkpoints" / "step=2.ckpt", weights_only=True)["state_dict"]
     prefix = "model.base_model.model." + name.removesuffix("weight")

@@ -69,7 +69,9 @@ def test_a_checkpoint_from_before_the_adapters_serves_as_base(tmp_path):
     assert Manifest.load(callback.exports[0]).lineage.base_kind == "ckpt"
     assert not (tmp_path / "exports" / "base").exists()
     trained = {tensor.name: tensor for tensor in callback.report.tensors}
-    live = adapted().model.base_model.model.model.layers[0].self_attn.k_proj.weight  # not adapted: as it began
+    live = (
+        adapted().model.base_model.model.model.layers[0].self_attn.k_proj.weight
+    )  # not adapted: as it began
     delta = live.detach().double() - plain.model.model.layers[0].self_attn.k_proj.weight.detach().double()
     found = float(trained[Q.replace("q_proj", "k_proj")].searched.delta_sq)
     assert found == pytest.approx(float(delta.square().sum()), rel=1e-5)
@@ -108,12 +110,19 @@ def refused(folder: Path, path: Path, module: Tuning, message: str) -> None:
 
 
 def test_adapters_that_the_model_does_not_have_are_refused(tmp_path, lora_checkpoint):
-    refused(tmp_path, lora_checkpoint, Tuning(), r"holds adapters.*does not have.*down_proj.*merge_and_unload")
+    refused(
+        tmp_path, lora_checkpoint, Tuning(), r"holds adapters.*does not have.*down_proj.*merge_and_unload"
+    )
     refused(tmp_path, lora_checkpoint, adapted(target_modules=["k_proj"]), r"holds adapters.*does not have")
 
 
 def test_adapters_of_another_rank_are_refused(tmp_path, lora_checkpoint):
-    refused(tmp_path, lora_checkpoint, adapted(r=8), r"lora_A.*shape \(8, 128\) in the model.*has the shape \(4, 128\)")
+    refused(
+        tmp_path,
+        lora_checkpoint,
+        adapted(r=8),
+        r"lora_A.*shape \(8, 128\) in the model.*has the shape \(4, 128\)",
+    )
 
 
 def test_a_checkpoint_that_lacks_a_trained_adapter_is_refused(tmp_path, lora_checkpoint):

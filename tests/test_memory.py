@@ -1,4 +1,5 @@
-"""A LoRA run makes no copy of its base: peak memory with and without the callback, in processes of their own."""
+"""A LoRA run makes no copy of its base: peak memory with and without the callback, in processes of their
+own."""
 
 from __future__ import annotations
 
@@ -16,8 +17,13 @@ LAYERS = 10
 
 
 def peak(mode: str, folder: Path) -> int:
-    # with these thresholds memory that is freed goes back to the system at once, so that peaks can be compared
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    # with these thresholds memory that is freed goes back to the system at once, so that peaks can be
+    # compared
+    allocator = {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    }
     output = subprocess.run(
         [sys.executable, __file__, mode, str(folder)],
         capture_output=True, text=True, timeout=200, env=os.environ | allocator | {"OMP_NUM_THREADS": "1"},

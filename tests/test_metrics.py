@@ -1,4 +1,5 @@
-"""The metrics are the numpy definitions, over any split into batches, halves or ranks, and survive every cast."""
+"""The metrics are the numpy definitions, over any split into batches, halves or ranks, and survive every
+cast."""
 
 import math
 import pickle
@@ -35,7 +36,9 @@ def case(rows=12, seed=0):
     """(quantized, weight, base), with unchanged, lost and flipped elements."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(rows, 10, generator=generator)
-    weight = base + 0.1 * torch.randn(rows, 10, generator=generator) * (torch.rand(rows, 10, generator=generator) < 0.7)
+    weight = base + 0.1 * torch.randn(rows, 10, generator=generator) * (
+        torch.rand(rows, 10, generator=generator) < 0.7
+    )
     return (weight * 16).round() / 16, weight, base
 
 
@@ -46,7 +49,9 @@ def oracle(quantized, weight, base):
         SignPreservationRate: accuracy_score(np.sign(delta), np.sign(delta_q)),
         DeltaCosineSimilarity: cosine_similarity([delta], [delta_q])[0, 0],
         DeltaGain: np.linalg.lstsq(delta[:, None], delta_q)[0][0],  # slope of the line through zero
-        DeltaMeanSquaredError: mean_squared_error(weight.double().numpy().ravel(), quantized.double().numpy().ravel()),
+        DeltaMeanSquaredError: mean_squared_error(
+            weight.double().numpy().ravel(), quantized.double().numpy().ravel()
+        ),
     }
 
 
@@ -93,7 +98,9 @@ def test_the_sums_of_a_search_are_taken_as_they_are():
     result = search_scale(weight, base, PerBlock(8, 8))
     metric = SignPreservationRate()
     metric.update(result.stats)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(metric.stats, result.stats.total(), strict=True))
+    assert all(
+        torch.equal(mine, theirs) for mine, theirs in zip(metric.stats, result.stats.total(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -172,7 +179,9 @@ def test_the_collection_forwards_batches_and_takes_sums():
         expected = oracle(quantized, weight, base)
         for key, value in metrics(measure(weight, base, quantized)).items():
             assert float(value) == pytest.approx(expected[KEYS[key.removeprefix("daq/")]], rel=1e-12)
-    assert float(metrics.compute()["daq/mse"]) == pytest.approx(oracle(*case())[DeltaMeanSquaredError], rel=1e-12)
+    assert float(metrics.compute()["daq/mse"]) == pytest.approx(
+        oracle(*case())[DeltaMeanSquaredError], rel=1e-12
+    )
 
 
 # --- casts, copies, devices ---
@@ -241,7 +250,9 @@ def test_half_precision_inputs_are_measured_in_float32(kind):
     tensors = tuple(tensor.bfloat16() for tensor in case())
     metric = kind()
     metric.update(*tensors)
-    assert float(metric.compute()) == pytest.approx(oracle(*(tensor.float() for tensor in tensors))[kind], rel=1e-12)
+    assert float(metric.compute()) == pytest.approx(
+        oracle(*(tensor.float() for tensor in tensors))[kind], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -320,8 +331,14 @@ def on_rank(rank, rendezvous, expected):
         metrics = delta_metrics()
         metrics.update(*share)
         for key, value in metrics.compute().items():
-            assert abs(float(value) - expected[key]) <= 1e-12 * abs(expected[key]), (key, float(value), expected[key])
-        assert int(metrics["gain"].stats.n) == share[0].numel()  # its own sums again, after the synchronization
+            assert abs(float(value) - expected[key]) <= 1e-12 * abs(expected[key]), (
+                key,
+                float(value),
+                expected[key],
+            )
+        assert (
+            int(metrics["gain"].stats.n) == share[0].numel()
+        )  # its own sums again, after the synchronization
         alone = SignPreservationRate()
         if rank == 0:
             alone.update(*case())  # the other rank has seen nothing

@@ -29,7 +29,8 @@ COUNTS = DeltaStats._fields[:6]
 
 
 def case(shape=(7, 11), dtype=torch.float32, seed=0):
-    """A weight, its base and what a coarse quantizer makes of it; some elements unchanged, some lost, some flipped."""
+    """A weight, its base and what a coarse quantizer makes of it; some elements unchanged, some lost, some
+    flipped."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=generator).to(dtype)
     delta = 0.05 * torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.7)
@@ -41,7 +42,9 @@ def case(shape=(7, 11), dtype=torch.float32, seed=0):
 
 def oracle(weight, base, dequantized):
     """The definition, from float32 differences that are summed in float64."""
-    w, b, q = (np.asarray(tensor.float().numpy(), np.float32).ravel() for tensor in (weight, base, dequantized))
+    w, b, q = (
+        np.asarray(tensor.float().numpy(), np.float32).ravel() for tensor in (weight, base, dequantized)
+    )
     delta, delta_q, error = (x.astype(np.float64) for x in (w - b, q - b, q - w))
     sign, sign_q = np.sign(delta), np.sign(delta_q)
     changed = delta != 0
@@ -140,7 +143,9 @@ def test_scores_are_those_of_numpy_and_scikit_learn():
 def test_error_of_the_delta_is_error_of_the_weight():
     """Eq. 7: the base cancels; exact for numbers whose differences float32 holds."""
     generator = torch.Generator().manual_seed(7)
-    weight, base, dequantized = (torch.randint(-512, 512, (50, 20), generator=generator) / 64 for _ in range(3))
+    weight, base, dequantized = (
+        torch.randint(-512, 512, (50, 20), generator=generator) / 64 for _ in range(3)
+    )
     delta, delta_q = weight - base, dequantized - base
     of_delta = float((delta_q - delta).double().square().mean())
     stats = measure(weight, base, dequantized)
@@ -151,9 +156,13 @@ def test_error_of_the_delta_is_error_of_the_weight():
 
 def test_hybrid_with_tau_one_is_mse_up_to_the_size_of_the_update():
     generator = torch.Generator().manual_seed(8)
-    weight, base, dequantized = (torch.randint(-512, 512, (50, 20), generator=generator) / 64 for _ in range(3))
+    weight, base, dequantized = (
+        torch.randint(-512, 512, (50, 20), generator=generator) / 64 for _ in range(3)
+    )
     stats = measure(weight, base, dequantized)
-    assert float(score(stats, "hybrid", tau=1.0)) == pytest.approx(float(-stats.error_sq / stats.delta_sq), rel=1e-12)
+    assert float(score(stats, "hybrid", tau=1.0)) == pytest.approx(
+        float(-stats.error_sq / stats.delta_sq), rel=1e-12
+    )
 
 
 def test_hybrid_with_tau_zero_asks_for_the_gain_alone():
@@ -166,10 +175,12 @@ def test_hybrid_with_tau_zero_asks_for_the_gain_alone():
 
 
 def test_the_papers_example_of_one_weight_between_two_grids():
-    """5.3 over a base of 5.0 is read as 5 under scale 512, as 6 under 768: MSE takes 5, sign and cosine take 6."""
+    """5.3 over a base of 5.0 is read as 5 under scale 512, as 6 under 768: MSE takes 5, sign and cosine take
+    6."""
     weight, base = torch.tensor([[5.3]]), torch.tensor([[5.0]])
     scale_GK = torch.tensor([[512.0, 768.0]])
-    # 5.3 / 512 and 5.3 / 768 lie below the smallest normal code, where the grid is even: steps of 1 and of 1.5
+    # 5.3 / 512 and 5.3 / 768 lie below the smallest normal code, where the grid is even: steps of 1 and of
+    # 1.5
     for scale, read in ((512.0, 5.0), (768.0, 6.0)):
         one = torch.tensor([[scale]])
         assert float(dequantize(quantize(weight, one, PerTensor()), one, PerTensor())) == read
@@ -187,10 +198,18 @@ def test_the_papers_example_of_one_weight_between_two_grids():
     ("weight", "dequantized", "expected"),
     [
         ((1.0, 2.0), (1.0, 2.0), {"sign": 1.0, "cosine": 1.0, "gain": 1.0, "hybrid": 0.0}),  # no update, kept
-        ((1.0, 2.0), (1.5, 2.0), {"sign": 0.5, "cosine": 0.0, "gain": math.nan, "hybrid": -math.inf}),  # noise made up
+        (
+            (1.0, 2.0),
+            (1.5, 2.0),
+            {"sign": 0.5, "cosine": 0.0, "gain": math.nan, "hybrid": -math.inf},
+        ),  # noise made up
         ((1.5, 2.0), (1.0, 2.0), {"sign": 0.5, "cosine": 0.0, "gain": 0.0, "hybrid": -1.0}),  # update lost
         ((1.5, 2.0), (1.5, 2.0), {"sign": 1.0, "cosine": 1.0, "gain": 1.0, "hybrid": 0.0}),  # update kept
-        ((1.5, 2.0), (0.5, 2.0), {"sign": 0.5, "cosine": -1.0, "gain": -1.0, "hybrid": -4.0}),  # update turned round
+        (
+            (1.5, 2.0),
+            (0.5, 2.0),
+            {"sign": 0.5, "cosine": -1.0, "gain": -1.0, "hybrid": -4.0},
+        ),  # update turned round
     ],
 )
 def test_zero_updates_and_lost_updates_have_defined_scores(weight, dequantized, expected):

@@ -117,7 +117,9 @@ def test_threads_and_buffers_end_with_the_export(pair, tmp_path, monkeypatch):
     gc.collect()
     assert len(pools) == 2
     assert all(pool._free == [] for pool in pools)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("read-ahead", "write-behind"))]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith(("read-ahead", "write-behind"))
+    ]
     assert not (tmp_path / "failed").exists()
 
 
@@ -141,7 +143,9 @@ def test_a_job_takes_the_weights_of_a_later_step_and_refuses_other_tensors(pair,
     job = prepare(Source.from_mapping(dict(base)), base, ExportSettings(search=QUICK))
     later = job.after_training(Source.from_mapping(post), {"global_step": 7})
     run(later, tmp_path / "later")
-    assert json.loads((tmp_path / "later" / "daq_manifest.json").read_text())["training"] == {"global_step": 7}
+    assert json.loads((tmp_path / "later" / "daq_manifest.json").read_text())["training"] == {
+        "global_step": 7
+    }
     export_checkpoint(post, base, tmp_path / "at once", search=QUICK)
     assert files_of(tmp_path / "later") == files_of(tmp_path / "at once")
     name = next(iter(post))

@@ -1,4 +1,5 @@
-"""The outline of a model: all that plan and checks ask, kept between processes, and never believed without reason."""
+"""The outline of a model: all that plan and checks ask, kept between processes, and never believed without
+reason."""
 
 import dataclasses
 import json

@@ -1,6 +1,8 @@
-"""Several runs in one `dirpath`: none disturbs another, and a snapshot stays exactly as long as something refers to it.
+"""Several runs in one `dirpath`: none disturbs another, and a snapshot stays exactly as long as something
+refers to it.
 
-Runs that have to be at the same place at the same time are processes, which wait for each other after their imports.
+Runs that have to be at the same place at the same time are processes, which wait for each other after their
+imports.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ def test_runs_that_start_at_once_in_one_folder_each_write_their_own_export(tmp_p
     together(tmp_path / "many", scenario, 3)
     bases = ["base"] if scenario == "same" else ["base", "base-v1", "base-v2"]
     assert names(tmp_path / "many") == [*bases, "step=2", "step=2-v1", "step=2-v2"]
-    found = [folder_bytes(tmp_path / "many" / "exports" / f"step=2{end}", ("daq_manifest.json", "daq_report.json"))
+    found = [folder_bytes(tmp_path / "many" / "exports" / f"step=2{end}", ("daq_manifest.json",
+    "daq_report.json"))
              for end in ("", "-v1", "-v2")]  # fmt: skip
     for number in range(3):
         alone = tmp_path / f"alone{number}"
@@ -83,7 +86,9 @@ def test_snapshots_taken_at_once_are_whole_and_equal_ones_are_one(tmp_path):
     # ten rounds; in each, two processes take the same weights and the third takes others
     for round_ in range(10):
         assert names(tmp_path / f"round{round_}") == ["base", "base-v1"]
-        values = {float(Checkpoint(path)["w"][0, 0]) for path in (tmp_path / f"round{round_}" / "exports").iterdir()}
+        values = {
+            float(Checkpoint(path)["w"][0, 0]) for path in (tmp_path / f"round{round_}" / "exports").iterdir()
+        }
         assert values == {0.0, 1.0}
 
 

@@ -1,4 +1,5 @@
-"""What is quantized, what is kept and what the readers are told: decided from names, shapes and roles alone."""
+"""What is quantized, what is kept and what the readers are told: decided from names, shapes and roles
+alone."""
 
 import pytest
 import tiny_models
@@ -24,7 +25,9 @@ def plan(factory=tiny_models.llama, *, dtype=torch.bfloat16, extra=(), drop=(), 
     outlines = {key: tensor.detach() for key, tensor in tensors.items()}
     saved = architecture.saved(outlines, {key: id(tensor) for key, tensor in tensors.items()})
     names = {name: key for name, (key, _) in saved.items()}
-    specs = [TensorSpec(name=name, dtype=part.dtype, shape=tuple(part.shape)) for name, (_, part) in saved.items()]
+    specs = [
+        TensorSpec(name=name, dtype=part.dtype, shape=tuple(part.shape)) for name, (_, part) in saved.items()
+    ]
     specs = [*(spec for spec in specs if spec.name not in drop), *extra]
     keys = {spec.name: names.get(spec.name, spec.name) for spec in specs}
     return plan_export(specs, architecture.outline(keys), ExportSettings(**(arguments or {})))
@@ -79,7 +82,9 @@ def test_one_odd_size_sends_the_whole_model_to_channels_with_a_note(size):
     planned = plan(intermediate_size=size)
     assert planned.layout == make_layout("FP8_DYNAMIC")
     assert {tensor.reason for tensor in planned.quantized} == {"FP8_DYNAMIC"}
-    assert all(scale.shape == (codes.shape[0], 1) for codes, scale in (t.stored.values() for t in planned.quantized))
+    assert all(
+        scale.shape == (codes.shape[0], 1) for codes, scale in (t.stored.values() for t in planned.quantized)
+    )
     [note] = planned.notes
     assert "6 weights have sizes that are not multiples of 128" in note
     assert f"model.layers.0.mlp.gate_proj.weight ({size}, 128)" in note
@@ -134,7 +139,9 @@ def test_an_ignore_pattern_that_does_nothing_is_an_error(pattern, message):
 
 @pytest.mark.parametrize("leaf", ["self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up"])
 def test_a_projection_that_servers_fuse_is_not_ignored_alone(leaf):
-    with pytest.raises(CheckpointError, match="servers fuse them into one matrix: ignore all of them or none"):
+    with pytest.raises(
+        CheckpointError, match="servers fuse them into one matrix: ignore all of them or none"
+    ):
         plan(arguments={"ignore": [f"model.layers.0.{leaf}_proj"]})
 
 
@@ -153,7 +160,9 @@ def test_nothing_to_quantize_is_an_error():
         plan(arguments={"ignore": [r"re:.*_proj"]})
     architecture = Architecture(torch.nn.Embedding(4, 4))
     specs = [TensorSpec(name="weight", dtype=torch.float32, shape=(4, 4))]
-    with pytest.raises(CheckpointError, match="Embedding has no Linear weight to quantize among its 1 tensors"):
+    with pytest.raises(
+        CheckpointError, match="Embedding has no Linear weight to quantize among its 1 tensors"
+    ):
         plan_export(specs, architecture.outline({"weight": "weight"}), ExportSettings())
 
 
@@ -201,7 +210,9 @@ def test_a_matrix_that_the_model_does_not_know_is_kept_and_listed():
     assert set(planned.ignore) == {"lm_head", "model.layers.2.eh_proj"}
 
 
-@pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "bfloat16")]
+)
 def test_kept_tensors_have_the_dtype_of_the_model_or_bfloat16(dtype, kept):
     planned = plan(dtype=getattr(torch, dtype))
     assert planned.dtype == getattr(torch, kept)

@@ -53,7 +53,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("use", REFUSED.values(), ids=REFUSED)
-def test_a_system_without_file_locks_is_refused_in_one_sentence_and_nothing_is_left(tmp_path, monkeypatch, use):
+def test_a_system_without_file_locks_is_refused_in_one_sentence_and_nothing_is_left(
+    tmp_path, monkeypatch, use
+):
     monkeypatch.setattr(locks, "fcntl", None)
     with pytest.raises(CheckpointError, match=r"on Linux and macOS: this system has no file locks.*WSL"):
         use(tmp_path)

@@ -39,7 +39,9 @@ def e4m3_scalar(value):
         return math.copysign(0.0, value)
     exponent = max(math.frexp(float(magnitude))[1] - 1, -6)
     step = Fraction(2) ** (exponent - 3)
-    return math.copysign(float(round(magnitude / step) * step), value)  # round() of a Fraction is half to even
+    return math.copysign(
+        float(round(magnitude / step) * step), value
+    )  # round() of a Fraction is half to even
 
 
 def e4m3_codes(scaled):
@@ -205,7 +207,9 @@ def test_ue8m0_scales_are_the_next_power_of_two_that_the_format_holds():
     random = np.random.default_rng(5)
     powers = np.float32(2.0) ** np.arange(-126, 127)
     scales = np.exp2(random.uniform(-126, 126, 20000)).astype(np.float32)
-    scales = np.concatenate([scales, powers, np.nextafter(powers, np.float32(np.inf)), powers[1:] - powers[1:] / 2**24])
+    scales = np.concatenate(
+        [scales, powers, np.nextafter(powers, np.float32(np.inf)), powers[1:] - powers[1:] / 2**24]
+    )
     ours = round_scale(torch.from_numpy(scales), "ue8m0").numpy()
     held = ours.astype(ml_dtypes.float8_e8m0fnu).astype(np.float32)
     assert np.array_equal(held, ours)
@@ -245,7 +249,9 @@ def test_bands_of_rows_do_not_show_in_the_result():
     for rows in (slice(0, 96), slice(288, 384), slice(672, 700)):
         part = slice(rows.start // 96, rows.start // 96 + 1)
         assert torch.equal(scale[part], absmax_scale(weight[rows], granularity))
-        assert np.array_equal(as_bytes(codes[rows]), as_bytes(quantize(weight[rows], scale[part], granularity)))
+        assert np.array_equal(
+            as_bytes(codes[rows]), as_bytes(quantize(weight[rows], scale[part], granularity))
+        )
         assert torch.equal(
             dequantize(codes, scale, granularity)[rows], dequantize(codes[rows], scale[part], granularity)
         )

@@ -1,4 +1,5 @@
-"""A checkpoint folder is foreign input: it is read as its layout says, or refused, and nothing in it is executed."""
+"""A checkpoint folder is foreign input: it is read as its layout says, or refused, and nothing in it is
+executed."""
 
 import json
 import os
@@ -14,7 +15,10 @@ from daq_lightning.export.export import export_checkpoint
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
 
 FP8 = torch.float8_e4m3fn
-COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"strategy": "channel"}}}}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"group_0": {"weights": {"strategy": "channel"}}},
+}
 BLOCK = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
@@ -67,7 +71,8 @@ def outside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "target", ["../secret/model.safetensors", "{abs}", "sub/../../secret/model.safetensors", "..", "", "a.bin", "./a"]
+    "target",
+    ["../secret/model.safetensors", "{abs}", "sub/../../secret/model.safetensors", "..", "", "a.bin", "./a"],
 )
 def test_an_index_may_only_name_plain_files_of_its_folder(tmp_path, target):
     target = target.format(abs=outside(tmp_path))
@@ -125,7 +130,9 @@ def test_no_other_file_is_copied_through_a_link_out_of_the_folder(tmp_path, plac
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "a.jinja").write_text("secret")
     (folder / place).parent.mkdir(exist_ok=True)
-    (folder / place).symlink_to(tmp_path / "private" if place == "chat_templates" else tmp_path / "private" / "a.jinja")
+    (folder / place).symlink_to(
+        tmp_path / "private" if place == "chat_templates" else tmp_path / "private" / "a.jinja"
+    )
     with pytest.raises(CheckpointError, match="link out of its folder"):
         companion_files(folder)
 
@@ -240,7 +247,9 @@ def test_what_is_not_there_is_said_so(tmp_path):
 )
 def test_codes_are_dequantized_by_the_shape_of_their_scale(tmp_path, quantization, shape, granularity):
     scale = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.5
-    save(tmp_path, {"a.weight": codes(), "a.weight_scale": scale}, config={"quantization_config": quantization})
+    save(
+        tmp_path, {"a.weight": codes(), "a.weight_scale": scale}, config={"quantization_config": quantization}
+    )
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint.granularity("a.weight") == granularity
     assert list(checkpoint) == ["a.weight"]
@@ -290,21 +299,27 @@ def test_a_dtype_that_weights_cannot_have_is_not_taken_from_the_config(tmp_path,
 REFUSED = {
     "no scale": ({"a.weight": codes()}, COMPRESSED, "has 0 scales"),
     "two scales": (
-        {"a.weight": codes(), "a.weight_scale": torch.ones(256, 1), "a.weight_scale_inv": torch.ones(2, 1)}, BLOCK,
+        {"a.weight": codes(), "a.weight_scale": torch.ones(256, 1), "a.weight_scale_inv": torch.ones(2, 1)},
+        BLOCK,
         "has 2 scales",
     ),
     "codes in 3-D": ({"a.weight": codes((2, 4, 4)), "a.weight_scale": torch.ones(2)}, COMPRESSED, "matrix"),
-    "too few blocks": ({"a.weight": codes(), "a.weight_scale_inv": torch.ones(1, 1)}, BLOCK, r"shape \(1, 1\)"),
-    "blocks the wrong way": ({"a.weight": codes(), "a.weight_scale_inv": torch.ones(1, 2)}, BLOCK, r"shape \(1, 2\)"),
-    "a scale per column": ({"a.weight": codes(), "a.weight_scale": torch.ones(1, 128)}, COMPRESSED, "fits a weight"),
+    "too few blocks": ({"a.weight": codes(), "a.weight_scale_inv": torch.ones(1, 1)}, BLOCK,
+    r"shape \(1, 1\)"),
+    "blocks the wrong way": ({"a.weight": codes(), "a.weight_scale_inv": torch.ones(1, 2)}, BLOCK,
+    r"shape \(1, 2\)"),
+    "a scale per column": ({"a.weight": codes(), "a.weight_scale": torch.ones(1, 128)}, COMPRESSED,
+    "fits a weight"),
     "blocks and no size": ({"a.weight": codes(), "a.weight_scale_inv": torch.ones(2, 1)}, None, "missing"),
     "exponents as bytes": (
         {"a.weight": codes(), "a.weight_scale": torch.ones(256, 1, dtype=torch.uint8)}, COMPRESSED, "uint8"
     ),
-    "a scale and no codes": ({"a.weight": torch.ones(2, 2), "a.weight_scale": torch.ones(2, 1)}, COMPRESSED, "not FP8"),
+    "a scale and no codes": ({"a.weight": torch.ones(2, 2), "a.weight_scale": torch.ones(2, 1)}, COMPRESSED,
+    "not FP8"),
     "a scale of nothing": ({"a.weight": one(), "b.weight_scale_inv": torch.ones(2, 1)}, BLOCK, "not FP8"),
     "int8": ({"a.weight": torch.ones(2, 2).char(), "a.weight_scale": torch.ones(2, 1)}, COMPRESSED, "int8"),
-    "packed": ({"a.weight_packed": torch.ones(2, 2).int(), "a.weight_scale": torch.ones(2, 1)}, COMPRESSED, "not FP8"),
+    "packed": ({"a.weight_packed": torch.ones(2, 2).int(), "a.weight_scale": torch.ones(2, 1)}, COMPRESSED,
+    "not FP8"),
     "gptq": ({"a.qweight": torch.ones(2, 2).int(), "a.scales": one()}, {"quant_method": "gptq"}, "gptq"),
     "bitsandbytes": ({"a.weight": torch.ones(8, 1).byte()}, {"quant_method": "bitsandbytes"}, "uint8"),
     "e5m2": ({"a.weight": torch.ones(2, 2).to(torch.float8_e5m2)}, None, "float8_e5m2"),
@@ -316,10 +331,12 @@ REFUSED = {
     "block size of zero": ({"a.weight": one()}, {"weight_block_size": [0, 128]}, "cannot be followed"),
     "block size no list": ({"a.weight": one()}, {"weight_block_size": 128}, "cannot be followed"),
     "groups no object": ({"a.weight": one()}, {"config_groups": ["a"]}, "cannot be followed"),
-    "weights no object": ({"a.weight": one()}, {"config_groups": {"a": {"weights": [1]}}}, "cannot be followed"),
+    "weights no object": ({"a.weight": one()}, {"config_groups": {"a": {"weights": [1]}}},
+    "cannot be followed"),
     "two block sizes": (
         {"a.weight": one()},
-        {"config_groups": {str(n): {"weights": {"strategy": "block", "block_structure": [n, n]}} for n in (64, 128)}},
+        {"config_groups": {str(n): {"weights": {"strategy": "block", "block_structure": [n,
+        n]}} for n in (64, 128)}},
         "several sizes",
     ),
 }  # fmt: skip

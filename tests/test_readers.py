@@ -56,11 +56,17 @@ def test_the_report_has_the_figures_of_a_reader_that_dequantizes(tmp_path, schem
     base, post = tiny_models.make_pair(tmp_path, tiny_models.llama, dtype=dtype, size=0.0005)
     out = tmp_path / "out"
     returned = export_checkpoint(post, base, out, scheme=scheme)
-    stored, weights, bases = load_file(out / "model.safetensors"), load_checkpoint(post), load_checkpoint(base)
+    stored, weights, bases = (
+        load_file(out / "model.safetensors"),
+        load_checkpoint(post),
+        load_checkpoint(base),
+    )
     report = ExportReport.load(out)
     assert report.dtype == str(dtype).removeprefix("torch.")
     for tensor in report.tensors:
-        scale = next(stored[tensor.name + end] for end in ("_scale", "_scale_inv") if tensor.name + end in stored)
+        scale = next(
+            stored[tensor.name + end] for end in ("_scale", "_scale_inv") if tensor.name + end in stored
+        )
         assert tensor.dequantized is not None
         expected = oracle(weights[tensor.name], bases[tensor.name], stored[tensor.name], scale, dtype)
         assert_equal(tensor.dequantized, expected)

@@ -24,7 +24,9 @@ def run(recipe: str, out: Path) -> str:
     """What a recipe prints with --fast."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, str(ROOT / "recipes" / recipe), "--fast", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, cwd=out)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, cwd=out
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -95,13 +97,23 @@ def test_chain_recipe_runs_three_stages_that_verify(tmp_path: Path) -> None:
     for chain in ("plain-FP8", "DAQ"):
         (last,) = (tmp_path / chain / "stage-3").glob("step=*")
         lineage = Chain.open(last)
-        assert [stage.manifest.lineage.chain_from for stage in lineage.stages] == [None, "deployed", "deployed"]
+        assert [stage.manifest.lineage.chain_from for stage in lineage.stages] == [
+            None,
+            "deployed",
+            "deployed",
+        ]
         assert lineage.verify() == []
 
 
 def test_two_folders_become_one_that_plain_transformers_loads(tmp_path: Path) -> None:
     base, post = tiny_models.make_pair(tmp_path, tiny_models.llama)
-    command = [sys.executable, str(ROOT / "recipes" / "two_folders.py"), str(post), str(base), str(tmp_path / "fp8")]
+    command = [
+        sys.executable,
+        str(ROOT / "recipes" / "two_folders.py"),
+        str(post),
+        str(base),
+        str(tmp_path / "fp8"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert "14 weights as FP8_BLOCK" in done.stdout

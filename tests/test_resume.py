@@ -1,4 +1,5 @@
-"""The state of a callback in a training checkpoint: found whatever changed since, and never that of another one."""
+"""The state of a callback in a training checkpoint: found whatever changed since, and never that of another
+one."""
 
 from __future__ import annotations
 
@@ -97,8 +98,14 @@ def test_the_state_of_another_release_is_found(tmp_path, change):
 def test_no_warning_asks_for_a_callback_that_is_there(tmp_path, recwarn):
     start(tmp_path, quantization(tmp_path))
     recwarn.clear()
-    resume(tmp_path, quantization(tmp_path, dirpath=str(tmp_path / "moved"), scheme="FP8_DYNAMIC"), saver(tmp_path))
-    assert [str(warning.message) for warning in recwarn if "callbacks used to create" in str(warning.message)] == []
+    resume(
+        tmp_path,
+        quantization(tmp_path, dirpath=str(tmp_path / "moved"), scheme="FP8_DYNAMIC"),
+        saver(tmp_path),
+    )
+    assert [
+        str(warning.message) for warning in recwarn if "callbacks used to create" in str(warning.message)
+    ] == []
 
 
 class TwoModels(Tuning):
@@ -116,7 +123,9 @@ class TwoModels(Tuning):
 def test_two_models_keep_their_bases(tmp_path, swapped):
     one, two = (quantization(tmp_path, module=name) for name in ("model", "other"))
     start(tmp_path, one, two, module=TwoModels())
-    one, two = (quantization(tmp_path, module=name, dirpath=str(tmp_path / "moved")) for name in ("model", "other"))
+    one, two = (
+        quantization(tmp_path, module=name, dirpath=str(tmp_path / "moved")) for name in ("model", "other")
+    )
     resume(tmp_path, *((two, one) if swapped else (one, two)), module=TwoModels())
     assert is_start(one, seed=0)
     assert is_start(two, seed=1)
@@ -150,7 +159,9 @@ def test_two_callbacks_that_differ_keep_apart(tmp_path, changes):
         changes = {"dirpath": str(tmp_path / changes["dirpath"])}
     one, two = quantization(tmp_path), quantization(tmp_path, **changes)
     assert one.state_key != two.state_key
-    trainer = make_trainer(tmp_path, saver(tmp_path, monitor="train_loss", filename="{step}"), one, two, max_steps=2)
+    trainer = make_trainer(
+        tmp_path, saver(tmp_path, monitor="train_loss", filename="{step}"), one, two, max_steps=2
+    )
     trainer.fit(Tuning(), data())
     assert one.state_key != two.state_key
     states = torch.load(tmp_path / CHECKPOINT, weights_only=True)["callbacks"]

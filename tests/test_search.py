@@ -111,10 +111,17 @@ def test_finds_what_algorithm_1_written_out_finds(metric, granularity, scope, sc
         search = configure(metric, alpha_range, alpha_scope=scope)
         result = search_scale(weight, base, granularity, search, scale_format=scale_format, backend=reference)
         fast = search_scale(weight, base, granularity, search, scale_format=scale_format)
-        both = (score(fast.stats, metric), score(result.stats, metric))  # near ties may go either way: scores count
+        both = (
+            score(fast.stats, metric),
+            score(result.stats, metric),
+        )  # near ties may go either way: scores count
         torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6 if scope == "group" else 1e-2)
         groups = list(
-            zip(split(weight.float().numpy(), granularity), split(base.float().numpy(), granularity), strict=True)
+            zip(
+                split(weight.float().numpy(), granularity),
+                split(base.float().numpy(), granularity),
+                strict=True,
+            )
         )
         parts = [groups] if scope == "layer" else [[group] for group in groups]
         found = [algorithm_1(part, search, scale_format) for part in parts]
@@ -123,7 +130,9 @@ def test_finds_what_algorithm_1_written_out_finds(metric, granularity, scope, sc
         alphas = result.alpha.flatten().tolist()
         assert alphas[: len(found)] == pytest.approx([alpha for alpha, _, _ in found], rel=1e-12)
         stats = result.stats if scope == "group" else result.stats.total().map(lambda field: field[None])
-        assert score(stats, metric).tolist() == pytest.approx([value for _, _, value in found], rel=1e-9, abs=1e-15)
+        assert score(stats, metric).tolist() == pytest.approx(
+            [value for _, _, value in found], rel=1e-9, abs=1e-15
+        )
 
 
 # --- properties ---
@@ -153,7 +162,9 @@ def test_never_worse_than_absmax_and_sometimes_better(metric, granularity, scope
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("granularity", [*GRANULARITIES, PerBlock(128, 128)], ids=str)
-def test_the_sums_are_those_of_the_codes_and_scales_that_are_returned(granularity, dtype, scope, scale_format):
+def test_the_sums_are_those_of_the_codes_and_scales_that_are_returned(
+    granularity, dtype, scope, scale_format
+):
     weight, base = case((21, 13), dtype)
     search = configure(alpha_scope=scope)
     result = search_scale(weight, base, granularity, search, scale_format=scale_format, backend=reference)
@@ -242,8 +253,13 @@ def test_a_group_that_became_zero_gets_scale_one_and_codes_zero(metric, scope):
     ],
 )
 def test_ties_go_to_the_alpha_nearest_one(alpha_range, n_coarse, expected):
-    weight, base = torch.tensor([[448 * 512, 5.3]]), torch.tensor([[0.0, 5.0]])  # absmax scale 512: step 1 below 8
-    result = search_scale(weight, base, PerTensor(), configure("sign", alpha_range, n_coarse=n_coarse, n_fine=0))
+    weight, base = (
+        torch.tensor([[448 * 512, 5.3]]),
+        torch.tensor([[0.0, 5.0]]),
+    )  # absmax scale 512: step 1 below 8
+    result = search_scale(
+        weight, base, PerTensor(), configure("sign", alpha_range, n_coarse=n_coarse, n_fine=0)
+    )
     assert float(score(result.absmax_stats, "sign")) == 0.5
     assert float(result.alpha) == pytest.approx(expected, rel=1e-15)
     assert float(score(result.stats, "sign")) == (0.5 if expected == 1 else 1.0)
@@ -255,7 +271,9 @@ def test_the_tie_between_one_minus_and_one_plus_is_not_left_to_the_last_bit():
     weight, base = torch.tensor([[448 * 512, 5.3]]), torch.tensor([[0.0, 5.0]])
     for distance in (0.44, 0.46, 0.48, 0.5):
         search = configure("sign", (1 - distance, 1 + distance), n_coarse=2, n_fine=0)
-        assert float(search_scale(weight, base, PerTensor(), search).alpha) == pytest.approx(1 + distance, rel=1e-12)
+        assert float(search_scale(weight, base, PerTensor(), search).alpha) == pytest.approx(
+            1 + distance, rel=1e-12
+        )
 
 
 def test_an_equal_score_does_not_move_the_scale():
@@ -295,7 +313,9 @@ def test_the_alpha_of_a_layer_does_not_depend_on_the_order_of_rows():
     other = search_scale(weight.flip(0), base.flip(0), granularity, search)
     assert float(one.alpha[0, 0]) != 1
     assert torch.equal(one.alpha, other.alpha)
-    assert torch.equal(one.stats.sign_equal.reshape(500, 250), other.stats.sign_equal.reshape(500, 250).flip(0))
+    assert torch.equal(
+        one.stats.sign_equal.reshape(500, 250), other.stats.sign_equal.reshape(500, 250).flip(0)
+    )
 
 
 def test_inputs_and_global_state_stay_as_they_were():
@@ -330,7 +350,10 @@ def test_nan_and_inf_are_refused_by_name_and_number(granularity, dtype, scope):
         tensors[role][0, 0] = -torch.inf
         with pytest.raises(ValueError, match=rf"^{called} of shape \(9, 10\) has 2 NaN and 1 Inf values"):
             search_scale(
-                **tensors, granularity=granularity, search=configure(alpha_scope=scope), name="layers.3.q_proj"
+                **tensors,
+                granularity=granularity,
+                search=configure(alpha_scope=scope),
+                name="layers.3.q_proj",
             )
 
 
@@ -394,7 +417,9 @@ def test_settings_of_another_type_are_refused_when_they_are_made(options, messag
 
 @pytest.mark.parametrize("field", ["n_coarse", "n_fine"])
 def test_candidates_beyond_use_are_refused_with_the_reason(field):
-    with pytest.raises(ValueError, match=f"{field} must be at most 16,384, got 100000000: .* passes over the weight"):
+    with pytest.raises(
+        ValueError, match=f"{field} must be at most 16,384, got 100000000: .* passes over the weight"
+    ):
         ScaleSearch(**{field: 10**8})
     assert getattr(ScaleSearch(**{field: 16384}), field) == 16384
     with pytest.raises(ValueError, match="n_coarse must be at most"):
@@ -403,11 +428,15 @@ def test_candidates_beyond_use_are_refused_with_the_reason(field):
 
 def test_what_is_no_granularity_search_or_scale_format_is_named():
     weight, base = case()
-    with pytest.raises(TypeError, match=r"PerTensor\(\), PerChannel\(\) or PerBlock\(rows, cols\), got 'block'"):
+    with pytest.raises(
+        TypeError, match=r"PerTensor\(\), PerChannel\(\) or PerBlock\(rows, cols\), got 'block'"
+    ):
         search_scale(weight, base, "block")
     with pytest.raises(TypeError, match=r"got <class '.*PerBlock'>"):
         search_scale(weight, base, PerBlock)
-    with pytest.raises(TypeError, match=r"search must be a ScaleSearch, got 'cosine'; write ScaleSearch\(metric="):
+    with pytest.raises(
+        TypeError, match=r"search must be a ScaleSearch, got 'cosine'; write ScaleSearch\(metric="
+    ):
         search_scale(weight, base, PerBlock(), "cosine")
     for wrong in ("float16", None):
         message = f"Unknown scale format {wrong!r}: expected one of float32, bfloat16, ue8m0"
@@ -426,10 +455,25 @@ def test_what_is_no_granularity_search_or_scale_format_is_named():
         (torch.ones(6), torch.ones(6), ValueError, r"up: expected a non-empty matrix.*\(6,\) and \(6,\)"),
         (torch.ones(2, 3, 4), torch.ones(2, 3, 4), ValueError, "2-D slices"),
         (torch.ones(0, 3), torch.ones(0, 3), ValueError, "non-empty"),
-        (torch.ones(2, 3), torch.ones(2, 3, device="meta"), ValueError, "up: weight is on cpu, its base on meta"),
-        (torch.ones(2, 3).double(), torch.ones(2, 3), TypeError, "up: weight has dtype torch.float64, expected f"),
+        (
+            torch.ones(2, 3),
+            torch.ones(2, 3, device="meta"),
+            ValueError,
+            "up: weight is on cpu, its base on meta",
+        ),
+        (
+            torch.ones(2, 3).double(),
+            torch.ones(2, 3),
+            TypeError,
+            "up: weight has dtype torch.float64, expected f",
+        ),
         (torch.ones(2, 3), torch.ones(2, 3).int(), TypeError, "up: base has dtype torch.int32"),
-        (torch.ones(2, 3).to(torch.float8_e4m3fn), torch.ones(2, 3), TypeError, "dequantize quantized weights first"),
+        (
+            torch.ones(2, 3).to(torch.float8_e4m3fn),
+            torch.ones(2, 3),
+            TypeError,
+            "dequantize quantized weights first",
+        ),
         (
             [[1.0, 2.0]],
             torch.ones(1, 2),
@@ -445,7 +489,12 @@ def test_what_is_no_granularity_search_or_scale_format_is_named():
             r"up: weight has the layout torch.sparse_coo.*to_dense\(\)",
         ),
         (torch.eye(3), torch.eye(3).to_sparse(), TypeError, "up: base has the layout torch.sparse_coo"),
-        (torch.ones(2, 3, device="meta"), torch.ones(2, 3, device="meta"), ValueError, "up: .*meta device.* no values"),
+        (
+            torch.ones(2, 3, device="meta"),
+            torch.ones(2, 3, device="meta"),
+            ValueError,
+            "up: .*meta device.* no values",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused_with_a_remedy(weight, base, error, message):

@@ -16,7 +16,9 @@ SEARCHES = {
     "coarse and fine": lambda metric: ScaleSearch(metric=metric),
     "narrow": lambda metric: ScaleSearch(metric=metric, alpha_min=0.9, alpha_max=1.11, n_coarse=4, n_fine=7),
     "dense": lambda metric: ScaleSearch.dense(16, metric=metric),
-    "one candidate": lambda metric: ScaleSearch(metric=metric, alpha_min=1.3, alpha_max=1.3, n_coarse=1, n_fine=1),
+    "one candidate": lambda metric: ScaleSearch(
+        metric=metric, alpha_min=1.3, alpha_max=1.3, n_coarse=1, n_fine=1
+    ),
     "absmax": lambda metric: ScaleSearch.absmax(),
 }
 GRIDS = [PerBlock(128, 128), PerChannel(), PerTensor(), PerBlock(5, 7)]
@@ -39,14 +41,18 @@ def assert_same_bits(one: SearchResult, two: SearchResult) -> None:
     assert torch.equal(one.scale, two.scale)
     assert torch.equal(one.alpha, two.alpha)
     for which in ("stats", "absmax_stats"):
-        for name, left, right in zip(one.stats._fields, getattr(one, which), getattr(two, which), strict=True):
+        for name, left, right in zip(
+            one.stats._fields, getattr(one, which), getattr(two, which), strict=True
+        ):
             assert torch.equal(left, right), (which, name)
 
 
 def both(monkeypatch, *arguments, **options):
     in_cache = search_scale(*arguments, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(cpu, "_search_in_cache", lambda *_, **__: pytest.fail("the search in steps went elsewhere"))
+        patch.setattr(
+            cpu, "_search_in_cache", lambda *_, **__: pytest.fail("the search in steps went elsewhere")
+        )
         patch.setattr(cpu, "fits_cache", lambda *_: False)
         return in_cache, search_scale(*arguments, **options)
 
@@ -60,7 +66,9 @@ def test_same_bits_for_every_search(monkeypatch, metric, search, granularity):
 
 
 @pytest.mark.parametrize("scale_format", ["float32", "bfloat16", "ue8m0"])
-@pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.float16, None), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, None), (torch.float16, None), (torch.bfloat16, torch.float32)]
+)
 def test_same_bits_for_every_dtype_and_scale_format(monkeypatch, dtypes, scale_format):
     weight, base = pair((140, 300), *dtypes)
     for granularity in (PerBlock(128, 128), PerChannel()):

@@ -1,4 +1,5 @@
-"""A search needs at most half of the weight's float32 size beyond its inputs, its codes included, for any K."""
+"""A search needs at most half of the weight's float32 size beyond its inputs, its codes included, for any
+K."""
 
 import os
 import subprocess

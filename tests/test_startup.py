@@ -1,4 +1,5 @@
-"""What each command imports: nobody waits for transformers, the search or the trainer who does not need them."""
+"""What each command imports: nobody waits for transformers, the search or the trainer who does not need
+them."""
 
 import os
 import subprocess

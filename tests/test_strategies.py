@@ -1,4 +1,5 @@
-"""A strategy whose weights cannot be read is refused in `setup`, and the message advises only what is accepted."""
+"""A strategy whose weights cannot be read is refused in `setup`, and the message advises only what is
+accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One safetensors file: read and written as the safetensors library does it, and nothing of a lying header believed."""
+"""One safetensors file: read and written as the safetensors library does it, and nothing of a lying header
+believed."""
 
 import json
 
@@ -26,7 +27,9 @@ def every_kind():
     tensors = {}
     for dtype, name in DTYPE_NAMES.items():
         size = 12 * dtype.itemsize
-        values = torch.randint(0, 2 if dtype == torch.bool else 256, (size,), dtype=torch.uint8, generator=generator)
+        values = torch.randint(
+            0, 2 if dtype == torch.bool else 256, (size,), dtype=torch.uint8, generator=generator
+        )
         tensors[f"matrix.{name}"] = values.view(dtype).reshape(3, 4)
     half = torch.arange(8, dtype=torch.bfloat16)
     return tensors | {
@@ -39,7 +42,11 @@ def every_kind():
 
 
 def same(first, second):
-    raw = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)] if first.numel() else [0, 0]
+    raw = (
+        [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
+        if first.numel()
+        else [0, 0]
+    )
     return first.dtype == second.dtype and first.shape == second.shape and (
         not first.numel() or torch.equal(*raw)
     )  # fmt: skip
@@ -65,7 +72,10 @@ def test_what_the_library_writes_is_read_alike(tmp_path):
 
 def test_the_library_reads_what_is_written_here(tmp_path):
     tensors = every_kind()
-    specs = [TensorSpec(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in tensors.items()]
+    specs = [
+        TensorSpec(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
     with CheckpointWriter(tmp_path / "out", specs) as writer:
         for name, tensor in reversed(tensors.items()):
             writer.write(name, tensor)
@@ -80,7 +90,9 @@ def test_the_library_reads_what_is_written_here(tmp_path):
 
 def test_a_transposed_tensor_is_written_in_row_major_order(tmp_path):
     tensor = torch.arange(6.0).reshape(2, 3).t()
-    with CheckpointWriter(tmp_path / "out", [TensorSpec(name="a", dtype=tensor.dtype, shape=(3, 2))]) as writer:
+    with CheckpointWriter(
+        tmp_path / "out", [TensorSpec(name="a", dtype=tensor.dtype, shape=(3, 2))]
+    ) as writer:
         writer.write("a", tensor)
         writer.publish()
     assert torch.equal(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")["a"], tensor)
@@ -129,7 +141,8 @@ LIES = {
         b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},'
         b' "a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}', 2, "'a' occurs twice",
     ),
-    "a field twice": (b'{"a": {"dtype": "U8", "dtype": "I8", "shape": [1], "data_offsets": [0, 1]}}', 1, "twice"),
+    "a field twice": (b'{"a": {"dtype": "U8", "dtype": "I8", "shape": [1], "data_offsets": [0, 1]}}', 1,
+    "twice"),
     "deep nesting": (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", 0, "cannot be read"),
     "a number of 5000 digits": (b'{"a": ' + b"9" * 5000 + b"}", 0, "cannot be read"),
 }  # fmt: skip
@@ -219,7 +232,9 @@ def test_any_bytes_are_read_or_refused(tmp_path, data):
 
 @QUIET
 @given(position=st.integers(0, len(VALID) - 1), value=st.integers(0, 255), cut=st.integers(0, 30))
-def test_a_damaged_byte_is_never_more_than_a_refusal_and_agrees_with_the_library(tmp_path, position, value, cut):
+def test_a_damaged_byte_is_never_more_than_a_refusal_and_agrees_with_the_library(
+    tmp_path, position, value, cut
+):
     content = bytearray(VALID + bytes(range(24)))
     content[position] = value
     content = bytes(content[: len(content) - cut]) if cut < 25 else bytes(content)

@@ -15,7 +15,9 @@ def slices_of(shape, granularity):
     """The groups as pairs of slices, in the order of the scale tensor."""
     if isinstance(granularity, PerTensor):
         return [(slice(0, shape[0]), slice(0, shape[1]))]
-    rows, cols = (1, shape[1]) if isinstance(granularity, PerChannel) else (granularity.rows, granularity.cols)
+    rows, cols = (
+        (1, shape[1]) if isinstance(granularity, PerChannel) else (granularity.rows, granularity.cols)
+    )
     return [
         (slice(top, min(top + rows, shape[0])), slice(left, min(left + cols, shape[1])))
         for top in range(0, shape[0], rows)
@@ -38,7 +40,9 @@ def test_groups_hold_their_elements_and_zeros_only(shape, granularity):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_group_sizes_count_the_real_elements(shape, granularity):
     sizes = group_sizes(shape, granularity)
-    expected = [(rows.stop - rows.start) * (cols.stop - cols.start) for rows, cols in slices_of(shape, granularity)]
+    expected = [
+        (rows.stop - rows.start) * (cols.stop - cols.start) for rows, cols in slices_of(shape, granularity)
+    ]
     assert sizes.dtype == torch.int64
     assert sizes.tolist() == expected
 
@@ -62,7 +66,9 @@ def test_patches_are_small_and_hold_every_group_once_and_in_order(shape, granula
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     in_patches = torch.cat([to_groups(weight[patch], granularity) for patch, _ in cut])
     assert torch.equal(in_patches, to_groups(weight, granularity))
-    assert [group for _, groups in cut for group in range(groups.start, groups.stop)] == list(range(len(in_patches)))
+    assert [group for _, groups in cut for group in range(groups.start, groups.stop)] == list(
+        range(len(in_patches))
+    )
     cell = granularity.cell(shape)
     assert all(weight[patch].numel() <= max(elements, cell[0] * cell[1]) for patch, _ in cut)
 

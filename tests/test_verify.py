@@ -1,4 +1,5 @@
-"""Every rule of the contract notices when it is broken; figures recomputed from the files agree with float64."""
+"""Every rule of the contract notices when it is broken; figures recomputed from the files agree with
+float64."""
 
 import json
 import shutil
@@ -17,11 +18,18 @@ from daq_lightning.audit.verify import checklist, run_checks, verify_checkpoint
 from daq_lightning.checkpoint.layouts import make_layout, read_layout
 from daq_lightning.report.text import table, worst_first
 
-SIZES = dict(hidden_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, vocab_size=64)
+SIZES = dict(
+    hidden_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, vocab_size=64
+)
 LLAMA = transformers.LlamaConfig(intermediate_size=256, **SIZES)
 TIED = transformers.LlamaConfig(intermediate_size=256, tie_word_embeddings=True, **SIZES)
 MOE = transformers.Qwen3MoeConfig(
-    intermediate_size=256, moe_intermediate_size=128, head_dim=32, num_experts=2, num_experts_per_tok=1, **SIZES
+    intermediate_size=256,
+    moe_intermediate_size=128,
+    head_dim=32,
+    num_experts=2,
+    num_experts_per_tok=1,
+    **SIZES,
 )
 Q = "model.layers.0.self_attn.q_proj"
 SCALE = f"{Q}.weight_scale_inv"
@@ -134,7 +142,9 @@ TENSOR_DAMAGES = {
     "kept -Inf": (with_value("lm_head.weight", float("-inf")), {"finite values"}),
     "half of a fused projection": (as_bfloat16, {"fused projections", "ignore list", "report"}),
     "most of a fused projection": (
-        lambda tensors: [as_bfloat16(tensors, Q.replace("q_proj", leaf) + ".weight") for leaf in ("q_proj", "k_proj")],
+        lambda tensors: [
+            as_bfloat16(tensors, Q.replace("q_proj", leaf) + ".weight") for leaf in ("q_proj", "k_proj")
+        ],
         {"fused projections", "ignore list", "report"},
     ),
     "missing tensor": (lambda tensors: tensors.pop("model.norm.weight"), {"complete"}),
@@ -162,24 +172,37 @@ FOLDER_DAMAGES = {
     "quantized module listed": (edit_list(lambda names: names.append(Q)), {"ignore list", "report"}),
     "float32": (edit_config(lambda config: config.update(dtype="float32")), {"config.json"}),
     "no dtype": (edit_config(lambda config: config.pop("dtype")), {"config.json"}),
-    "other quantization": (edit_config(lambda config: config["quantization_config"].update(quant_method="awq")), None),
-    "float32 inside": (edit_config(lambda config: config.update(sub_config={"dtype": "float32"})), {"config.json"}),
+    "other quantization": (
+        edit_config(lambda config: config["quantization_config"].update(quant_method="awq")),
+        None,
+    ),
+    "float32 inside": (
+        edit_config(lambda config: config.update(sub_config={"dtype": "float32"})),
+        {"config.json"},
+    ),
     "other blocks": (
         edit_config(lambda config: config["quantization_config"].update(weight_block_size=[64, 64])),
         {"config.json", "report"},
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), {"config.json"}),
     "total_size": (
-        lambda folder: edit_json(folder, "model.safetensors.index.json", lambda index: index["metadata"].clear()),
+        lambda folder: edit_json(
+            folder, "model.safetensors.index.json", lambda index: index["metadata"].clear()
+        ),
         {"files"},
     ),
     "no index": (lambda folder: (folder / "model.safetensors.index.json").unlink(), {"files"}),
     "pickle": (lambda folder: (folder / "pytorch_model.bin").write_bytes(b""), {"nothing stale"}),
-    "old shard": (lambda folder: save_file({"a": torch.ones(1)}, folder / "model.safetensors"), {"nothing stale"}),
+    "old shard": (
+        lambda folder: save_file({"a": torch.ones(1)}, folder / "model.safetensors"),
+        {"nothing stale"},
+    ),
     "lock": (lambda folder: (folder / ".lock").touch(), {"nothing stale"}),
     "header": (lambda folder: edit_tensors(folder, lambda tensors: None, ("format", "np")), {"files"}),
     "report of another export": (
-        lambda folder: edit_json(folder, "daq_report.json", lambda report: report["tensors"].pop(f"{Q}.weight")),
+        lambda folder: edit_json(
+            folder, "daq_report.json", lambda report: report["tensors"].pop(f"{Q}.weight")
+        ),
         {"report"},
     ),
 }
@@ -222,7 +245,10 @@ def test_clean_exports_of_every_layout_pass(pair, clean, tmp_path):
 
 @pytest.mark.parametrize(
     ("layout", "scale"),
-    [(dict(scheme="FP8_BLOCK", scale_format="ue8m0"), SCALE), (dict(scheme="FP8_DYNAMIC"), f"{Q}.weight_scale")],
+    [
+        (dict(scheme="FP8_BLOCK", scale_format="ue8m0"), SCALE),
+        (dict(scheme="FP8_DYNAMIC"), f"{Q}.weight_scale"),
+    ],
 )
 def test_a_scale_that_the_reader_would_round_is_found(pair, tmp_path, layout, scale):
     export_checkpoint(pair / "post", pair / "base", tmp_path / "out", **layout)
@@ -299,7 +325,11 @@ def test_the_layout_is_read_back_from_its_config(scheme, container, scale_format
     if container == "fp8" or scale_format is None:
         assert read == layout
     else:  # compressed-tensors has no word for powers of two
-        assert (read.scheme.name, read.container, read.scale_format) == (scheme, "compressed-tensors", "bfloat16")
+        assert (read.scheme.name, read.container, read.scale_format) == (
+            scheme,
+            "compressed-tensors",
+            "bfloat16",
+        )
 
 
 def raw(folder, name):
@@ -346,7 +376,9 @@ def test_reports_of_other_layouts_agree_with_their_files(pair, tmp_path, layout)
 def test_a_single_changed_code_and_another_base_are_noticed(pair, folder):
     report = ExportReport.load(folder)
     post, base = load_checkpoint(pair / "post"), load_checkpoint(pair / "base")
-    assert set(differences(report, recompute(report, base, post))) == {tensor.name for tensor in report.tensors}
+    assert set(differences(report, recompute(report, base, post))) == {
+        tensor.name for tensor in report.tensors
+    }
     edit_tensors(folder, with_code(0x01))
     assert list(differences(report, recompute(report, post, base))) == [f"{Q}.weight"]
 
@@ -377,7 +409,9 @@ def test_the_table_lists_the_worst_first_and_weights_without_an_update_last(pair
 def plain_export(folder, base):
     """An export of tensors in memory, which have no config.json."""
     generator = torch.Generator().manual_seed(0)
-    post = {name: tensor + 0.003 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()}
+    post = {
+        name: tensor + 0.003 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()
+    }
     export_checkpoint(post, base, folder)
     return folder
 
@@ -385,12 +419,16 @@ def plain_export(folder, base):
 @pytest.mark.parametrize("size", [128, 96])
 def test_the_export_of_a_plain_module_is_well(tmp_path, size):
     module = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.ReLU(), torch.nn.Linear(size, 8))
-    out = plain_export(tmp_path / "fp8", {name: tensor.detach() for name, tensor in module.state_dict().items()})
+    out = plain_export(
+        tmp_path / "fp8", {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    )
     assert verify_checkpoint(out) == []
     assert "all is well" in checklist(run_checks(out))
     [config] = [check for check in run_checks(out) if check.name == "config.json"]
     assert "the exported module has none" in config.skipped
-    scale = next(name for name in load_file(out / "model.safetensors") if name.endswith(("_scale", "_scale_inv")))
+    scale = next(
+        name for name in load_file(out / "model.safetensors") if name.endswith(("_scale", "_scale_inv"))
+    )
     edit_tensors(out, lambda tensors: tensors.update({scale: -tensors[scale]}))
     assert failed(out) == {"scale values"}
 

@@ -24,14 +24,26 @@ try:
 except compiling.CompilerMissingError:
     LEVELS = ()
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not LEVELS, reason="no compiler, or no wheels for this system")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not LEVELS, reason="no compiler, or no wheels for this system"),
+]
 
 
 def build(tmp_path_factory, **environment):
     """The wheel of this tree, without network."""
     pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        str(ROOT),
+    ]
     done = subprocess.run(
         [*command, "-v", "-w", str(folder)],
         env=os.environ | environment,
@@ -66,7 +78,12 @@ def run(code, installed, tmp_path, *arguments):
     """Python that has the wheel's content and no compiler in its PATH, and treats warnings as errors."""
     path = tmp_path / "no_programs"
     path.mkdir(exist_ok=True)
-    environment = {"PATH": str(path), "HOME": str(tmp_path), "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PATH": str(path),
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(installed),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -83,7 +100,9 @@ def test_its_libraries_need_nothing_but_the_c_library(installed):
     if not shutil.which("readelf"):
         pytest.skip("no readelf")
     for path in lib(installed).iterdir():
-        listed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(
+            ["readelf", "-d", str(path)], capture_output=True, text=True, check=True
+        ).stdout
         needed = {line.split("[")[1].split(".so")[0] for line in listed.splitlines() if "(NEEDED)" in line}
         assert needed <= {"libc", "libm", "libpthread", "ld-linux-x86-64", "ld-linux-aarch64"}
 
@@ -126,7 +145,9 @@ def test_the_libraries_of_all_families_find_what_the_one_built_here_finds(instal
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(256, 384, generator=generator) * 0.02
     torch.save((base + torch.randn(256, 384, generator=generator) * 1e-3, base), tmp_path / "pair")
-    shutil.copytree(Path(library.library()._name).parent, tmp_path / ".cache" / "daq_lightning")  # the one built here
+    shutil.copytree(
+        Path(library.library()._name).parent, tmp_path / ".cache" / "daq_lightning"
+    )  # the one built here
     results = {}
     for level in [None, *(level for level in LEVELS if level.features <= library._features())]:
         only = tmp_path / (level.name if level else "none")

@@ -128,12 +128,16 @@ def test_every_saved_checkpoint_is_exported_with_the_same_weights(tmp_path, weig
     fit(tmp_path, saver(tmp_path, save_weights_only=weights_only), callback)
     assert [path.name for path in callback.exports] == ["step=2", "step=4"]
     for step in (2, 4):
-        assert kept_tensors_equal(tmp_path / f"exports/step={step}", tmp_path / f"checkpoints/step={step}.ckpt")
+        assert kept_tensors_equal(
+            tmp_path / f"exports/step={step}", tmp_path / f"checkpoints/step={step}.ckpt"
+        )
     assert not kept_tensors_equal(tmp_path / "exports/step=2", tmp_path / "checkpoints/step=4.ckpt")
 
 
 def test_steps_epochs_names_and_keep_last(tmp_path):
-    callback = quantization(tmp_path, every_n_train_steps=1, keep_last=2, filename="{epoch}-{step}-{train_loss:.1f}")
+    callback = quantization(
+        tmp_path, every_n_train_steps=1, keep_last=2, filename="{epoch}-{step}-{train_loss:.1f}"
+    )
     fit(tmp_path, callback, max_steps=3)
     names = sorted(path.name for path in (tmp_path / "exports").iterdir() if path.name != "base")
     assert names == [path.name for path in callback.exports]
@@ -168,7 +172,9 @@ def test_a_user_decides_when_to_export(tmp_path):
 
 def test_a_user_can_add_to_the_schedule_and_veto_it(tmp_path):
     def decide(self, trainer):
-        return trainer.global_step == 1 or (trainer.global_step != 4 and super(Chosen, self).should_export(trainer))
+        return trainer.global_step == 1 or (
+            trainer.global_step != 4 and super(Chosen, self).should_export(trainer)
+        )
 
     callback = chosen(tmp_path, decide, every_n_train_steps=2)
     fit(tmp_path, callback, max_steps=6)
@@ -176,16 +182,28 @@ def test_a_user_can_add_to_the_schedule_and_veto_it(tmp_path):
 
 
 def test_a_user_is_asked_once_for_each_optimizer_step_and_each_checkpoint(tmp_path):
-    callback = chosen(tmp_path, lambda self, trainer: self.moment == "checkpoint" and trainer.global_step == 1,
+    callback = chosen(tmp_path, lambda self,
+    trainer: self.moment == "checkpoint" and trainer.global_step == 1,
                       export_on="checkpoint")  # fmt: skip
     fit(tmp_path, callback, saver(tmp_path, every_n_train_steps=1), accumulate_grad_batches=2, max_steps=2)
     assert [path.name for path in callback.exports] == ["step=1"]
-    assert callback.asked == [("step", 1), ("checkpoint", 1), ("step", 2), ("checkpoint", 2), ("epoch", 2), ("end", 2)]
+    assert callback.asked == [
+        ("step", 1),
+        ("checkpoint", 1),
+        ("step", 2),
+        ("checkpoint", 2),
+        ("epoch", 2),
+        ("end", 2),
+    ]
 
 
 def test_a_resumed_run_is_not_asked_before_its_first_step(tmp_path):
     fit(
-        tmp_path, saver(tmp_path, every_n_train_steps=1), quantization(tmp_path), accumulate_grad_batches=2, max_steps=1
+        tmp_path,
+        saver(tmp_path, every_n_train_steps=1),
+        quantization(tmp_path),
+        accumulate_grad_batches=2,
+        max_steps=1,
     )
     callback = chosen(tmp_path, lambda self, trainer: True)
     ckpt = tmp_path / "checkpoints" / "step=1.ckpt"
@@ -267,7 +285,9 @@ def test_exports_during_training_hold_the_averaged_weights_as_the_checkpoints_do
     callbacks = (callback, averaging) if first else (averaging, callback)
     module = fit(tmp_path, *callbacks, saver(tmp_path), module=Watching())
     for step in (2, 4):
-        assert kept_tensors_equal(tmp_path / f"exports/step={step}", tmp_path / f"checkpoints/step={step}.ckpt")
+        assert kept_tensors_equal(
+            tmp_path / f"exports/step={step}", tmp_path / f"checkpoints/step={step}.ckpt"
+        )
     assert not kept_tensors_equal(tmp_path / "exports/step=2", tmp_path / "checkpoints/step=4.ckpt")
     # and training went on with its own weights
     without = fit(tmp_path, EMAWeightAveraging(decay=0.5), module=Watching())
@@ -291,7 +311,10 @@ def test_an_export_of_a_run_that_fails_in_validation_holds_the_averaged_weights(
 
 
 def test_two_callbacks_live_side_by_side(tmp_path):
-    one, two = quantization(tmp_path), quantization(tmp_path, dirpath=str(tmp_path / "other"), scheme="FP8_DYNAMIC")
+    one, two = (
+        quantization(tmp_path),
+        quantization(tmp_path, dirpath=str(tmp_path / "other"), scheme="FP8_DYNAMIC"),
+    )
     fit(tmp_path, one, two)
     assert one.state_key != two.state_key
     assert (one.report.scheme, two.report.scheme) == ("FP8_BLOCK", "FP8_DYNAMIC")

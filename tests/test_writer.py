@@ -27,7 +27,10 @@ def tensors_of(count=5, size=100):
 
 
 def specs_of(tensors):
-    return [TensorSpec(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return [
+        TensorSpec(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
 
 
 def write(out, tensors, *, max_shard_bytes=10**9, config=None, reverse=False):
@@ -239,7 +242,10 @@ def test_a_destination_that_is_not_ours_is_refused_before_any_work(tmp_path, mak
 
 def test_a_destination_that_became_foreign_during_the_work_is_not_replaced(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(CheckpointError, match="not written by this package"), CheckpointWriter(out, []) as writer:
+    with (
+        pytest.raises(CheckpointError, match="not written by this package"),
+        CheckpointWriter(out, []) as writer,
+    ):
         foreign_folder(out)
         writer.publish()
     assert names_in(out) == ["thesis.txt"]
@@ -300,7 +306,9 @@ def small_disk(tmp_path):
     """A file system of 256 KiB, where this may be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("no tmpfs can be mounted here")
     yield place
@@ -419,7 +427,10 @@ for _ in range(int(sys.argv[3])):
 @pytest.mark.parametrize("earlier", [True, False])
 def test_many_processes_that_export_to_one_place_at_once_all_succeed(tmp_path, earlier):
     (tmp_path / "reference").mkdir()
-    expected = [hashes(write(tmp_path / "reference" / str(i), tensors_of(i), max_shard_bytes=500)) for i in range(1, 5)]
+    expected = [
+        hashes(write(tmp_path / "reference" / str(i), tensors_of(i), max_shard_bytes=500))
+        for i in range(1, 5)
+    ]
     if earlier:
         write(tmp_path / "out", tensors_of())
     command = [sys.executable, "-c", RACER, str(tmp_path)]
@@ -448,6 +459,9 @@ def test_open_files_are_closed_again(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     for limit in (1, 10**9):
         write(tmp_path / "out", tensors_of(), max_shard_bytes=limit)
-        with pytest.raises(ValueError, match="x"), CheckpointWriter(tmp_path / "out", specs_of(tensors_of()), limit):
+        with (
+            pytest.raises(ValueError, match="x"),
+            CheckpointWriter(tmp_path / "out", specs_of(tensors_of()), limit),
+        ):
             raise ValueError("x")
     assert len(os.listdir("/proc/self/fd")) == before

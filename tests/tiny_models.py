@@ -1,4 +1,5 @@
-"""Tiny random models of real architectures, saved as a base and, a little perturbed, as its fine-tuned successor."""
+"""Tiny random models of real architectures, saved as a base and, a little perturbed, as its fine-tuned
+successor."""
 
 import json
 
@@ -7,7 +8,8 @@ import transformers
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 128, 256, 64
 TEXT = {
-    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": 2,
+    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, "max_position_embeddings": 64,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
@@ -32,14 +34,18 @@ def mistral(**changes):
 
 def gemma3(**changes):
     """Tied embeddings, four norms in a layer."""
-    config = transformers.Gemma3TextConfig(**(TEXT | {"query_pre_attn_scalar": 128, "sliding_window": 32} | changes))
+    config = transformers.Gemma3TextConfig(
+        **(TEXT | {"query_pre_attn_scalar": 128, "sliding_window": 32} | changes)
+    )
     return transformers.Gemma3ForCausalLM(config)
 
 
 def phi3(**changes):
     """Projections fused on disk: qkv_proj, gate_up_proj."""
     return transformers.Phi3ForCausalLM(
-        transformers.Phi3Config(**(TEXT | {"num_attention_heads": 1, "original_max_position_embeddings": 64} | changes))
+        transformers.Phi3Config(
+            **(TEXT | {"num_attention_heads": 1, "original_max_position_embeddings": 64} | changes)
+        )
     )
 
 
@@ -47,7 +53,13 @@ def gpt2():
     """Conv1D: transposed Linear weights."""
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2
+            vocab_size=VOCABULARY,
+            n_embd=HIDDEN,
+            n_layer=1,
+            n_head=2,
+            n_positions=64,
+            bos_token_id=1,
+            eos_token_id=2,
         )
     )
 
@@ -70,16 +82,25 @@ def mixtral(**changes):
 def llava():
     """Vision tower, projector and a Llama; other names on disk than in memory."""
     vision = transformers.CLIPVisionConfig(
-        hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
     )
     config = transformers.LlavaConfig(
-        vision_config=vision, text_config=transformers.LlamaConfig(**TEXT), image_token_index=5, image_seq_length=4
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=5,
+        image_seq_length=4,
     )
     return transformers.LlavaForConditionalGeneration(config)
 
 
 def qwen2_vl():
-    """Vision tower beside the language model; `visual.` and `model.` on disk, `model.visual.` and so on in memory."""
+    """Vision tower beside the language model; `visual.` and `model.` on disk, `model.visual.` and so on in
+    memory."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}
     text = TEXT | {"num_attention_heads": 1, "rope_parameters": rope}
     config = transformers.Qwen2VLConfig(
@@ -90,7 +111,8 @@ def qwen2_vl():
 
 
 def make_pair(folder, factory, *, dtype=torch.bfloat16, size=0.01, save=None, seed=0, **changes):
-    """Saves `folder/base` and `folder/post` = base + size * std * noise; with tokenizer files. Returns both paths."""
+    """Saves `folder/base` and `folder/post` = base + size * std * noise; with tokenizer files. Returns both
+    paths."""
     torch.manual_seed(seed)
     model = factory(**changes)
     with torch.no_grad():

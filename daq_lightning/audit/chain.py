@@ -1,9 +1,10 @@
 """A chain of exports: each stage fine-tuned from the one before.
 
-    root base -> stage 1 -> stage 2 -> ...          each export's manifest names its parent by folder and fingerprint
+    root base -> stage 1 -> stage 2 -> ...          each export's manifest names its parent by folder and
+    fingerprint
 
-Continual learning trains each stage from the last one. `Chain.open(folder).verify()` finds any file of any stage that
-was altered, is missing or does not belong.
+Continual learning trains each stage from the last one. `Chain.open(folder).verify()` finds any file of any
+stage that was altered, is missing or does not belong.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class Chain:
             manifest = Manifest.load(path)
             if expected and manifest.fingerprint != expected:
                 raise CheckpointError(
-                    f"{path} is not the parent that {stages[-1].folder} was made from: it was exported again or "
-                    "replaced since. Put the original back, or export the later stages again."
+                    f"{path} is not the parent that {stages[-1].folder} was made from: it was exported again "
+                    "or replaced since. Put the original back, or export the later stages again."
                 )
             if any(path.resolve() == stage.folder.resolve() for stage in stages):
                 raise CheckpointError(f"{path} is its own ancestor: the manifests were tampered with.")
@@ -74,20 +75,28 @@ class Chain:
     def root(self) -> Path | None:
         """The base of the first stage, or None if it was in memory only."""
         first = self.stages[0]
-        return (first.folder / first.manifest.lineage.base_path).resolve() if first.manifest.lineage.base_path else None
+        return (
+            (first.folder / first.manifest.lineage.base_path).resolve()
+            if first.manifest.lineage.base_path
+            else None
+        )
 
     def table(self) -> str:
-        """The lineage as text: for each stage what it was made from, and what is left of its change since its base
-        and since the root."""
+        """The lineage as text: for each stage what it was made from, and what is left of its change since its
+        base and since the root."""
         lines = [f"root  {self.root or 'in memory, not kept'}"]
         for stage in self.stages:
             lineage, totals = stage.manifest.lineage, stage.totals()
-            begun = f"from the parent's {lineage.chain_from} weights" if lineage.chain_from else lineage.base_kind
+            begun = (
+                f"from the parent's {lineage.chain_from} weights" if lineage.chain_from else lineage.base_kind
+            )
             lines.append(f"stage {lineage.stage}  {stage.folder.resolve()}  {stage.manifest.scheme}, {begun}")
             for side, label in (("searched", "since its base"), ("root", "since the root")):
                 if side in totals:
                     figures = {name: totals[side].get(name) for name in ("gain", "cosine", "sign_rate")}
-                    shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
+                    shown = "  ".join(
+                        f"{name} {value:.4f}" for name, value in figures.items() if value is not None
+                    )
                     lines.append(f"         kept of the change {label}: {shown}")
         return "\n".join(lines)
 
@@ -95,7 +104,8 @@ class Chain:
         """Compares every file of every stage with its manifest.
 
         Returns:
-            One line for each tensor or file that was altered, is missing, or does not belong; empty if all is well.
+            One line for each tensor or file that was altered, is missing, or does not belong; empty if all is
+            well.
         """
         return [problem for stage in self.stages for problem in _verify_stage(stage)]
 

@@ -3,8 +3,8 @@
     dequantized = code * scale          the codes and scales that readers will use
     figures     = measure(post, base, dequantized)          the definition, not the search's kernels
 
-A report that was written by the search and one that comes from the files are two witnesses: where they differ, the
-folder does not hold what the report says, or base or post are not the models it was made from.
+A report that was written by the search and one that comes from the files are two witnesses: where they
+differ, the folder does not hold what the report says, or base or post are not the models it was made from.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ def recompute(
         progress: Whether to show a progress bar.
 
     Returns:
-        The same report with the sums of the files, both of the written scales and of plain absmax scales. The alphas
-        are those of the report.
+        The same report with the sums of the files, both of the written scales and of plain absmax scales. The
+        alphas are those of the report.
 
     Raises:
-        CheckpointError: A tensor of the report is missing or has another shape in the export, in post or in base.
+        CheckpointError: A tensor of the report is missing or has another shape in the export, in post or in
+            base.
     """
     files = Checkpoint(report.path)
     layout = read_layout(files.raw.quantization)
@@ -59,7 +60,9 @@ def recompute(
         weight = _read(post, tensor.name, tensor, "fine-tuned model")
         reference = weight if tensor.without_base else _read(base, names[tensor.name], tensor, "base")
         if tensor.name not in files.raw or layout.scale_name(tensor.name) not in files.raw:
-            raise CheckpointError(f"{report.path} has no codes and scale of {tensor.name}: run `daq-lightning verify`.")
+            raise CheckpointError(
+                f"{report.path} has no codes and scale of {tensor.name}: run `daq-lightning verify`."
+            )
         written = files.raw[tensor.name], files.raw[layout.scale_name(tensor.name)]
         plain = absmax_scale(weight, layout.granularity, scale_format=scale_format, fmt=layout.scheme.format)
         searched, absmax, dequantized = _measure(weight, reference, *written, plain, layout, dtype)
@@ -79,7 +82,9 @@ def differences(report: ExportReport, other: ExportReport) -> dict[str, list[str
             for field, limit in _limits(one)._asdict().items():
                 left, right = float(getattr(one, field)), float(getattr(two, field))
                 if not abs(left - right) <= TOLERANCE * float(limit):
-                    found.setdefault(mine.name, []).append(f"{side} {field}: report {left:g}, files {right:g}")
+                    found.setdefault(mine.name, []).append(
+                        f"{side} {field}: report {left:g}, files {right:g}"
+                    )
     return found
 
 
@@ -92,8 +97,12 @@ def _measure(
     layout: Layout,
     dtype: torch.dtype,
 ) -> tuple[DeltaStats, DeltaStats, DeltaStats]:
-    """Sums of the written codes, of plain absmax scales, and of the former rounded to dtype, in bands of rows."""
-    shape_MN, rows_of = (weight.shape[0], weight.shape[1]), layout.granularity.cell((weight.shape[0], weight.shape[1]))
+    """Sums of the written codes, of plain absmax scales, and of the former rounded to dtype, in bands of
+    rows."""
+    shape_MN, rows_of = (
+        (weight.shape[0], weight.shape[1]),
+        layout.granularity.cell((weight.shape[0], weight.shape[1])),
+    )
     parts: list[tuple[DeltaStats, DeltaStats, DeltaStats]] = []
     for rows in bands(shape_MN, layout.granularity, _BAND):
         groups = slice(rows.start // rows_of[0], -(-rows.stop // rows_of[0]))
@@ -135,12 +144,14 @@ def _limits(stats: DeltaStats) -> DeltaStats:
 def _read(mapping: Mapping[str, Tensor], name: str, tensor: TensorReport, role: str) -> Tensor:
     where = f" {mapping.path}" if isinstance(mapping, Checkpoint) else ""
     if name not in mapping:
-        raise CheckpointError(f"The {role}{where} has no tensor {name}: pass the one that the export was made from.")
+        raise CheckpointError(
+            f"The {role}{where} has no tensor {name}: pass the one that the export was made from."
+        )
     weight = mapping[name]
     if tuple(weight.shape) != tensor.shape:
         raise CheckpointError(
-            f"The {role}{where} has {name} in shape {tuple(weight.shape)}, the export has {tensor.shape}: pass the one "
-            "that the export was made from."
+            f"The {role}{where} has {name} in shape {tuple(weight.shape)}, the export has {tensor.shape}: "
+            "pass the one that the export was made from."
         )
     return weight
 

@@ -1,7 +1,7 @@
 """The rules that readers of an FP8 folder rely on, one function each.
 
-A rule looks at the files as they are stored and yields what is wrong, one line per problem. `CHECKS` lists them with
-what to do about it.
+A rule looks at the files as they are stored and yields what is wrong, one line per problem. `CHECKS` lists
+them with what to do about it.
 
 Sources: the readers, as listed in `daq_lightning.checkpoint.layouts`.
 """
@@ -11,90 +11,32 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE, RawCheckpoint, read_index
-from daq_lightning.checkpoint.layouts import Layout, listed_modules, read_layout
-from daq_lightning.checkpoint.manifest import Manifest
-from daq_lightning.checkpoint.patterns import BoundedMatcher
+from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE, read_index
+from daq_lightning.checkpoint.layouts import read_layout
 from daq_lightning.checkpoint.reader import config_dtype
-from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, read_metadata
-from daq_lightning.model.from_folder import FolderModel
+from daq_lightning.checkpoint.tensor_file import read_metadata
 from daq_lightning.model.fusion import FUSED
-from daq_lightning.model.outline import Outline, Role, matches
+from daq_lightning.model.outline import matches
 from daq_lightning.numerics.formats import PerBlock
 from daq_lightning.report.figures import ExportReport
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".tmp", ".incomplete"}
-_SUFFIXES = ("_scale_inv", "_scale")
+if TYPE_CHECKING:
+    from daq_lightning.audit.stored import Stored
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WEIGHT_FILES = frozenset(
+    [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".tmp", ".incomplete"]
+)
+SUFFIXES = ("_scale_inv", "_scale")
 
 
 class UnknownError(Exception):
     """What a check builds on is unknown; another check says so."""
-
-
-class Stored:
-    """The files of a folder and what follows from them."""
-
-    def __init__(self, raw: RawCheckpoint) -> None:
-        self.raw, self.folder = raw, raw.path
-        self.codes = [name for name, entry in raw.entries.items() if entry.dtype in _FP8]
-        self.scales = {
-            name: [name + suffix for suffix in _SUFFIXES if name + suffix in raw.entries] for name in self.codes
-        }
-        hidden = {scale for scales in self.scales.values() for scale in scales}
-        self.names = [name for name in raw.entries if name not in hidden]
-
-    def entry(self, name: str) -> TensorEntry:
-        return self.raw.entries[name]
-
-    @cached_property
-    def layout(self) -> Layout:
-        try:
-            return read_layout(self.raw.quantization)
-        except ValueError as error:
-            raise UnknownError("the layout is unknown") from error
-
-    @cached_property
-    def outline(self) -> Outline:
-        try:
-            return FolderModel(self.folder, len(self.raw)).outline(self.names)
-        except CheckpointError as error:
-            raise UnknownError("the architecture is unknown") from error
-
-    @property
-    def keys(self) -> Mapping[str, str]:
-        return self.outline.keys
-
-    def role(self, name: str) -> Role:
-        return self.outline.role(self.keys[name], len(self.entry(name).shape))
-
-    @cached_property
-    def manifest(self) -> Manifest | None:
-        """None where the folder is not an export by this package."""
-        return Manifest.load(self.folder) if (self.folder / MANIFEST).is_file() else None
-
-    @cached_property
-    def listed(self) -> frozenset[str]:
-        """What config.json names as not quantized."""
-        return frozenset(listed_modules(self.raw.quantization))
-
-    @cached_property
-    def _patterns(self) -> list[str]:
-        patterns = () if self.layout.container == "fp8" else sorted(self.listed)
-        return [name[3:] for name in patterns if name.startswith("re:")]
-
-    @cached_property
-    def _matcher(self) -> BoundedMatcher:
-        return BoundedMatcher("quantization_config")
-
-    def lists(self, module: str) -> bool:
-        """Whether config.json names a module as not quantized, as the strictest reader understands it."""
-        return module in self.listed or any(self._matcher.matches(pattern, module) for pattern in self._patterns)
 
 
 def _check_files(stored: Stored) -> Iterator[str]:
@@ -110,13 +52,16 @@ def _check_files(stored: Stored) -> Iterator[str]:
     for file in files:
         metadata = read_metadata(stored.folder / file)
         if metadata.get("format") != "pt":
-            yield f'{file} lacks the header metadata {{"format": "pt"}} (it has {metadata}), which transformers needs'
+            expected = '{"format": "pt"}, which transformers needs'
+            yield f"{file} has the header metadata {metadata}, expected {expected}"
 
 
 def _check_leftovers(stored: Stored) -> Iterator[str]:
     used = {entry.path.name for entry in stored.raw.entries.values()}
     for path in sorted(stored.folder.iterdir()):
-        if path.name not in used and (path.suffix in _WEIGHT_FILES or ".partial-" in path.name or path.name == ".lock"):
+        if path.name not in used and (
+            path.suffix in _WEIGHT_FILES or ".partial-" in path.name or path.name == ".lock"
+        ):
             yield f"{path.name} does not belong to the checkpoint"
 
 
@@ -135,7 +80,9 @@ def _check_config(stored: Stored) -> Iterator[str]:
             yield str(error).rstrip(".")
     if not stored.codes:
         yield "config.json speaks of FP8, but no tensor holds FP8 codes"
-    levels = {"config.json": config} | {key: level for key, level in config.items() if isinstance(level, Mapping)}
+    levels = {"config.json": config} | {
+        key: level for key, level in config.items() if isinstance(level, Mapping)
+    }
     for where, level in levels.items():
         dtype = config_dtype({key: value for key, value in level.items() if key != "text_config"})
         if dtype not in (torch.bfloat16, torch.float16) and (dtype is not None or where == "config.json"):
@@ -160,7 +107,9 @@ def _check_scales(stored: Stored) -> Iterator[str]:
             if (scale.dtype, scale.shape) != (torch.float32, shape):
                 yield f"{expected} is {scale.dtype} {scale.shape}, expected float32 {shape}"
     for name in stored.names:
-        weight = next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(".weight" + suffix)), None)
+        weight = next(
+            (name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(".weight" + suffix)), None
+        )
         if weight is not None:
             holds = stored.entry(weight).dtype if weight in stored.raw.entries else "nothing"
             yield f"{name} is the scale of nothing: {weight} holds {holds}"
@@ -175,7 +124,7 @@ def _check_scale_values(stored: Stored) -> Iterator[str]:
         elif stored.layout.scale_format == "ue8m0" and not powers_of_two(scale):
             yield f"{scale_name} is not all powers of two, which scale_fmt ue8m0 promises"
         elif stored.layout.scale_format == "bfloat16" and not bool((scale == scale.bfloat16().float()).all()):
-            yield f"{scale_name} has values that bfloat16 cannot hold: transformers would round them, vLLM not"
+            yield f"{scale_name} has values that bfloat16 cannot hold: transformers would round them"
 
 
 def powers_of_two(scale: Tensor) -> bool:
@@ -188,7 +137,7 @@ def _check_values(stored: Stored) -> Iterator[str]:
         dtype = stored.entry(name).dtype
         if dtype == torch.float8_e4m3fn:
             wrong = int(((stored.raw[name].view(torch.uint8) & 0x7F) == 0x7F).sum())
-        elif dtype.is_floating_point and dtype not in _FP8 and math.prod(stored.entry(name).shape):
+        elif dtype.is_floating_point and dtype not in FP8 and math.prod(stored.entry(name).shape):
             low, high = stored.raw[name].aminmax()
             wrong = 0 if bool(low.isfinite() & high.isfinite()) else int((~stored.raw[name].isfinite()).sum())
         else:
@@ -225,7 +174,9 @@ def _check_ignore(stored: Stored) -> Iterator[str]:
         module = name.removesuffix(".weight")
         if stored.role(name) not in ("linear", "expert"):
             continue
-        listed = sorted({alias for alias in (module, stored.keys[name].removesuffix(".weight")) if stored.lists(alias)})
+        listed = sorted(
+            {alias for alias in (module, stored.keys[name].removesuffix(".weight")) if stored.lists(alias)}
+        )
         if name in stored.codes and listed:
             yield f"{name} is quantized, and {listed[0]} is listed as not quantized"
         elif name not in stored.codes and stored.role(name) == "expert" and module not in listed:
@@ -237,7 +188,9 @@ def _check_fused(stored: Stored) -> Iterator[str]:
     for group in FUSED:
         for first in (name for name in stored.names if name.endswith(f".{group[0]}.weight")):
             prefix = first.removesuffix(f"{group[0]}.weight")
-            shards = [name for name in (f"{prefix}{leaf}.weight" for leaf in group) if name in stored.raw.entries]
+            shards = [
+                name for name in (f"{prefix}{leaf}.weight" for leaf in group) if name in stored.raw.entries
+            ]
             if 0 < len(codes.intersection(shards)) < len(shards):
                 yield f"of {', '.join(shards)} only {', '.join(sorted(codes.intersection(shards)))} in FP8"
 
@@ -262,7 +215,7 @@ def _check_complete(stored: Stored) -> Iterator[str]:
         elif len(shape) == 3 and len(part[key].shape) == 2 and counts[key] % shape[0]:
             yield f"{key} has {counts[key]} parts for {shape[0]} experts"
     for name, key in stored.keys.items():
-        scale = name.endswith(tuple(".weight" + suffix for suffix in _SUFFIXES))
+        scale = name.endswith(tuple(".weight" + suffix for suffix in SUFFIXES))
         if key not in outline.tensors and not scale and not matches(outline.may_add, key):
             yield f"{name} is no tensor of {outline.model}"
 
@@ -279,10 +232,14 @@ def _check_report(stored: Stored) -> Iterator[str]:
         yield f"{MANIFEST} has another quantization_config than config.json"
 
 
-CheckFunction = Callable[[Stored], Iterator[str]]
+CheckFunction: TypeAlias = "Callable[[Stored], Iterator[str]]"
 CHECKS: tuple[tuple[str, str, CheckFunction], ...] = (
     ("files", "Export again, or copy the folder again with all its files.", _check_files),
-    ("nothing stale", "Remove these files: a reader may load them instead of the checkpoint.", _check_leftovers),
+    (
+        "nothing stale",
+        "Remove these files: a reader may load them instead of the checkpoint.",
+        _check_leftovers,
+    ),
     ("config.json", "Restore the config.json of the export, or export again.", _check_config),
     ("one scale per weight", "Export again: a reader would use other scales, or none.", _check_scales),
     ("scale values", "Export again: these scales do not survive loading.", _check_scale_values),
@@ -294,8 +251,16 @@ CHECKS: tuple[tuple[str, str, CheckFunction], ...] = (
         "Correct the list in quantization_config: full names of all Linear modules not in FP8.",
         _check_ignore,
     ),
-    ("fused projections", "Export again: quantize all of them, or name all of them with --ignore.", _check_fused),
-    ("tied embeddings", "Remove the tied copy, or set tie_word_embeddings to false and export again.", _check_ties),
+    (
+        "fused projections",
+        "Export again: quantize all of them, or name all of them with --ignore.",
+        _check_fused,
+    ),
+    (
+        "tied embeddings",
+        "Remove the tied copy, or set tie_word_embeddings to false and export again.",
+        _check_ties,
+    ),
     ("complete", "Export again from a complete checkpoint.", _check_complete),
     ("report", "Export again: files and report are not of one export.", _check_report),
 )

@@ -1,8 +1,8 @@
 """Holds an exported folder against what its readers need.
 
-Servers believe a checkpoint: a Linear module that is neither quantized nor listed, a scale of another shape or a stale
-weight file loads "successfully" and computes garbage. Every such rule is one check here, run on the files as they are
-stored, one tensor at a time:
+Servers believe a checkpoint: a Linear module that is neither quantized nor listed, a scale of another shape
+or a stale weight file loads "successfully" and computes garbage. Every such rule is one check here, run on
+the files as they are stored, one tensor at a time:
 
     verify_checkpoint(folder) -> problems, empty when all is well
 
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from daq_lightning.audit.rules import CHECKS, Stored, UnknownError
+from daq_lightning.audit.rules import CHECKS, UnknownError
+from daq_lightning.audit.stored import Stored
 from daq_lightning.checkpoint.folder import INDEX, RawCheckpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 
@@ -61,7 +62,9 @@ def run_checks(folder: str | os.PathLike[str]) -> list[Check]:
     except CheckpointError as error:
         return [Check(name="files", problems=(str(error),), remedy="Copy the folder again, or export again.")]
     if not stored.codes and not stored.raw.quantization:
-        raise CheckpointError(f"{path} holds no FP8 weights: make an FP8 checkpoint with `daq-lightning quantize`.")
+        raise CheckpointError(
+            f"{path} holds no FP8 weights: make an FP8 checkpoint with `daq-lightning quantize`."
+        )
     results = []
     for name, remedy, check in CHECKS:
         try:

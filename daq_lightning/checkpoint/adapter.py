@@ -1,46 +1,38 @@
-"""A PEFT adapter folder read as it lies on disk: LoRA and DoRA merged into the weights of a checkpoint, one at a time.
+"""A PEFT adapter folder as it lies on disk: LoRA and DoRA merged into the weights of a checkpoint one by one.
 
     base_model.model.X.lora_A.weight, .lora_B.weight      ->  X.weight + scaling * B @ A
     base_model.model.X.lora_B.bias                        ->  X.bias + scaling * bias
     base_model.model.X.lora_embedding_A, _B               ->  X.weight of an embedding
     base_model.model.X.lora_magnitude_vector              ->  DoRA
-    base_model.model.X.weight                             ->  X.weight replaced (modules_to_save, trained biases)
+    base_model.model.X.weight                             ->  X.weight replaced (modules_to_save, biases)
 
-scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA; alpha and rank from the first pattern of adapter_config.json
-that fits the end of X, as PEFT chooses them.
+scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA; alpha and rank from the first pattern of
+adapter_config.json that fits the end of X, as PEFT chooses them.
 
-A folder is foreign input: two files are read, `adapter_config.json` and `adapter_model.safetensors`, and nothing is
-executed. Whatever would be merged wrongly is refused by name.
+A folder is foreign input: two files are read, `adapter_config.json` and `adapter_model.safetensors`, and
+nothing is executed. Whatever would be merged wrongly is refused by name.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from daq_lightning.checkpoint.folder import read_json
+from daq_lightning.checkpoint.adapter_config import CONFIG, MERGE, PREFIX, WEIGHTS, read_config
 from daq_lightning.checkpoint.patterns import BoundedMatcher
 from daq_lightning.checkpoint.tensor_file import (
     CheckpointError,
     TensorEntry,
-    TensorSpec,
-    make_header,
     read_header,
-    tensor_bytes,
 )
 from daq_lightning.numerics.lora import LoraFactors, merge_lora, merge_lora_bias
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
-_MERGE = "Load it with PEFT, call merge_and_unload(), save the model, and pass that folder as the fine-tuned one."
 _PARTS = (
     ".lora_A.weight",
     ".lora_B.weight",
@@ -50,31 +42,6 @@ _PARTS = (
     ".lora_magnitude_vector",
     ".lora_magnitude_vector.weight",
 )
-# fields of a LoRA configuration under which B @ A is not the update of X.weight
-_OTHER_UPDATES = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "megatron_config",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
-_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def moves_base(init_lora_weights: object) -> bool:
-    """Whether an initialisation of LoRA subtracts the first update from the frozen weight, which is then not the base.
-
-    Example:
-        >>> moves_base("pissa_niter_4"), moves_base(True), moves_base("gaussian")
-        (True, False, False)
-    """
-    return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_MOVES_BASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +77,11 @@ class AdapterFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.config = _read_config(self.path)
+        self.config = read_config(self.path)
         self._matcher = BoundedMatcher(str(self.path / CONFIG))
-        entries = {name.removeprefix(PREFIX): entry for name, entry in read_header(self.path / WEIGHTS).items()}
+        entries = {
+            name.removeprefix(PREFIX): entry for name, entry in read_header(self.path / WEIGHTS).items()
+        }
         self._replaced: dict[str, TensorEntry] = {}
         parts: dict[str, dict[str, TensorEntry]] = {}
         for name, entry in entries.items():
@@ -121,7 +90,7 @@ class AdapterFolder:
                 parts.setdefault(name.removesuffix(part), {})[part.removesuffix(".weight")] = entry
             elif ".lora_" in name or ".token_adapter." in name:
                 raise CheckpointError(
-                    f"{self.path / WEIGHTS} holds {name}, which is not part of LoRA or DoRA. {_MERGE}"
+                    f"{self.path / WEIGHTS} holds {name}, which is not part of LoRA or DoRA. {MERGE}"
                 )
             else:
                 # saved beside an adapter of the same layer, the frozen weight is called X.base_layer.weight
@@ -139,8 +108,8 @@ class AdapterFolder:
             weight: The tensor, which is left as it is.
 
         Returns:
-            The merged tensor in float32, or the stored one as it is where the adapter replaces it, on the device of
-            `weight`; None where the adapter leaves it alone.
+            The merged tensor in float32, or the stored one as it is where the adapter replaces it, on the
+            device of `weight`; None where the adapter leaves it alone.
 
         Raises:
             CheckpointError: The adapter was trained on a tensor of another shape.
@@ -149,9 +118,9 @@ class AdapterFolder:
             entry = self._replaced[name]
             if entry.shape != tuple(weight.shape):
                 raise CheckpointError(
-                    f"{self.path / WEIGHTS} replaces {name} by a tensor of shape {entry.shape}, the checkpoint has "
-                    f"{tuple(weight.shape)}: resize the base to the adapter's vocabulary, or pass the base it was "
-                    "trained on."
+                    f"{self.path / WEIGHTS} replaces {name} by a tensor of shape {entry.shape}, the "
+                    f"checkpoint has {tuple(weight.shape)}: resize the base to the adapter's vocabulary, or "
+                    "pass the base it was trained on."
                 )
             weight = entry.read().to(weight.device)
         target, _, kind = name.rpartition(".")
@@ -168,12 +137,15 @@ class AdapterFolder:
     def unused(self, names: Iterable[str]) -> tuple[str, ...]:
         """The names that the adapter changes and the checkpoint lacks: anything here means a wrong base.
 
-        The second name of a tied weight is not counted where the adapter does the same to both (`ensure_weight_tying`).
+        The second name of a tied weight is not counted where the adapter does the same to both
+        (`ensure_weight_tying`).
         """
         present = set(names)
         missing = [name for name in self.names if name not in present]
         return tuple(
-            name for name in missing if not any(self._same(name, other) for other in self.names if other != name)
+            name
+            for name in missing
+            if not any(self._same(name, other) for other in self.names if other != name)
         )
 
     def unties(self, tied: Sequence[Sequence[str]]) -> tuple[str, ...]:
@@ -181,7 +153,8 @@ class AdapterFolder:
 
         Args:
             tied: Groups of names that are one tensor in the model, such as
-                ``[("model.embed_tokens.weight", "lm_head.weight")]`` where config.json says `tie_word_embeddings`.
+                ``[("model.embed_tokens.weight", "lm_head.weight")]`` where config.json says
+                `tie_word_embeddings`.
         """
         apart = []
         for group in tied:
@@ -191,12 +164,15 @@ class AdapterFolder:
         return tuple(apart)
 
     def _same(self, name: str, other: str) -> bool:
-        """Whether both names of a tied weight get the same: equal replacements, or LoRA on one and its transpose on the
-        other, as PEFT keeps it for an embedding and the output layer."""
+        """Whether both names of a tied weight get the same: equal replacements, or LoRA on one and its
+        transpose on the other, as PEFT keeps it for an embedding and the output layer."""
         replaced, replaced_other = self._replaced.get(name), self._replaced.get(other)
         if replaced is not None and replaced_other is not None and replaced.shape == replaced_other.shape:
             return replaced.read().equal(replaced_other.read())
-        one, two = self._layers.get(name.removesuffix(".weight")), self._layers.get(other.removesuffix(".weight"))
+        one, two = (
+            self._layers.get(name.removesuffix(".weight")),
+            self._layers.get(other.removesuffix(".weight")),
+        )
         if one is None or two is None or one.magnitude is not None or two.magnitude is not None:
             return False
         if one.transposed == two.transposed or one.scaling != two.scaling:
@@ -210,15 +186,15 @@ class AdapterFolder:
         if A is None or B is None or len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1]:
             raise CheckpointError(
                 f"{self.path / WEIGHTS}: expected matrices lora_A (R, N) and lora_B (M, R) of {target}, got "
-                f"{', '.join(f'{part[1:]} {entry.shape}' for part, entry in found.items())}. Convolutions are not "
-                f"merged. {_MERGE}"
+                f"{', '.join(f'{part[1:]} {entry.shape}' for part, entry in found.items())}. Convolutions "
+                f"are not merged. {MERGE}"
             )
         rank = self._by_pattern("rank_pattern", target, self.config.get("r"))
         alpha = self._by_pattern("alpha_pattern", target, self.config.get("lora_alpha"))
         if rank != A.shape[0] or rank == 0 or not _is_number(alpha):
             raise CheckpointError(
-                f"{self.path}: {CONFIG} gives {target} the rank {rank!r} and lora_alpha {alpha!r}, {WEIGHTS} has rank "
-                f"{A.shape[0]}: the two files are not of one adapter. Save it again."
+                f"{self.path}: {CONFIG} gives {target} the rank {rank!r} and lora_alpha {alpha!r}, {WEIGHTS} "
+                f"has rank {A.shape[0]}: the two files are not of one adapter. Save it again."
             )
         magnitude = found.get(".lora_magnitude_vector")
         if (magnitude is not None) != bool(self.config.get("use_dora")):
@@ -246,49 +222,3 @@ class AdapterFolder:
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFolder:
     """Opens a PEFT adapter folder; see `AdapterFolder`."""
     return AdapterFolder(folder)
-
-
-def write_adapter_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes CPU tensors as the adapter_model.safetensors of a folder, under the names given."""
-    specs = [TensorSpec(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in tensors.items()]
-    header, _ = make_header(specs, folder / WEIGHTS)
-    with open(folder / WEIGHTS, "wb") as file:
-        file.write(header)
-        for tensor in tensors.values():
-            file.write(tensor_bytes(tensor))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} is not an adapter folder: expected {CONFIG} and {WEIGHTS} in it.")
-    if not (folder / WEIGHTS).is_file():
-        found = (
-            "adapter_model.bin, a pickle, which is never opened" if (folder / "adapter_model.bin").exists() else "none"
-        )
-        raise CheckpointError(
-            f"{folder} has no {WEIGHTS} (found {found}): save the adapter with save_pretrained(..., "
-            "safe_serialization=True)."
-        )
-    config = read_json(folder / CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder} is an adapter of kind {config.get('peft_type')!r}, expected 'LORA'. {_MERGE}")
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(field) or {}
-        if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
-            raise CheckpointError(
-                f"{folder / CONFIG}: expected {field} from patterns to numbers, got {patterns!r:.80}."
-            )
-    for field in _OTHER_UPDATES:
-        if config.get(field):
-            raise CheckpointError(f"{folder / CONFIG} has {field}, which is not supported without the model. {_MERGE}")
-    if moves_base(config.get("init_lora_weights")):
-        raise CheckpointError(
-            f"{folder} was initialised by {config['init_lora_weights']!r}, which moved the frozen weights: the adapter "
-            "does not fit the original base. Save it with save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...), or merge it where it was trained."
-        )
-    return config
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,7 +1,7 @@
 """Memory for tensors that are read one after another.
 
-New memory costs more time (the system hands out and zeroes every page) than copying a file from its cache into it, so
-a buffer is used again as soon as no tensor refers to it any more.
+New memory costs more time (the system hands out and zeroes every page) than copying a file from its cache
+into it, so a buffer is used again as soon as no tensor refers to it any more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The place of an export: what may be replaced there, what an export leaves when it is killed, and who may rename.
+"""The place of an export: what may be replaced there, what an export leaves when it is killed, and who may
+rename.
 
 An earlier export is replaced only if every file in it is its own, and never if it is, or holds, an input.
 """
@@ -24,8 +25,8 @@ def check_destination(out: Path) -> None:
     Nothing is created.
 
     Raises:
-        CheckpointError: The destination is a file, a folder that is not an export or holds files of others, or cannot
-            be written; or the system has no file locks.
+        CheckpointError: The destination is a file, a folder that is not an export or holds files of others,
+            or cannot be written; or the system has no file locks.
     """
     check_locks()
     if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -36,7 +37,10 @@ def check_destination(out: Path) -> None:
             if any(out.iterdir()):
                 _check_replaceable(out)
             break
-        except (CheckpointError, OSError):  # unless another export has replaced the folder while it was looked at
+        except (
+            CheckpointError,
+            OSError,
+        ):  # unless another export has replaced the folder while it was looked at
             if out.is_dir() and os.path.samestat(out.stat(), looked_at):
                 raise
     parent = out.absolute().parent
@@ -52,24 +56,26 @@ def check_destination(out: Path) -> None:
 
 
 def _check_replaceable(out: Path) -> None:
-    """Refuses a folder of which any file was not written by the export that made it: replacing would delete it."""
+    """Refuses a folder of which any file was not written by the export that made it: replacing would delete
+    it."""
     if not (out / REPORT).is_file():
         raise CheckpointError(
-            f"{out} exists and was not written by this package (it has no {REPORT}): choose another destination, or "
-            "remove the folder yourself."
+            f"{out} exists and was not written by this package (it has no {REPORT}): choose another "
+            "destination, or remove the folder yourself."
         )
     try:
         foreign = foreign_files(out)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{out} exists and cannot be replaced, because its {MANIFEST} does not say which files are its own: "
-            f"{str(error).rstrip('.')}. Choose another destination, or remove the folder yourself."
+            f"{out} exists and cannot be replaced, because its {MANIFEST} does not say which files are its "
+            f"own: {str(error).rstrip('.')}. Choose another destination, or remove the folder yourself."
         ) from error
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise CheckpointError(
-            f"{out} is an earlier export, but {', '.join(foreign[:3])}{more} in it is not listed in its {MANIFEST}, so "
-            "replacing it would delete what is not of that export: move it away, or choose another destination."
+            f"{out} is an earlier export, but {', '.join(foreign[:3])}{more} in it is not listed in its "
+            f"{MANIFEST}, so replacing it would delete what is not of that export: move it away, or choose "
+            "another destination."
         )
 
 
@@ -81,20 +87,22 @@ def check_inputs(out: Path, inputs: Iterable[tuple[str, Path]]) -> None:
         inputs: What is read, as (role, folder or file).
 
     Raises:
-        CheckpointError: An input lies at or below the destination (or one of its leftovers, which are removed), or the
-            destination lies in an input that is an export, whose manifest would no longer hold.
+        CheckpointError: An input lies at or below the destination (or one of its leftovers, which are
+            removed), or the destination lies in an input that is an export, whose manifest would no longer
+            hold.
     """
     removed = [out, *_leftovers(out)]
     for role, path in inputs:
         for place in removed:
             if any(_is_within(part, place) for part in _parts(path)):
                 raise CheckpointError(
-                    f"The {role} {path} is in {place}, which this export would replace: choose another destination."
+                    f"The {role} {path} is in {place}, which this export would replace: choose another "
+                    "destination."
                 )
         if (path / MANIFEST).is_file() and _is_within(out, path):
             raise CheckpointError(
-                f"{out} is in the {role} {path}, an export that would no longer be what its {MANIFEST} says: choose "
-                "another destination."
+                f"{out} is in the {role} {path}, an export that would no longer be what its {MANIFEST} says: "
+                "choose another destination."
             )
 
 
@@ -113,7 +121,8 @@ def _is_within(path: Path, folder: Path) -> bool:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Removes what killed exports to this destination left behind; puts back an export that was being replaced.
+    """Removes what killed exports to this destination left behind; puts back an export that was being
+    replaced.
 
     To be called while no other export to this destination renames folders; see `alone`.
     """
@@ -153,12 +162,13 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def cannot_write(out: Path, error: OSError) -> CheckpointError:
-    """The error of a destination that the system did not let be written, with what to do about a full disk."""
+    """The error of a destination that the system did not let be written, with what to do about a full
+    disk."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(out.parent).free if out.parent.exists() else 0
         return CheckpointError(
-            f"{out} could not be written: {error.strerror} ({free / 1e9:.2f} GB free there). Nothing was left behind; "
-            "free some space or choose another destination."
+            f"{out} could not be written: {error.strerror} ({free / 1e9:.2f} GB free there). Nothing was "
+            "left behind; free some space or choose another destination."
         )
     return CheckpointError(f"{out} could not be written: {error}. Nothing was left behind.")
 

@@ -4,10 +4,10 @@
     row    = sum_i word_i * odd_i     mod 2^64, over rows of 65,536 words
     result = the same over the rows, mixed with dtype and shape
 
-A sum of products with fixed odd numbers (multilinear hashing) finds every change of a single word. The fold keeps
-changes in the upper bits alone (two flipped signs, say) from cancelling: any accidental change goes unseen with a
-chance of about 2^-32 at worst, 2^-64 for most. It guards against the wrong file and the flipped bit, not against
-somebody who constructs a collision.
+A sum of products with fixed odd numbers (multilinear hashing) finds every change of a single word. The fold
+keeps changes in the upper bits alone (two flipped signs, say) from cancelling: any accidental change goes
+unseen with a chance of about 2^-32 at worst, 2^-64 for most. It guards against the wrong file and the flipped
+bit, not against somebody who constructs a collision.
 
 Source: D. Lemire and O. Kaser, "Strongly universal string hashing is fast", 2014 (multilinear hashing).
 """
@@ -26,7 +26,8 @@ _STEP = 8  # rows that are multiplied at a time on a device
 
 
 def fingerprint(tensor: Tensor) -> str:
-    """16 hexadecimal digits that depend on every byte, the dtype and the shape of a tensor, and on nothing else.
+    """16 hexadecimal digits that depend on every byte, the dtype and the shape of a tensor, and on nothing
+    else.
 
     Args:
         tensor: Any dtype, shape and device.
@@ -69,7 +70,11 @@ def _rows(words: Tensor) -> Tensor:
     """One sum for each row of words; the last row may be shorter."""
     if words.is_cuda:
         return _rows_on_device(words)
-    return fold.fold_words(words, _odd_numbers(words.device)) if library.why_not() is None else _rows_in_numpy(words)
+    return (
+        fold.fold_words(words, _odd_numbers(words.device))
+        if library.why_not() is None
+        else _rows_in_numpy(words)
+    )
 
 
 def _rows_on_device(words: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """A folder of safetensors files: which files belong to it, and their tensors as they are stored.
 
-Only headers are read when a folder is opened; a tensor is read when it is asked for and belongs to nobody else. A
-folder is foreign input: only safetensors files inside it are read, nothing is executed, and an index that contradicts
-the files is refused.
+Only headers are read when a folder is opened; a tensor is read when it is asked for and belongs to nobody
+else. A folder is foreign input: only safetensors files inside it are read, nothing is executed, and an index
+that contradicts the files is refused.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class RawCheckpoint(Mapping[str, Tensor]):
         for file in _weight_files(self.path):
             for name, entry in read_header(file).items():
                 if name in self.entries:
-                    raise CheckpointError(f"{name} is in both {self.entries[name].path} and {file}: keep one.")
+                    raise CheckpointError(
+                        f"{name} is in both {self.entries[name].path} and {file}: keep one."
+                    )
                 self.entries[name] = entry
         if self.path.is_dir() and (self.path / INDEX).exists():
             _check_index(self.path, self.entries)
@@ -131,19 +133,30 @@ def read_index(folder: Path) -> dict[str, Any]:
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or Path(file).suffix != ".safetensors" or "\0" in file:
             raise CheckpointError(
-                f"{path} names the file {file!r}: expected the plain name of a safetensors file in this folder."
+                f"{path} names the file {file!r}: expected the plain name of a safetensors file in this "
+                "folder."
             )
     return {"weight_map": weight_map, "metadata": metadata}
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """The files beside the weights that belong to a model: tokenizer, chat template, generation config, own code."""
+    """The files beside the weights that belong to a model: tokenizer, chat template, generation config, own
+    code."""
     suffixes = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm"}
-    skipped = {"config.json", MANIFEST, REPORT, "adapter_config.json", "trainer_state.json", "hf_quant_config.json"}
+    skipped = {
+        "config.json",
+        MANIFEST,
+        REPORT,
+        "adapter_config.json",
+        "trainer_state.json",
+        "hf_quant_config.json",
+    }
     files = [file for pattern in ("*", "chat_templates/*") for file in sorted(folder.glob(pattern))]
     kept = [file for file in files if file.suffix in suffixes and not file.name.endswith(".index.json")]
     return [
-        _inside(folder, str(file.relative_to(folder))) for file in kept if file.name not in skipped and file.is_file()
+        _inside(folder, str(file.relative_to(folder)))
+        for file in kept
+        if file.name not in skipped and file.is_file()
     ]
 
 
@@ -152,8 +165,8 @@ def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise CheckpointError(
-                f"{path} is not a safetensors file. Pickle files (.bin, .pt) can run code when opened and are never "
-                "read: save the checkpoint with safe_serialization."
+                f"{path} is not a safetensors file. Pickle files (.bin, .pt) can run code when opened and "
+                "are never read: save the checkpoint with safe_serialization."
             )
         return [path]
     index = read_index(path)
@@ -170,7 +183,9 @@ def _weight_files(path: Path) -> list[Path]:
             if pickles
             else ""
         )
-        raise CheckpointError(f"{path} has no safetensors files: expected {SINGLE} or shards with {INDEX}.{hint}")
+        raise CheckpointError(
+            f"{path} has no safetensors files: expected {SINGLE} or shards with {INDEX}.{hint}"
+        )
     return [_inside(path, file) for file in files]
 
 
@@ -183,16 +198,21 @@ def _inside(folder: Path, file: str) -> Path:
     if root.parent.name == "snapshots":  # the hub's cache links snapshots/<commit>/* to blobs/*
         allowed.append(root.parent.parent / "blobs")
     if not any(path.resolve().is_relative_to(place) for place in allowed):
-        raise CheckpointError(f"{path} is a link out of its folder (to {path.resolve()}): copy the file itself there.")
+        raise CheckpointError(
+            f"{path} is a link out of its folder (to {path.resolve()}): copy the file itself there."
+        )
     return path
 
 
 def _check_index(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
     weight_map = read_index(folder)["weight_map"]
-    wrong = [name for name, file in weight_map.items() if name not in entries or entries[name].path.name != file]
+    wrong = [
+        name for name, file in weight_map.items() if name not in entries or entries[name].path.name != file
+    ]
     unlisted = [name for name in entries if name not in weight_map]
     if wrong or unlisted:
         raise CheckpointError(
             f"{folder / INDEX} does not fit its files: {len(wrong)} tensors are not in the file it names "
-            f"({', '.join(wrong[:3]) or '-'}), {len(unlisted)} are not listed ({', '.join(unlisted[:3]) or '-'})."
+            f"({', '.join(wrong[:3]) or '-'}), {len(unlisted)} are not listed "
+            f"({', '.join(unlisted[:3]) or '-'})."
         )

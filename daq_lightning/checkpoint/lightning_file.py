@@ -1,11 +1,14 @@
 """The weights of a Lightning `.ckpt` file, whatever else it holds: read as data, nothing in it is executed.
 
-    zip archive:  <name>/data.pkl     a pickle: containers, numbers, and calls that rebuild tensors from storages
-                  <name>/data/<key>   the bytes of one storage, not compressed: mapped from the file, not copied
+    zip archive:  <name>/data.pkl     a pickle: containers, numbers, and calls that rebuild tensors from
+        storages
+                  <name>/data/<key>   the bytes of one storage, not compressed: mapped from the file, not
+                  copied
 
 `torch.load(weights_only=True)` refuses a file that names any class it does not know, so one Path among the
-hyperparameters would make the weights unreadable. Here the pickle is followed by `pickle_program`, which imports and
-calls nothing. The archive is foreign input: records are looked up by name and have to lie within the file.
+hyperparameters would make the weights unreadable. Here the pickle is followed by `pickle_program`, which
+imports and calls nothing. The archive is foreign input: records are looked up by name and have to lie within
+the file.
 
 Source: torch 2.13 `serialization` (`_save`, `_load`).
 """
@@ -27,7 +30,9 @@ from torch import Tensor
 from daq_lightning.checkpoint.pickle_program import run_pickle
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 
-_LOCAL_HEADER = 30  # bytes before the name of a zip record, whose length and that of the extra field stand at its end
+_LOCAL_HEADER = (
+    30  # bytes before the name of a zip record, whose length and that of the extra field stand at its end
+)
 
 
 def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -37,8 +42,8 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]
         path: A `.ckpt` file; its hyperparameters and callbacks may hold any objects.
 
     Returns:
-        Name -> tensor, of what the `state_dict` in the file holds. Sparse, quantized and distributed tensors, and
-        what is not a tensor, are left out.
+        Name -> tensor, of what the `state_dict` in the file holds. Sparse, quantized and distributed tensors,
+        and what is not a tensor, are left out.
 
     Raises:
         CheckpointError: Not a file that `torch.save` wrote, cut off, or without a `state_dict`.
@@ -50,16 +55,29 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]
     except _DAMAGED as error:
         what = (str(error).strip() or type(error).__name__).rstrip(".")
         raise CheckpointError(
-            f"{path} cannot be read: {what}. Expected a complete checkpoint file that Lightning's Trainer wrote."
+            f"{path} cannot be read: {what}. Expected a complete checkpoint file that Lightning's Trainer "
+            "wrote."
         ) from error
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} has no state_dict: expected a checkpoint file that Lightning's Trainer wrote.")
-    return {name: tensor for name, tensor in state.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+        raise CheckpointError(
+            f"{path} has no state_dict: expected a checkpoint file that Lightning's Trainer wrote."
+        )
+    return {
+        name: tensor for name, tensor in state.items() if isinstance(name, str) and isinstance(tensor, Tensor)
+    }
 
 
 # what Python's zip and pickle readers raise for damaged input, and torch for sizes that overflow
-_DAMAGED = (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, OverflowError, RuntimeError)
+_DAMAGED = (
+    ValueError,
+    OSError,
+    EOFError,
+    zipfile.BadZipFile,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,
+)
 
 
 # The archive
@@ -142,7 +160,9 @@ class _Storages:
             raise ValueError(f"a tensor needs {nbytes} bytes of the record data/{key}, which {held}")
         if key not in self._known:
             if self._mapped is None:
-                self._mapped = torch.UntypedStorage.from_file(str(self._path), False, self._path.stat().st_size)
+                self._mapped = torch.UntypedStorage.from_file(
+                    str(self._path), False, self._path.stat().st_size
+                )
             part = self._mapped[record.offset : record.offset + record.size]
             # torch.save aligns records; in copies made by other zip programs they may lie anywhere
             self._known[key] = part.clone() if record.offset % 8 else part

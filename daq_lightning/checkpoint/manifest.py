@@ -1,15 +1,14 @@
 """`daq_manifest.json`: what an export was made from and what it consists of.
 
     stage, parent, chain_from, base      where it stands in a chain of exports
-    tensors                              fingerprints of base, weights, codes and scale of every quantized tensor
-    kept                                 fingerprints of every other tensor, as stored
-    files                                every other file with size and SHA-256
-    fingerprint                          SHA-256 of all of this
+    tensors                              fingerprints of base, weights, codes and scale of every quantized
+    tensor kept                                 fingerprints of every other tensor, as stored files
+    every other file with size and SHA-256 fingerprint                          SHA-256 of all of this
 
 A manifest holds no time and no absolute path: the same weights give the same bytes in any place, on one
-machine. Another processor, or a machine without the compiled kernels, adds float sums in another order: for one scale,
-codes and counts are equal and sums agree to 2e-6 of their size; but of two candidates that are as good as equal either
-may win, so the scales of a few groups, and with them codes and fingerprints, may differ.
+machine. Another processor, or a machine without the compiled kernels, adds float sums in another order: for
+one scale, codes and counts are equal and sums agree to 2e-6 of their size; but of two candidates that are as
+good as equal either may win, so the scales of a few groups, and with them codes and fingerprints, may differ.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ class Lineage:
         stage: 1 for the first.
         parent: Folder of the stage before; empty for the first.
         parent_fingerprint: Fingerprint of that stage's manifest.
-        chain_from: What this stage was trained from: the parent's high-precision "weights", or its "deployed",
-            dequantized ones. None for the first stage.
+        chain_from: What this stage was trained from: the parent's high-precision "weights", or its
+            "deployed", dequantized ones. None for the first stage.
         base_kind: Where the base came from: "folder", "snapshot", ...
         base_path: Its folder or file; empty for weights in memory.
         base_fingerprint: One fingerprint of the base's quantized tensors.
@@ -115,8 +114,8 @@ class Manifest:
         content = read_json(path)
         if content.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} does not exist or has another format than version {FORMAT_VERSION}: expected the folder of "
-                "an export by this package."
+                f"{path} does not exist or has another format than version {FORMAT_VERSION}: expected the "
+                "folder of an export by this package."
             )
         claimed = content.pop("fingerprint", "")
         if _fingerprint(content) != claimed:
@@ -131,7 +130,8 @@ class Manifest:
 
 
 def _check_shape(content: Mapping[str, Any], path: Path) -> None:
-    """Refuses a manifest whose fields are not what `Manifest` and `Lineage` say; anybody may have written it."""
+    """Refuses a manifest whose fields are not what `Manifest` and `Lineage` say; anybody may have written
+    it."""
 
     def check(holds: bool, what: str) -> None:
         if not holds:
@@ -155,9 +155,14 @@ def _check_shape(content: Mapping[str, Any], path: Path) -> None:
         check(described, f"base, weights, codes and scale of {name}")
         check(all(_is_text(prints[key]) for key in ("base", "codes", "scale")), f"fingerprints of {name}")
         forms = prints["weights"]
-        check(isinstance(forms, dict) and all(map(_is_text, forms.values())), f"fingerprints of the weights of {name}")
+        check(
+            isinstance(forms, dict) and all(map(_is_text, forms.values())),
+            f"fingerprints of the weights of {name}",
+        )
     for name, described in content["files"].items():
-        inside = _is_text(name) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+        inside = (
+            _is_text(name) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+        )
         check(inside, f"files inside the folder, got {name!r}")
         check(isinstance(described, dict) and _is_text(described.get("sha256")), f"size and sha256 of {name}")
 
@@ -169,8 +174,8 @@ def _is_text(value: object) -> bool:
 def foreign_files(folder: Path) -> list[str]:
     """The files of an export's folder that the export did not write, by the lists of its manifest.
 
-    A link is foreign unless the manifest lists it; a weight file is the export's own if it has the name of one and
-    holds its tensors in their dtypes.
+    A link is foreign unless the manifest lists it; a weight file is the export's own if it has the name of
+    one and holds its tensors in their dtypes.
 
     Raises:
         CheckpointError: The folder has no valid manifest.
@@ -184,12 +189,15 @@ def foreign_files(folder: Path) -> list[str]:
     shards = set(index["weight_map"].values()) if index else {SINGLE}
     known = {*manifest.files, MANIFEST, INDEX}
     return sorted(
-        name for name in found if name not in known and not (name in shards and _holds_only(folder / name, manifest))
+        name
+        for name in found
+        if name not in known and not (name in shards and _holds_only(folder / name, manifest))
     )
 
 
 def _holds_only(file: Path, manifest: Manifest) -> bool:
-    """Whether a safetensors file holds only tensors of an export; a damaged one does, nothing in it can be lost."""
+    """Whether a safetensors file holds only tensors of an export; a damaged one does, nothing in it can be
+    lost."""
     try:
         entries = read_header(file)
     except CheckpointError:

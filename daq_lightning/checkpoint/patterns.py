@@ -1,8 +1,8 @@
 """Regular expressions that a foreign file holds, matched with a bound.
 
-A pattern such as ``(a+)+b`` needs time exponential in the length of what it is matched with, and both come from files
-that anybody may have written. Each matcher has some seconds to spend; real files (module names, a few wildcards) need
-none of them.
+A pattern such as ``(a+)+b`` needs time exponential in the length of what it is matched with, and both come
+from files that anybody may have written. Each matcher has some seconds to spend; real files (module names, a
+few wildcards) need none of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 
 _SECONDS = 2.0
-_PER_MATCH = 1e-4  # seconds that a match may take before it counts: long lists of harmless patterns are no attack
+_PER_MATCH = (
+    1e-4  # seconds that a match may take before it counts: long lists of harmless patterns are no attack
+)
 _LONGEST = 10_000  # characters of a pattern: also compiling takes time
 
 
@@ -44,8 +46,8 @@ class BoundedMatcher:
         self._left -= max(0.0, time.monotonic() - start - _PER_MATCH)
         if self._left <= 0:
             raise CheckpointError(
-                f"{self._where} has patterns that take too long to match, such as {pattern[:80]!r}: expected names of "
-                "modules or simple regular expressions, without repetitions in repetitions."
+                f"{self._where} has patterns that take too long to match, such as {pattern[:80]!r}: expected "
+                "names of modules or simple regular expressions, without repetitions in repetitions."
             )
         return found
 

@@ -1,10 +1,12 @@
 """A pickle read as data: the containers, numbers and tensors that it describes; nothing in it is executed.
 
-A pickle is a program for a stack machine that imports classes and calls functions, any of them. Here it is followed
-without that: a name stays a name, a call that rebuilds a tensor is recognised by name and gives the tensor, and every
-other object, whatever its construction would have done, becomes `_OBJECT`, which takes all and does nothing.
+A pickle is a program for a stack machine that imports classes and calls functions, any of them. Here it is
+followed without that: a name stays a name, a call that rebuilds a tensor is recognised by name and gives the
+tensor, and every other object, whatever its construction would have done, becomes `_OBJECT`, which takes all
+and does nothing.
 
-Sources: Python's `pickletools` (opcodes), torch 2.13 `_utils` (`_rebuild_*`) and `serialization` (persistent ids).
+Sources: Python's `pickletools` (opcodes), torch 2.13 `_utils` (`_rebuild_*`) and `serialization` (persistent
+    ids).
 """
 
 from __future__ import annotations
@@ -128,7 +130,9 @@ class _Machine:
             items = [self._pop(), self._pop()][::-1] if name == "SETITEM" else self._pop_mark()
             target = self._peek()
             if isinstance(target, dict):  # only keys whose hash runs no code and does not recurse
-                target |= {key: value for key, value in zip(items[::2], items[1::2], strict=False) if _is_key(key)}
+                target |= {
+                    key: value for key, value in zip(items[::2], items[1::2], strict=False) if _is_key(key)
+                }
         elif name == "BUILD":
             self._pop()  # the state of an object: attributes, which no tensor or container needs
             self._peek()
@@ -159,7 +163,9 @@ class _Machine:
         if not (isinstance(reference, tuple) and len(reference) == 5 and reference[0] == "storage"):
             return _OBJECT
         _, kind, key, _, count = reference
-        dtype = _DTYPES.get(kind.name) if isinstance(kind, _Global) and kind.module.startswith("torch") else None
+        dtype = (
+            _DTYPES.get(kind.name) if isinstance(kind, _Global) and kind.module.startswith("torch") else None
+        )
         if dtype is None or not isinstance(key, str) or type(count) is not int:
             return _OBJECT
         return _Storage(self._find_storage(key, count * dtype.itemsize), dtype)
@@ -247,9 +253,15 @@ def _rebuilt(function: Any, arguments: tuple[Any, ...]) -> Any:
         return _tensor(storage, dtype, offset, size, stride) if not any(arguments[7:]) else _OBJECT
     if function.name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and arguments:
         return arguments[0] if isinstance(arguments[0], Tensor) else _OBJECT
-    if function.name == "_rebuild_from_type_v2" and len(arguments) == 4:  # a tensor with attributes of its own
+    if (
+        function.name == "_rebuild_from_type_v2" and len(arguments) == 4
+    ):  # a tensor with attributes of its own
         inner, kind, inner_arguments, _ = arguments
-        plain = kind in (("torch", "Tensor"), ("torch._tensor", "Tensor"), ("torch.nn.parameter", "Parameter"))
+        plain = kind in (
+            ("torch", "Tensor"),
+            ("torch._tensor", "Tensor"),
+            ("torch.nn.parameter", "Parameter"),
+        )
         if plain and isinstance(inner_arguments, tuple) and inner != function:
             return _rebuilt(inner, inner_arguments)
     return _OBJECT
@@ -264,7 +276,9 @@ def _tensor(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> An
     if not isinstance(storage, _Storage):
         return _OBJECT
     if dtype is not None:
-        known = vars(torch).get(dtype.name) if isinstance(dtype, _Global) and dtype.module == "torch" else None
+        known = (
+            vars(torch).get(dtype.name) if isinstance(dtype, _Global) and dtype.module == "torch" else None
+        )
         if not isinstance(known, torch.dtype):
             return _OBJECT
         storage = storage._replace(dtype=known)

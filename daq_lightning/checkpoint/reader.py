@@ -56,7 +56,9 @@ class Checkpoint(LazyTensors):
         hidden = set(self._scales.values())
         self._check_foreign(hidden)
         self.specs = {
-            name: TensorSpec(name=name, dtype=self.dtype if name in self._scales else entry.dtype, shape=entry.shape)
+            name: TensorSpec(
+                name=name, dtype=self.dtype if name in self._scales else entry.dtype, shape=entry.shape
+            )
             for name, entry in self.raw.entries.items()
             if name not in hidden and not self._belongs_to_quantization(name)
         }
@@ -117,12 +119,14 @@ class Checkpoint(LazyTensors):
         for granularity in candidates:
             squeezed = tuple(size for size in granularity.grid(shape_MN) if size != 1)
             if scale == granularity.grid(shape_MN) or (
-                not isinstance(granularity, PerBlock) and tuple(size for size in scale if size != 1) == squeezed
+                not isinstance(granularity, PerBlock)
+                and tuple(size for size in scale if size != 1) == squeezed
             ):
                 return granularity
         raise CheckpointError(
-            f"{self.path}: the scale of {name} has shape {scale}, which fits a weight of shape {shape} under none of "
-            f"{', '.join(map(str, candidates))}; the quantization_config is {self.raw.quantization or 'missing'}."
+            f"{self.path}: the scale of {name} has shape {scale}, which fits a weight of shape {shape} under "
+            f"none of {', '.join(map(str, candidates))}; the quantization_config is "
+            f"{self.raw.quantization or 'missing'}."
         )
 
     def _scale_of(self, name: str) -> str:
@@ -142,7 +146,8 @@ class Checkpoint(LazyTensors):
         return found[0]
 
     def _check_foreign(self, scales: set[str]) -> None:
-        """Refuses weights that are quantized in another way than FP8 codes and scale: they would pass as plain ones."""
+        """Refuses weights that are quantized in another way than FP8 codes and scale: they would pass as
+        plain ones."""
         odd = [
             name
             for name, entry in self.raw.entries.items()
@@ -156,13 +161,14 @@ class Checkpoint(LazyTensors):
                 f"{name} ({str(self.raw.entries[name].dtype).removeprefix('torch.')})" for name in odd[:4]
             )
             raise CheckpointError(
-                f"{self.path}: {len(odd)} tensors belong to weights that are not FP8 (e4m3) codes with one scale: "
-                f"{listed}. Its quantization_config is {self.raw.quantization or 'missing'}. Pass the checkpoint in "
-                "high precision, or one in FP8."
+                f"{self.path}: {len(odd)} tensors belong to weights that are not FP8 (e4m3) codes with one "
+                f"scale: {listed}. Its quantization_config is {self.raw.quantization or 'missing'}. Pass the "
+                "checkpoint in high precision, or one in FP8."
             )
 
     def _belongs_to_quantization(self, name: str) -> bool:
-        """Scales of activations and of the cache say nothing of the weights and do not outlive their quantization."""
+        """Scales of activations and of the cache say nothing of the weights and do not outlive their
+        quantization."""
         owner, _, leaf = name.rpartition(".")
         if leaf in _ACTIVATION_SCALES:
             return f"{owner}.weight" in self._scales
@@ -208,4 +214,6 @@ def _block_size(quantization: Mapping[str, Any], path: Path) -> PerBlock | None:
             raise ValueError("blocks of several sizes")
         return PerBlock(*map(int, sizes[0])) if sizes else None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the quantization_config {quantization} cannot be followed: {error}.") from error
+        raise CheckpointError(
+            f"{path}: the quantization_config {quantization} cannot be followed: {error}."
+        ) from error

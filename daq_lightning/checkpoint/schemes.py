@@ -6,7 +6,8 @@
 | FP8_DYNAMIC | one per channel | FP8, dynamic per token | compressed-tensors |
 | FP8A16 | one per channel | 16 bit | compressed-tensors |
 
-Per-tensor scales are not offered: vLLM requantizes fused projections to the largest one and undoes the search.
+Per-tensor scales are not offered: vLLM requantizes fused projections to the largest one and undoes the
+search.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 """Size at which a new safetensors file begins, as Hugging Face saves models."""
 
 SCALES_KEPT: Mapping[Container, ScaleFormat] = {"fp8": "float32", "compressed-tensors": "bfloat16"}
-"""What the readers of a container keep of a scale: transformers casts those of compressed-tensors to bfloat16."""
+"""What the readers of a container keep of a scale: transformers casts those of compressed-tensors to
+bfloat16."""
 
 
 def choose_scheme(
@@ -84,8 +86,8 @@ def choose_scheme(
     Args:
         name: "FP8_BLOCK", "FP8_DYNAMIC" or "FP8A16".
         container: None takes the scheme's usual one.
-        scale_format: None takes what the container's readers keep; "ue8m0" asks for powers of two, which survive
-            servers that requantize block scales to them (DeepGEMM on Hopper and Blackwell).
+        scale_format: None takes what the container's readers keep; "ue8m0" asks for powers of two, which
+            survive servers that requantize block scales to them (DeepGEMM on Hopper and Blackwell).
 
     Raises:
         ValueError: Unknown scheme, or a combination that no reader loads.
@@ -98,12 +100,13 @@ def choose_scheme(
         raise ValueError(f"Unknown container {container!r}: expected one of {', '.join(SCALES_KEPT)}.")
     if container not in scheme.containers:
         raise ValueError(
-            f"{name} has no {container} container: use container={scheme.containers[0]!r} or scheme='FP8_BLOCK'."
+            f"{name} has no {container} container: use container={scheme.containers[0]!r} or "
+            "scheme='FP8_BLOCK'."
         )
     kept = SCALES_KEPT[container]
     if scale_format not in (None, kept, "ue8m0"):
         raise ValueError(
-            f"{name} in the {container} container is read with {kept} scales: scale_format={scale_format!r} would "
-            f"be rounded on load; use {kept!r} or 'ue8m0'."
+            f"{name} in the {container} container is read with {kept} scales: scale_format={scale_format!r} "
+            f"would be rounded on load; use {kept!r} or 'ue8m0'."
         )
     return scheme, container, scale_format or kept

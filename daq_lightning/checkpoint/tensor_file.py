@@ -2,9 +2,10 @@
 
     8 bytes little-endian header length | JSON header | tensor bytes, without gaps
 
-The safetensors library checks, reads and writes whole files through a memory map, whose pages count as resident
-memory, and it cannot write a tensor before the last one is known. An export streams checkpoints larger than memory,
-so offsets are computed here and tensors are read and written at their place, by any thread, in any order.
+The safetensors library checks, reads and writes whole files through a memory map, whose pages count as
+resident memory, and it cannot write a tensor before the last one is known. An export streams checkpoints
+larger than memory, so offsets are computed here and tensors are read and written at their place, by any
+thread, in any order.
 
 A header is foreign input: every field is checked before it is used.
 
@@ -51,7 +52,8 @@ _MAX_DIMENSIONS, _MAX_ELEMENTS = 16, 2**48
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written: the message says which file, what was expected and what to do."""
+    """A checkpoint cannot be read or written: the message says which file, what was expected and what to
+    do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,9 @@ class TensorEntry(TensorSpec):
             while done < self.nbytes:
                 count = os.preadv(file.fileno(), [view[done:]], self.offset + done)
                 if count == 0:
-                    raise CheckpointError(f"{self.path} ended while reading {self.name}: the file was cut off.")
+                    raise CheckpointError(
+                        f"{self.path} ended while reading {self.name}: the file was cut off."
+                    )
                 done += count
         if not self.nbytes:
             return torch.empty(self.shape, dtype=self.dtype, device="cpu")
@@ -123,8 +127,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise CheckpointError(
-                    f"{path} is not a complete safetensors file: it has {size} bytes, and its header claims {length}. "
-                    "Copy or download it again."
+                    f"{path} is not a complete safetensors file: it has {size} bytes, and its header claims "
+                    f"{length}. Copy or download it again."
                 )
             text = file.read(length)
     except OSError as error:
@@ -141,7 +145,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     end = 8 + length
     for entry in entries:
         if entry.offset != end:
-            raise CheckpointError(f"{path}: the data of {entry.name} begins at byte {entry.offset}, expected {end}.")
+            raise CheckpointError(
+                f"{path}: the data of {entry.name} begins at byte {entry.offset}, expected {end}."
+            )
         end += entry.nbytes
     if end != size:
         raise CheckpointError(
@@ -178,7 +184,9 @@ def make_header(specs: Iterable[TensorSpec], path: Path) -> tuple[bytes, list[Te
     text += b" " * (-len(text) % 8)
     entries, offset = [], 8 + len(text)
     for spec in specs:
-        entries.append(TensorEntry(name=spec.name, dtype=spec.dtype, shape=spec.shape, path=path, offset=offset))
+        entries.append(
+            TensorEntry(name=spec.name, dtype=spec.dtype, shape=spec.shape, path=path, offset=offset)
+        )
         offset += spec.nbytes
     return len(text).to_bytes(8, "little") + text, entries
 
@@ -205,7 +213,9 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
         raise wrong("lacks dtype, shape or data_offsets")
     dtype, shape, offsets = _DTYPES.get(str(fields["dtype"])), fields["shape"], fields["data_offsets"]
     if dtype is None:
-        raise wrong(f"has the dtype {str(fields['dtype'])[:80]!r}, expected one of {', '.join(sorted(_DTYPES))}")
+        raise wrong(
+            f"has the dtype {str(fields['dtype'])[:80]!r}, expected one of {', '.join(sorted(_DTYPES))}"
+        )
     if (
         not isinstance(shape, list)
         or len(shape) > _MAX_DIMENSIONS
@@ -213,9 +223,23 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
         or prod(max(1, size) for size in shape) > _MAX_ELEMENTS
     ):
         raise wrong(f"has the shape {str(shape)[:80]}, expected a list of sizes")
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(x) is int and x >= 0 for x in offsets)):
+    if not (
+        isinstance(offsets, list) and len(offsets) == 2 and all(type(x) is int and x >= 0 for x in offsets)
+    ):
         raise wrong(f"has the offsets {str(offsets)[:80]}, expected [begin, end]")
     entry = TensorEntry(name=name, dtype=dtype, shape=tuple(shape), path=path, offset=data_start + offsets[0])
     if offsets[1] - offsets[0] != entry.nbytes:
-        raise wrong(f"spans {offsets[1] - offsets[0]} bytes, but {fields['dtype']} {shape} needs {entry.nbytes}")
+        raise wrong(
+            f"spans {offsets[1] - offsets[0]} bytes, but {fields['dtype']} {shape} needs {entry.nbytes}"
+        )
     return entry
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a whole safetensors file of CPU tensors, in the order and under the names given."""
+    specs = [spec_of(name, tensor) for name, tensor in tensors.items()]
+    header, _ = make_header(specs, path)
+    with open(path, "wb") as file:
+        file.write(header)
+        for tensor in tensors.values():
+            file.write(tensor_bytes(tensor))

@@ -1,16 +1,17 @@
 """Writing a checkpoint folder so that it is either complete or not there.
 
-Shards are planned from names and sizes before a byte is written, so every tensor has a known place and can be written
-the moment it is ready, by any thread, without a buffer. Everything goes into a hidden sibling of the destination:
+Shards are planned from names and sizes before a byte is written, so every tensor has a known place and can be
+written the moment it is ready, by any thread, without a buffer. Everything goes into a hidden sibling of the
+destination:
 
     out/../.out.partial-<random>/      shards, other files, index and config.json last; all fsynced
     out/../.out.partial-<random>.lock  held while that folder exists
     out/../.out.lock                   held while folders are renamed or leftovers are removed
     rename -> out
 
-A kill at any moment leaves at most those siblings, which the next export to the same place removes (it knows by the
-locks that no living process owns them). An earlier export at the destination stays until the new one is complete, and
-is replaced only if every file in it is its own.
+A kill at any moment leaves at most those siblings, which the next export to the same place removes (it knows
+by the locks that no living process owns them). An earlier export at the destination stays until the new one
+is complete, and is replaced only if every file in it is its own.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ from daq_lightning.checkpoint.locks import allocate, flush, lock
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES
 from daq_lightning.checkpoint.tensor_file import TensorEntry, TensorSpec, make_header, tensor_bytes
 
-_FLUSH = 64 << 20  # bytes after which written data is pushed to the disk, so that the final fsync has little to do
+_FLUSH = (
+    64 << 20
+)  # bytes after which written data is pushed to the disk, so that the final fsync has little to do
 
 
-def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> dict[str, list[TensorSpec]]:
+def plan_shards(
+    specs: Iterable[TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> dict[str, list[TensorSpec]]:
     """Which tensor goes into which file: in order, a new file when the next tensor would not fit.
 
     Depends on names and sizes only, so that every run and every rank plans the same.
@@ -74,7 +79,10 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, out: str | os.PathLike[str], specs: Sequence[TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES
+        self,
+        out: str | os.PathLike[str],
+        specs: Sequence[TensorSpec],
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> None:
         self.out = Path(os.path.abspath(out))
         check_destination(self.out)
@@ -113,7 +121,9 @@ class CheckpointWriter:
         """
         entry = self._entries[name]
         if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
-            raise AssertionError(f"{name}: planned {entry.dtype} {entry.shape}, got {tensor.dtype} {tensor.shape}")
+            raise AssertionError(
+                f"{name}: planned {entry.dtype} {entry.shape}, got {tensor.dtype} {tensor.shape}"
+            )
         data, offset = tensor_bytes(tensor.cpu()), entry.offset
         with self._explained():
             while data:
@@ -164,7 +174,9 @@ class CheckpointWriter:
     def _create(self, path: Path, specs: list[TensorSpec]) -> None:
         header, entries = make_header(specs, path)
         descriptor = self._files[path] = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
-        allocate(descriptor, len(header) + sum(spec.nbytes for spec in specs))  # before the search, not after it
+        allocate(
+            descriptor, len(header) + sum(spec.nbytes for spec in specs)
+        )  # before the search, not after it
         os.pwrite(descriptor, header, 0)
         self._entries |= {entry.name: entry for entry in entries}
 
@@ -191,7 +203,9 @@ class CheckpointWriter:
             os.close(descriptor)
         self._files.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
-        if not self.folder.exists():  # the lock goes last: without it nobody would know the folder for a leftover
+        if (
+            not self.folder.exists()
+        ):  # the lock goes last: without it nobody would know the folder for a leftover
             _lock_path(self.folder).unlink(missing_ok=True)
         os.close(self._lock)
 

@@ -42,22 +42,36 @@ def make_parser() -> ArgumentParser:
 
     class Formatter(jsonargparse.DefaultHelpFormatter):
         def _get_help_string(self, action: Any) -> str:
-            shown = action.default not in (None, False, []) and action.option_strings and action.dest != "help"
+            shown = (
+                action.default not in (None, False, []) and action.option_strings and action.dest != "help"
+            )
             return (action.help or "") + (
                 " (default: %(default)s)" if shown and "==" not in str(action.default) else ""
             )
 
     def new(about: str, **kinds: Any) -> ArgumentParser:
-        return jsonargparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=Formatter, **kinds)
+        return jsonargparse.ArgumentParser(
+            description=about, allow_abbrev=False, formatter_class=Formatter, **kinds
+        )
 
     parser = new(ABOUT, prog="daq-lightning", version=__version__)
-    commands = parser.add_subcommands(title="commands", metavar="COMMAND", description="Each has a --help of its own.")
+    commands = parser.add_subcommands(
+        title="commands", metavar="COMMAND", description="Each has a --help of its own."
+    )
 
     quantize = new(ABOUT_QUANTIZE, usage="daq-lightning quantize POST --base FOLDER --out FOLDER [options]")
-    quantize.add_argument("post", metavar="POST", help="folder of the fine-tuned model (with --adapter: of its base)")
-    quantize.add_argument("--base", metavar="FOLDER", help="model that POST was trained from (with --adapter: POST)")
-    quantize.add_argument("--out", metavar="FOLDER", help="where to write; an earlier export there is replaced")
-    quantize.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter (PEFT), merged into POST in float32")
+    quantize.add_argument(
+        "post", metavar="POST", help="folder of the fine-tuned model (with --adapter: of its base)"
+    )
+    quantize.add_argument(
+        "--base", metavar="FOLDER", help="model that POST was trained from (with --adapter: POST)"
+    )
+    quantize.add_argument(
+        "--out", metavar="FOLDER", help="where to write; an earlier export there is replaced"
+    )
+    quantize.add_argument(
+        "--adapter", metavar="FOLDER", help="LoRA adapter (PEFT), merged into POST in float32"
+    )
     quantize.add_argument(
         "--dry-run", action="store_true", help="print what would be done to each tensor, write nothing"
     )
@@ -85,7 +99,9 @@ def make_parser() -> ArgumentParser:
     for name in ("n_coarse", "n_fine", "alpha_scope", "tau"):
         _add_setting(search, ScaleSearch, name)
     _add_setting(search, ExportSettings, "missing_base")
-    chain = quantize.add_argument_group("as a stage of a chain, where each model is trained from the export before")
+    chain = quantize.add_argument_group(
+        "as a stage of a chain, where each model is trained from the export before"
+    )
     chain.add_argument("--parent", metavar="FOLDER", help="the export before; left out, BASE if it is one")
     chain.add_argument(
         "--chain-from",
@@ -94,7 +110,9 @@ def make_parser() -> ArgumentParser:
         "deployed (dequantized FP8) ones. It is checked against the parent; left out, this begins a chain",
     )
     search.add_argument("--device", metavar="DEVICE", help="where to search, such as cuda; left out, the CPU")
-    quantize.add_argument("--config", action="config", metavar="FILE", help="YAML of options, as --print_config prints")
+    quantize.add_argument(
+        "--config", action="config", metavar="FILE", help="YAML of options, as --print_config prints"
+    )
     _add_output(quantize)
     quantize.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     commands.add_subcommand("quantize", quantize, help="write an FP8 checkpoint of a fine-tuned model")
@@ -106,17 +124,23 @@ def make_parser() -> ArgumentParser:
     inspect.add_argument("--adapter", metavar="FOLDER", help="the adapter that was given to quantize")
     inspect.add_argument("--limit", type=int, metavar="N", help="show only the N worst weights")
     _add_output(inspect)
-    commands.add_subcommand("inspect", inspect, help="show what an export kept of the update, weight by weight")
+    commands.add_subcommand(
+        "inspect", inspect, help="show what an export kept of the update, weight by weight"
+    )
 
     chain = new(ABOUT_CHAIN, usage="daq-lightning chain FOLDER [options]")
     chain.add_argument("folder", metavar="FOLDER", help="the last export of the chain")
     _add_output(chain)
-    commands.add_subcommand("chain", chain, help="show the stages that led to an export, and whether all are intact")
+    commands.add_subcommand(
+        "chain", chain, help="show the stages that led to an export, and whether all are intact"
+    )
 
     verify = new(ABOUT_VERIFY, usage="daq-lightning verify OUT [options]")
     verify.add_argument("out", metavar="OUT", help="FP8 checkpoint folder")
     _add_output(verify)
-    commands.add_subcommand("verify", verify, help="check that servers will load an FP8 folder as it is meant")
+    commands.add_subcommand(
+        "verify", verify, help="check that servers will load an FP8 folder as it is meant"
+    )
     return parser
 
 
@@ -124,7 +148,9 @@ def _add_setting(group: Any, settings: type, name: str) -> None:
     """An option with the choices or type, the default and the words of a field of the settings."""
     (field,) = (field for field in dataclasses.fields(settings) if field.name == name)
     kind = get_type_hints(settings)[name]
-    allowed = [choice for part in (kind, *get_args(kind)) if get_origin(part) is Literal for choice in get_args(part)]
+    allowed = [
+        choice for part in (kind, *get_args(kind)) if get_origin(part) is Literal for choice in get_args(part)
+    ]
     option, words = f"--{name.replace('_', '-')}", _help_of(settings, name)
     if allowed:
         group.add_argument(option, choices=allowed, default=field.default, help=words)
@@ -153,7 +179,9 @@ def _add_output(parser: ArgumentParser) -> None:
 
 def normalized(argv: list[str]) -> list[str]:
     """Accepts underscores in names of options, and reads --config first, so that other options go before."""
-    options = [part if not part.startswith("--") or part.startswith("--print") else _dashed(part) for part in argv]
+    options = [
+        part if not part.startswith("--") or part.startswith("--print") else _dashed(part) for part in argv
+    ]
     for index, part in enumerate(options[1:], 1):
         width = 2 if part == "--config" else 1
         if part.partition("=")[0] == "--config":

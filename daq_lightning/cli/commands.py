@@ -31,7 +31,9 @@ def quantize(options: Namespace) -> int:
     if options.base is None and options.adapter is None:
         raise ValueError("--base is missing: pass the folder of the model that POST was trained from.")
     if options.out is None and not options.dry_run:
-        raise ValueError("--out is missing: pass the folder to write, or --dry-run to see what would be written.")
+        raise ValueError(
+            "--out is missing: pass the folder to write, or --dry-run to see what would be written."
+        )
     choices = ExportSettings(
         scheme=options.scheme,
         search=ScaleSearch(
@@ -86,11 +88,15 @@ def inspect(options: Namespace) -> int:
     if options.adapter is not None:
         post, base = post or base, base or post
     if (post is None) != (base is None) or (options.adapter is not None and post is None):
-        raise ValueError("--base and --post (or --base and --adapter) belong together: figures need all of them.")
+        raise ValueError(
+            "--base and --post (or --base and --adapter) belong together: figures need all of them."
+        )
     report = found = ExportReport.load(_export_folder(options.out))
     if base is not None:
         progress = sys.stderr.isatty()
-        found = recompute(report, _weights(post, options.adapter), _checkpoint(base, "--base"), progress=progress)
+        found = recompute(
+            report, _weights(post, options.adapter), _checkpoint(base, "--base"), progress=progress
+        )
     differing = differences(report, found)
     if options.json:
         content = found.to_dict()
@@ -105,10 +111,16 @@ def inspect(options: Namespace) -> int:
             "weights agree with daq_report.json"
         )
     for name, sums in list(differing.items())[:_SHOWN]:
-        print(f"DIFFERS {name}: {'; '.join(sums[:2])}" + (f"; and {len(sums) - 2} more" if len(sums) > 2 else ""))
+        print(
+            f"DIFFERS {name}: {'; '.join(sums[:2])}"
+            + (f"; and {len(sums) - 2} more" if len(sums) > 2 else "")
+        )
     if differing:
         more = f"and {len(differing) - _SHOWN} more weights. " if len(differing) > _SHOWN else ""
-        print(f"{more}The files were changed after the export, or base and post are not the models it was made from.")
+        print(
+            f"{more}The files were changed after the export, or base and post are not the models it was made "
+            "from."
+        )
     return 1 if differing else 0
 
 
@@ -171,14 +183,17 @@ def _folder(path: str, role: str) -> str:
     if not Path(path).is_dir():
         hub = path.count("/") == 1 and not path.startswith((".", "/", "~"))
         meant = f" To take it from the Hub: hf download {path} --local-dir FOLDER" if hub else ""
-        raise ValueError(f"{role}: {path} is {'not a folder' if Path(path).exists() else 'not there'}.{meant}")
+        raise ValueError(
+            f"{role}: {path} is {'not a folder' if Path(path).exists() else 'not there'}.{meant}"
+        )
     if (
         role != "--adapter"
         and (Path(path) / "adapter_config.json").is_file()
         and not (Path(path) / "config.json").is_file()
     ):
         raise ValueError(
-            f"{role}: {path} is a LoRA adapter. Pass the model it was trained on as POST, and --adapter {path}"
+            f"{role}: {path} is a LoRA adapter. Pass the model it was trained on as POST, and --adapter "
+            f"{path}"
         )
     return path
 

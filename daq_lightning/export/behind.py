@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Behind:
-    """Runs calls one after the other in a thread, a bounded number of them ahead of it; use as a context manager.
+    """Runs calls one after the other in a thread, a bounded number of them ahead of it; use as a context
+    manager.
 
     An error of a call surfaces in a later `run` or in `wait`.
     """

@@ -44,24 +44,26 @@ def export_checkpoint(
     """Writes an FP8 checkpoint whose scales preserve the difference between two sets of weights.
 
     Args:
-        weights: The fine-tuned model: a Hugging Face folder, what `load_checkpoint` returned of one, or checkpoint
-            names -> tensors. A mapping that computes its tensors is read once and held.
+        weights: The fine-tuned model: a Hugging Face folder, what `load_checkpoint` returned of one, or
+            checkpoint names -> tensors. A mapping that computes its tensors is read once and held.
         base: The model it was trained from, likewise. An FP8 folder is dequantized.
         out: Destination folder. An earlier export there is replaced on success; anything else is refused.
-        adapter: Folder of a LoRA adapter (PEFT), merged into `weights` (then the folder it was trained on) in float32.
-        scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel, 16-bit
-            activations), or "auto": blocks where all sizes are multiples of 128, else channels.
+        adapter: Folder of a LoRA adapter (PEFT), merged into `weights` (then the folder it was trained on) in
+            float32.
+        scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel,
+            16-bit activations), or "auto": blocks where all sizes are multiples of 128, else channels.
         search: Objective and candidates of the scale search; None takes the defaults of `ScaleSearch`.
-        ignore: Modules to keep in high precision: full names, or regular expressions of full names after `re:`.
-        container: How tensors are named and described: "fp8" or "compressed-tensors"; None takes the scheme's usual
-            one.
+        ignore: Modules to keep in high precision: full names, or regular expressions of full names after
+            `re:`.
+        container: How tensors are named and described: "fp8" or "compressed-tensors"; None takes the scheme's
+            usual one.
         scale_format: None for what the readers keep, or "ue8m0" for scales that are powers of two.
-        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or "absmax" to
-            quantize it without a search and say so in the report.
+        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or
+            "absmax" to quantize it without a search and say so in the report.
         max_shard_bytes: Bytes at which a new safetensors file begins.
         parent: Folder of the export that this stage of a chain follows; None takes `base` if it is one.
-        chain_from: Makes this a stage of a chain: whether it was trained from the parent's high-precision "weights" or
-            its "deployed" ones.
+        chain_from: Makes this a stage of a chain: whether it was trained from the parent's high-precision
+            "weights" or its "deployed" ones.
         device: Where to search; None searches where each weight lies.
         progress: Whether to show a progress bar.
 
@@ -69,8 +71,10 @@ def export_checkpoint(
         The report, also written as `daq_report.json`.
 
     Raises:
-        CheckpointError: A folder cannot be read, base and weights do not fit, or the destination cannot be written.
-        ValueError: NaN or Inf in a weight, a device that is not there, or settings that contradict each other.
+        CheckpointError: A folder cannot be read, base and weights do not fit, or the destination cannot be
+            written.
+        ValueError: NaN or Inf in a weight, a device that is not there, or settings that contradict each
+            other.
 
     Example:
         >>> import tempfile, torch

@@ -12,7 +12,8 @@ def ignored_by(patterns: Sequence[str], specs: Sequence[TensorSpec], keys: Mappi
     """The tensors that patterns name.
 
     Args:
-        patterns: Names of modules or tensors, on disk or in memory; or regular expressions of a full one after `re:`.
+        patterns: Names of modules or tensors, on disk or in memory; or regular expressions of a full one
+            after `re:`.
         specs: All tensors.
         keys: Checkpoint name -> memory name.
 
@@ -25,8 +26,12 @@ def ignored_by(patterns: Sequence[str], specs: Sequence[TensorSpec], keys: Mappi
             try:
                 expression = re.compile(pattern[3:])
             except re.error as error:
-                raise CheckpointError(f"Ignore pattern {pattern!r} is not a regular expression: {error}.") from error
-            matched = {spec.name for spec in specs if any(map(expression.fullmatch, _aliases(spec.name, keys)))}
+                raise CheckpointError(
+                    f"Ignore pattern {pattern!r} is not a regular expression: {error}."
+                ) from error
+            matched = {
+                spec.name for spec in specs if any(map(expression.fullmatch, _aliases(spec.name, keys)))
+            }
         else:
             matched = {spec.name for spec in specs if pattern in _aliases(spec.name, keys)}
         if not matched:

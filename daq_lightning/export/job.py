@@ -1,9 +1,10 @@
-"""What is settled before an export reads its first weight, once: the plan, the base of every weight, the lineage.
+"""What is settled before an export reads its first weight, once: the plan, the base of every weight, the
+lineage.
 
     prepare(source, base, settings) -> Job        job.plan is what a dry run shows; `run(job, out)` writes
 
-The callback prepares when training starts, so that whatever does not fit is known before the first step, and keeps
-its job: each export only puts another source and step into it.
+The callback prepares when training starts, so that whatever does not fit is known before the first step, and
+keeps its job: each export only puts another source and step into it.
 """
 
 from __future__ import annotations
@@ -56,12 +57,21 @@ class Job:
     def inputs(self) -> list[tuple[str, Path]]:
         """The folders and files that the export reads or names as its origin, with their roles."""
         roles = (("fine-tuned model", self.source.weights), ("base", self.base), ("chain's root", self.root))
-        read = [(role, place) for role, mapping in roles if isinstance(mapping, Checkpoint) for place in mapping.places]
+        read = [
+            (role, place)
+            for role, mapping in roles
+            if isinstance(mapping, Checkpoint)
+            for place in mapping.places
+        ]
         stages = ancestors(self.lineage)
-        return [*read, *(("parent" if stage is stages[0] else "chain's earlier stage", stage) for stage in stages)]
+        return [
+            *read,
+            *(("parent" if stage is stages[0] else "chain's earlier stage", stage) for stage in stages),
+        ]
 
     def against(self, base: Mapping[str, Tensor], *, kind: str, path: str) -> Job:
-        """The same export measured against a later base, which holds every weight of the plan under its own name."""
+        """The same export measured against a later base, which holds every weight of the plan under its own
+        name."""
         lineage = dataclasses.replace(self.lineage, base_kind=kind, base_path=path)
         names = {tensor.spec.name: tensor.spec.name for tensor in self.plan.quantized}
         return dataclasses.replace(self, base=base, base_names=names, without_base={}, lineage=lineage)
@@ -75,8 +85,8 @@ class Job:
         if source.specs != self.source.specs:
             changed = sorted({spec.name for spec in set(source.specs) ^ set(self.source.specs)})
             raise CheckpointError(
-                f"The model has other tensors than when training began: {', '.join(changed[:_LISTED])} appeared, went "
-                "or changed dtype or shape. Add layers and cast the model before `fit`."
+                f"The model has other tensors than when training began: {', '.join(changed[:_LISTED])} "
+                "appeared, went or changed dtype or shape. Add layers and cast the model before `fit`."
             )
         return dataclasses.replace(self, source=source, training=training)
 
@@ -100,10 +110,12 @@ def prepare(
         plan: The plan of source and settings, where it is made already.
         lineage: What is known of the base; None takes that of the folder or mapping.
         parent: Folder of the stage before; None takes the base's folder if that is an export.
-        chain_from: Whether training began with the parent's "weights" or its "deployed" ones; None begins a chain.
+        chain_from: Whether training began with the parent's "weights" or its "deployed" ones; None begins a
+            chain.
 
     Raises:
-        CheckpointError: Nothing to quantize, a base that does not fit, or a base that is not what `chain_from` says.
+        CheckpointError: Nothing to quantize, a base that does not fit, or a base that is not what
+            `chain_from` says.
     """
     if plan is None:
         plan = plan_export(source.specs, source.outline, settings)
@@ -148,14 +160,16 @@ def _match_base(
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         where = f" {base.path}" if isinstance(base, Checkpoint) else ""
         raise CheckpointError(
-            f"The base{where} does not fit {len(problems)} of {len(plan.quantized)} weights: {listed}{more}. Pass the "
-            "model that this one was trained from, or missing_base='absmax' to quantize those weights without a search."
+            f"The base{where} does not fit {len(problems)} of {len(plan.quantized)} weights: {listed}{more}. "
+            "Pass the model that this one was trained from, or missing_base='absmax' to quantize those "
+            "weights without a search."
         )
     return names, problems
 
 
 def _identity(name: str, key: str) -> tuple[str, str]:
-    """What a tensor is whatever prefix its checkpoint uses: memory name, and which slice of a stack of experts."""
+    """What a tensor is whatever prefix its checkpoint uses: memory name, and which slice of a stack of
+    experts."""
     _, found, expert = name.rpartition(".experts.")
     return key, expert if found else ""
 

@@ -37,8 +37,8 @@ def make_lineage(
         base: The tensors of the base.
         names: The tensors that are quantized.
         parent: Folder of the stage before; None takes the base's folder if that is an export.
-        chain_from: Whether the base is the parent's high-precision "weights" or its "deployed" ones; None begins a
-            chain.
+        chain_from: Whether the base is the parent's high-precision "weights" or its "deployed" ones; None
+            begins a chain.
 
     Returns:
         The lineage, and the weights of the chain's root if they are at hand.
@@ -49,8 +49,9 @@ def make_lineage(
     if chain_from is None:
         if parent is not None:
             raise CheckpointError(
-                f"parent={parent!r}: say what this stage was trained from with chain_from='deployed' (the parent's "
-                "dequantized FP8 weights) or chain_from='weights' (the high-precision weights it was made from)."
+                f"parent={parent!r}: say what this stage was trained from with chain_from='deployed' (the "
+                "parent's dequantized FP8 weights) or chain_from='weights' (the high-precision weights it "
+                "was made from)."
             )
         return lineage, None
     if chain_from not in ("weights", "deployed"):
@@ -58,7 +59,8 @@ def make_lineage(
     parent = parent or (lineage.base_path if lineage.base_kind == "folder" else "")
     if not parent or not (Path(parent) / MANIFEST).is_file():
         raise CheckpointError(
-            f"chain_from={chain_from!r} needs parent='<folder of the export before>'; {parent or 'the base'} is none."
+            f"chain_from={chain_from!r} needs parent='<folder of the export before>'; {parent or 'the base'} "
+            "is none."
         )
     manifest = Manifest.load(parent)
     _check_base(Path(parent), manifest, chain_from, base, list(names))
@@ -109,7 +111,7 @@ def _check_base(
         }[chain_from]
         other = "deployed" if chain_from == "weights" else "weights"
         raise CheckpointError(
-            f"chain_from={chain_from!r} says that this stage began with {what}, but {len(wrong)} of {len(names)} base "
-            f"weights differ from those of {parent} ({', '.join(wrong[:3])}). Pass the base that training really "
-            f"began with, or chain_from={other!r}."
+            f"chain_from={chain_from!r} says that this stage began with {what}, but {len(wrong)} of "
+            f"{len(names)} base weights differ from those of {parent} ({', '.join(wrong[:3])}). Pass the "
+            f"base that training really began with, or chain_from={other!r}."
         )

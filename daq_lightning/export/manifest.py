@@ -26,8 +26,8 @@ class TensorPrints:
 
     Attributes:
         stored: Part, as its layout names it, -> what the file holds.
-        weights: dtype -> the weight that a quantized tensor was made from. Float32 and float64 weights are known by
-            their bfloat16 copy as well, which is what a run usually saves of them.
+        weights: dtype -> the weight that a quantized tensor was made from. Float32 and float64 weights are
+            known by their bfloat16 copy as well, which is what a run usually saves of them.
         base: The base that it was searched against; "" without one.
     """
 
@@ -40,7 +40,9 @@ class TensorPrints:
         return {"base": self.base, "weights": dict(self.weights), **self.stored}
 
 
-def prints_of(stored: Mapping[str, Tensor], weight: Tensor | None = None, base: Tensor | None = None) -> TensorPrints:
+def prints_of(
+    stored: Mapping[str, Tensor], weight: Tensor | None = None, base: Tensor | None = None
+) -> TensorPrints:
     """The fingerprints of a tensor.
 
     Args:

@@ -4,9 +4,9 @@
     everything else -> kept: head, router, embedding, norm, bias, vision tower
     the list of unquantized Linear modules goes into config.json, because readers trust it blindly
 
-One scheme serves the whole model. Blocks of 128 need sizes that are multiples of 128 (transformers infers the block
-size as rows // scale_rows and computes garbage for 192 rows); a model with other sizes goes to one scale per channel.
-Projections that servers fuse (q/k/v, gate/up) are quantized together or not at all.
+One scheme serves the whole model. Blocks of 128 need sizes that are multiples of 128 (transformers infers the
+block size as rows // scale_rows and computes garbage for 192 rows); a model with other sizes goes to one
+scale per channel. Projections that servers fuse (q/k/v, gate/up) are quantized together or not at all.
 
 Source: the readers, as listed in `daq_lightning.checkpoint.layouts`.
 """
@@ -49,7 +49,8 @@ class TensorPlan:
         key: Its name in memory.
         role: What it is to the model.
         quantize: Whether it is stored as codes and scale.
-        stored: Part -> what the file will hold of it: those of the layout, or `KEPT`, the tensor in its final dtype.
+        stored: Part -> what the file will hold of it: those of the layout, or `KEPT`, the tensor in its final
+            dtype.
         reason: Why, in a few words.
     """
 
@@ -95,7 +96,8 @@ class ExportPlan:
         lines = [
             f"{tensor.spec.name:{width}}  {'x'.join(map(str, tensor.spec.shape)):>14}  "
             f"{str(tensor.spec.dtype).removeprefix('torch.'):>9} -> "
-            f"{'e4m3' if tensor.quantize else str(tensor.stored[KEPT].dtype).removeprefix('torch.'):9} {tensor.reason}"
+            f"{'e4m3' if tensor.quantize else str(tensor.stored[KEPT].dtype).removeprefix('torch.'):9} "
+            f"{tensor.reason}"
             for tensor in self.tensors
         ]
         before = sum(tensor.spec.nbytes for tensor in self.tensors)
@@ -109,11 +111,20 @@ class ExportPlan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
         tensors = {
-            tensor.spec.name: {"shape": list(tensor.spec.shape), "quantize": tensor.quantize, "reason": tensor.reason}
+            tensor.spec.name: {
+                "shape": list(tensor.spec.shape),
+                "quantize": tensor.quantize,
+                "reason": tensor.reason,
+            }
             for tensor in self.tensors
         }
         size = sum(spec.nbytes for spec in self.stored)
-        return {"scheme": self.layout.scheme.name, "bytes": size, "tensors": tensors, "notes": list(self.notes)}
+        return {
+            "scheme": self.layout.scheme.name,
+            "bytes": size,
+            "tensors": tensors,
+            "notes": list(self.notes),
+        }
 
 
 def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportSettings) -> ExportPlan:
@@ -136,7 +147,9 @@ def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportS
         and spec.dtype.is_floating_point and min(spec.shape) > 0
     ]  # fmt: skip
     if not chosen:
-        conv1d = " Its Conv1D layers hold transposed weights, which no FP8 reader takes." * ("conv1d" in roles.values())
+        conv1d = " Its Conv1D layers hold transposed weights, which no FP8 reader takes." * (
+            "conv1d" in roles.values()
+        )
         raise CheckpointError(
             f"{outline.model} has no Linear weight to quantize among its {len(specs)} tensors "
             f"(output heads, routers and ignored modules are kept).{conv1d}"
@@ -152,7 +165,9 @@ def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportS
     tensors = tuple(
         _quantized(spec, keys, roles[spec.name], layout)
         if spec.name in names
-        else _kept(spec, keys, roles[spec.name], (dtype, masters), "ignored by pattern" * (spec.name in ignored))
+        else _kept(
+            spec, keys, roles[spec.name], (dtype, masters), "ignored by pattern" * (spec.name in ignored)
+        )
         for spec in specs
     )
     return ExportPlan(
@@ -165,13 +180,15 @@ def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportS
 
 
 def _ignore_list(tensors: Sequence[TensorPlan], outline: Outline) -> tuple[str, ...]:
-    """Every module that a reader might take for a quantized one: by its name in the checkpoint, then in memory."""
+    """Every module that a reader might take for a quantized one: by its name in the checkpoint, then in
+    memory."""
     quantized = {tensor.key.removesuffix(".weight") for tensor in tensors if tensor.quantize}
     unquantized = [name for name in outline.linear_modules if name not in quantized]
     by_key = {tensor.key: tensor.spec.name for tensor in tensors}
     on_disk = [by_key.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in unquantized]
     kept = [tensor for tensor in tensors if not tensor.quantize]
-    # of matrices that this model does not have (such as layers for speculation) nobody knows that they are not Linear
+    # of matrices that this model does not have (such as layers for speculation) nobody knows that they are
+    # not Linear
     unknown = [
         tensor.spec.name.removesuffix(".weight")
         for tensor in kept
@@ -181,14 +198,18 @@ def _ignore_list(tensors: Sequence[TensorPlan], outline: Outline) -> tuple[str, 
         and owner_of(tensor.key) not in outline.modules
     ]
     experts = [tensor for tensor in kept if _is_expert(tensor)]
-    of_experts = [tensor.spec.name.removesuffix(".weight") for tensor in experts if len(tensor.spec.shape) == 2]
+    of_experts = [
+        tensor.spec.name.removesuffix(".weight") for tensor in experts if len(tensor.spec.shape) == 2
+    ]
     # the stacked module is what transformers replaces as a whole
     stacks = [owner_of(tensor.key) for tensor in experts]
     return tuple(dict.fromkeys([*on_disk, *unknown, *of_experts, *unquantized, *stacks]))
 
 
 def _is_expert(tensor: TensorPlan) -> bool:
-    return tensor.role == "expert" or (len(tensor.spec.shape) == 3 and owner_of(tensor.key).endswith("experts"))
+    return tensor.role == "expert" or (
+        len(tensor.spec.shape) == 3 and owner_of(tensor.key).endswith("experts")
+    )
 
 
 def _choose_layout(
@@ -202,15 +223,18 @@ def _choose_layout(
         if odd:
             container = None
             notes.append(
-                f"FP8_DYNAMIC instead of FP8_BLOCK: {len(odd)} weights have sizes that are not multiples of 128, "
-                f"such as {odd[0].name} {odd[0].shape}."
+                f"FP8_DYNAMIC instead of FP8_BLOCK: {len(odd)} weights have sizes that are not multiples of "
+                f"128, such as {odd[0].name} {odd[0].shape}."
             )
     layout = make_layout(scheme, container=container, scale_format=settings.scale_format)
     if isinstance(layout.granularity, PerBlock) and odd:
-        listed = ", ".join(f"{spec.name} {spec.shape}" for spec in odd[:8]) + (", ..." if len(odd) > 8 else "")
+        listed = ", ".join(f"{spec.name} {spec.shape}" for spec in odd[:8]) + (
+            ", ..." if len(odd) > 8 else ""
+        )
         raise CheckpointError(
-            f"FP8_BLOCK needs sizes that are multiples of 128; {len(odd)} weights have others: {listed}. Readers would "
-            "compute garbage. Use scheme='FP8_DYNAMIC' (one scale per channel) or scheme='auto'."
+            f"FP8_BLOCK needs sizes that are multiples of 128; {len(odd)} weights have others: {listed}. "
+            "Readers would compute garbage. Use scheme='FP8_DYNAMIC' (one scale per channel) or "
+            "scheme='auto'."
         )
     if "expert" in roles.values() and layout.container != "fp8":
         if isinstance(layout.granularity, PerBlock):
@@ -219,14 +243,15 @@ def _choose_layout(
                 "use the fp8 container of FP8_BLOCK."
             )
         notes.append(
-            f"{layout.scheme.name} of a mixture-of-experts model loads in transformers and in vLLM on a GPU; vLLM on "
-            "a CPU has no backend for it. FP8_BLOCK loads in all of them."
+            f"{layout.scheme.name} of a mixture-of-experts model loads in transformers and in vLLM on a GPU; "
+            "vLLM on a CPU has no backend for it. FP8_BLOCK loads in all of them."
         )
     return layout, notes
 
 
 def _kept_dtype(specs: Sequence[TensorSpec]) -> tuple[torch.dtype, bool]:
-    """The dtype of most of the floating-point data, if servers take it, else bfloat16; and whether that is a cast.
+    """The dtype of most of the floating-point data, if servers take it, else bfloat16; and whether that is a
+    cast.
 
     float32 masters are cast; a few float32 tensors of a 16-bit checkpoint are float32 on purpose.
     """

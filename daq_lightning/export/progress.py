@@ -25,7 +25,9 @@ def with_progress(parts: Sequence[_Part], size: Callable[[_Part], int]) -> Itera
 def _with_bar(parts: Sequence[_Part], size: Callable[[_Part], int]) -> Iterator[_Part]:
     from tqdm import tqdm
 
-    with tqdm(total=sum(map(size, parts)), unit="B", unit_scale=True, desc="FP8 export", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=sum(map(size, parts)), unit="B", unit_scale=True, desc="FP8 export", dynamic_ncols=True
+    ) as bar:
         for part in parts:
             yield part
             bar.update(size(part))

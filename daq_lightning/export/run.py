@@ -3,9 +3,9 @@
     Pair(plan, weight, base) -> search -> codes, scale -> file
                                        -> sums         -> report
 
-Weights are read, searched and written one batch at a time: while one is searched, the next is read and the last is
-written by threads of their own. Nothing here knows whether a mapping is a folder, a model on a GPU or a merge of
-adapters.
+Weights are read, searched and written one batch at a time: while one is searched, the next is read and the
+last is written by threads of their own. Nothing here knows whether a mapping is a folder, a model on a GPU or
+a merge of adapters.
 """
 
 from __future__ import annotations
@@ -112,10 +112,12 @@ def run(
 
 
 def _search(job: Job, batch: Batch) -> list[SearchResult]:
-    """The scales of a batch; a weight without a base is searched against itself, which keeps its absmax scale."""
+    """The scales of a batch; a weight without a base is searched against itself, which keeps its absmax
+    scale."""
     weights = [as_searched(pair.weight) for pair in batch]
     bases = [
-        weight if pair.base is None else as_searched(pair.base) for weight, pair in zip(weights, batch, strict=True)
+        weight if pair.base is None else as_searched(pair.base)
+        for weight, pair in zip(weights, batch, strict=True)
     ]
     return search_batch(
         weights,
@@ -191,11 +193,13 @@ def _notes(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
     measured = [report.searched for name, report in reports.items() if name not in job.without_base]
     notes = []
     if measured and not any(bool(stats.n_changed) for stats in measured):
-        notes.append(f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?")
+        notes.append(
+            f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?"
+        )
     notes += [f"{name}: plain absmax scale, because {problem}." for name, problem in job.without_base.items()]
     notes += [
-        f"{name}: to a reader that dequantizes to {str(job.plan.dtype).removeprefix('torch.')} some of its values "
-        "are infinite: serve it with FP8 kernels, or keep it (ignore)."
+        f"{name}: to a reader that dequantizes to {str(job.plan.dtype).removeprefix('torch.')} some of its "
+        "values are infinite: serve it with FP8 kernels, or keep it (ignore)."
         for name, report in reports.items()
         if report.dequantized is None
     ]
@@ -210,7 +214,8 @@ def _notes(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
 
 
 def _config(job: Job) -> dict[str, Any]:
-    """config.json of the export: the model's own, in the dtype of the kept tensors, and how it is quantized."""
+    """config.json of the export: the model's own, in the dtype of the kept tensors, and how it is
+    quantized."""
     assert job.source.config is not None
 
     def with_dtype(level: Mapping[str, Any], top: bool) -> dict[str, Any]:
@@ -233,8 +238,8 @@ def _check_finite(tensor: Tensor, name: str) -> None:
     low, high = tensor.detach().aminmax()
     if not bool(low.isfinite() & high.isfinite()):
         raise ValueError(
-            f"{name} has {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} Inf values: the training run "
-            "has diverged or the file is damaged. Export an earlier checkpoint."
+            f"{name} has {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} Inf values: the "
+            "training run has diverged or the file is damaged. Export an earlier checkpoint."
         )
 
 

@@ -1,6 +1,7 @@
 """What is exported: tensors under checkpoint names, and all that is known about their model.
 
-A source is made from a Hugging Face folder, from tensors in a mapping, or (by the callback) from a model in training.
+A source is made from a Hugging Face folder, from tensors in a mapping, or (by the callback) from a model in
+training.
 """
 
 from __future__ import annotations
@@ -65,18 +66,21 @@ class Source:
             return cls.from_checkpoint(weights, adapter)
         if adapter is not None:
             raise CheckpointError(
-                f"adapter={str(adapter)!r} is merged into the model folder it was trained on: pass that folder as the "
-                "weights, not a mapping."
+                f"adapter={str(adapter)!r} is merged into the model folder it was trained on: pass that "
+                "folder as the weights, not a mapping."
             )
         return cls.from_mapping(weights)
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None) -> Source:
+    def from_folder(
+        cls, path: str | os.PathLike[str], adapter: str | os.PathLike[str] | None = None
+    ) -> Source:
         """The source that a Hugging Face model folder is.
 
         Args:
             path: The folder.
-            adapter: Folder of a LoRA adapter (PEFT) that was trained on it, to be merged in, one weight at a time.
+            adapter: Folder of a LoRA adapter (PEFT) that was trained on it, to be merged in, one weight at a
+                time.
         """
         return cls.from_checkpoint(Checkpoint(path), adapter)
 
@@ -86,7 +90,9 @@ class Source:
         model = FolderModel(checkpoint.path, len(checkpoint.raw))
         outline = model.outline(checkpoint)
         _check_complete(checkpoint, outline)
-        specs = tuple(spec for name, spec in checkpoint.specs.items() if not _is_tied_copy(name, checkpoint, outline))
+        specs = tuple(
+            spec for name, spec in checkpoint.specs.items() if not _is_tied_copy(name, checkpoint, outline)
+        )
         weights = checkpoint
         if adapter is not None:
             tied = [(name, copy) for copy, name in outline.ties.items()]
@@ -106,8 +112,8 @@ class Source:
 
         Args:
             weights: Checkpoint name -> tensor; see `described` for lazy ones.
-            model: Says what the tensors are (may be on the meta device). None takes every matrix named `*.weight`
-                for a Linear weight, unless its name speaks of an embedding, norm, router or head.
+            model: Says what the tensors are (may be on the meta device). None takes every matrix named
+                `*.weight` for a Linear weight, unless its name speaks of an embedding, norm, router or head.
         """
         weights = described(weights)
         specs = tuple(spec_in(weights, name) for name in weights)
@@ -125,8 +131,8 @@ class Source:
 class AdaptedCheckpoint(Checkpoint):
     """A folder seen through a LoRA adapter: each weight is merged in float32 at the moment it is read.
 
-    Nothing is written and nothing is kept: merging a whole model into bfloat16 first would round a tenth of a typical
-    update away before the search sees it. Names, dtypes and shapes are those of the folder.
+    Nothing is written and nothing is kept: merging a whole model into bfloat16 first would round a tenth of a
+    typical update away before the search sees it. Names, dtypes and shapes are those of the folder.
 
     Args:
         path: The folder that the adapter was trained on.
@@ -135,8 +141,8 @@ class AdaptedCheckpoint(Checkpoint):
         dtype: Of dequantized weights; see `Checkpoint`.
 
     Raises:
-        CheckpointError: As for `Checkpoint`, or the adapter changes a tensor that the folder lacks, or one of two that
-            are tied.
+        CheckpointError: As for `Checkpoint`, or the adapter changes a tensor that the folder lacks, or one of
+            two that are tied.
     """
 
     def __init__(
@@ -152,15 +158,15 @@ class AdaptedCheckpoint(Checkpoint):
         if unused:
             more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
             raise CheckpointError(
-                f"The adapter changes {', '.join(unused[:3])}{more}, which {self.path} does not have: pass the model "
-                "that the adapter was trained on."
+                f"The adapter changes {', '.join(unused[:3])}{more}, which {self.path} does not have: pass "
+                "the model that the adapter was trained on."
             )
         apart = sorted(adapter.unties(tied))
         if apart:
             raise CheckpointError(
-                f"The adapter changes {', '.join(apart)}, which config.json ties to a weight that it does not change "
-                "in the same way: the two can no longer be one tensor. Merge it with PEFT into a model with "
-                "tie_word_embeddings=False, save that, and pass it as the fine-tuned model."
+                f"The adapter changes {', '.join(apart)}, which config.json ties to a weight that it does "
+                "not change in the same way: the two can no longer be one tensor. Merge it with PEFT into a "
+                "model with tie_word_embeddings=False, save that, and pass it as the fine-tuned model."
             )
 
     @property
@@ -178,8 +184,9 @@ class AdaptedCheckpoint(Checkpoint):
 def described(weights: Mapping[str, Tensor], names: Iterable[str] | None = None) -> Mapping[str, Tensor]:
     """Tensors whose dtypes and shapes are known without reading them again.
 
-    `LazyTensors` (a folder, a model in training) say what they hold, and a dict holds it; both come back as they are.
-    Any other mapping may compute its tensors, so each is read once, here, and held until the export ends.
+    `LazyTensors` (a folder, a model in training) say what they hold, and a dict holds it; both come back as
+    they are. Any other mapping may compute its tensors, so each is read once, here, and held until the export
+    ends.
 
     Args:
         weights: Name -> tensor.
@@ -206,15 +213,15 @@ def _check_complete(checkpoint: Checkpoint, outline: Outline) -> None:
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise CheckpointError(
-            f"{checkpoint.path} lacks {', '.join(missing[:4])}{more}, which the model of its config.json has: the "
-            "folder is incomplete. Copy or save it again."
+            f"{checkpoint.path} lacks {', '.join(missing[:4])}{more}, which the model of its config.json "
+            "has: the folder is incomplete. Copy or save it again."
         )
     for name, spec in checkpoint.specs.items():
         expected = outline.parameters.get(name)
         if outline.keys[name] == name and expected is not None and expected != spec.shape:
             raise CheckpointError(
-                f"{checkpoint.path}: {name} has shape {spec.shape}, by config.json it should have {expected}. Files "
-                "and config.json are of different models."
+                f"{checkpoint.path}: {name} has shape {spec.shape}, by config.json it should have "
+                f"{expected}. Files and config.json are of different models."
             )
 
 
@@ -226,8 +233,9 @@ def _is_tied_copy(name: str, checkpoint: Checkpoint, outline: Outline) -> bool:
         return False
     if not torch.equal(checkpoint[name], checkpoint[original]):
         raise CheckpointError(
-            f"{checkpoint.path}: by config.json {name} is tied to {original}, but the files hold different values, of "
-            "which servers would use only one. Set tie_word_embeddings to false in config.json or save the model again."
+            f"{checkpoint.path}: by config.json {name} is tied to {original}, but the files hold different "
+            "values, of which servers would use only one. Set tie_word_embeddings to false in config.json "
+            "or save the model again."
         )
     return True
 

@@ -2,9 +2,9 @@
 
     Pair(plan, weight, base | None)        one tensor, with what it is measured against
 
-A weight and its base come out of one place, together: nothing can put a weight beside another's base. While a batch is
-searched, the next pair is read and the last result is written by threads of their own, so that the disk and the
-arithmetic work at once. At most a few tensors are held; buffers and threads end with the stream.
+A weight and its base come out of one place, together: nothing can put a weight beside another's base. While a
+batch is searched, the next pair is read and the last result is written by threads of their own, so that the
+disk and the arithmetic work at once. At most a few tensors are held; buffers and threads end with the stream.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def batches_of(plan: ExportPlan, *, together: bool) -> list[tuple[TensorPlan, ..
 
 
 def _read_ahead(job: Job, order: Sequence[TensorPlan]) -> Generator[Pair, None, None]:
-    """Pairs in order. What lies in a folder is read ahead by threads; what lives in memory is taken when it is due."""
+    """Pairs in order. What lies in a folder is read ahead by threads; what lives in memory is taken when it
+    is due."""
     buffers = Buffers()
     pool = ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
 

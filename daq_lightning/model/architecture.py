@@ -35,12 +35,16 @@ class Architecture:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.is_transformers = any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__)
+        self.is_transformers = any(
+            cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__
+        )
         self._modules = dict(_clean_modules(model))
         decoder = model.get_decoder() if self._has_one_decoder() else None  # type: ignore[operator]
         self._decoder = next((name for name, module in self._modules.items() if module is decoder), "")
         output = model.get_output_embeddings() if self.is_transformers else None  # type: ignore[operator]
-        self._heads = {name for name, module in self._modules.items() if module is output and output is not None}
+        self._heads = {
+            name for name, module in self._modules.items() if module is output and output is not None
+        }
         self._conversion: _Conversion | None = None
 
     def outline(self, keys: Mapping[str, str]) -> Outline:
@@ -101,7 +105,9 @@ class Architecture:
             self._conversion = _Conversion(self.model)
         return self._conversion.revert({key: tensor})
 
-    def saved(self, outlines: Mapping[str, Tensor], identities: Mapping[str, int]) -> dict[str, tuple[str, Tensor]]:
+    def saved(
+        self, outlines: Mapping[str, Tensor], identities: Mapping[str, int]
+    ) -> dict[str, tuple[str, Tensor]]:
         """Everything that a save of the model would write; tied copies left out.
 
         Args:
@@ -128,8 +134,8 @@ class Architecture:
             if odd:
                 raise CheckpointError(
                     f"{type(self.model).__name__}: the checkpoint form of {', '.join(sorted(odd)[:4])} is "
-                    "made from several tensors at once, which cannot be exported one at a time. Save the model "
-                    "with save_pretrained and export that folder."
+                    "made from several tensors at once, which cannot be exported one at a time. Save the "
+                    "model with save_pretrained and export that folder."
                 )
         return result
 

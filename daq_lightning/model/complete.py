@@ -1,7 +1,8 @@
 """Whether an export would hold all that its readers expect, known before the first step.
 
-The reader builds the model of config.json and fills it by name; a name that the export lacks is left at random values.
-The names of the model in training differ from those where somebody replaced, wrapped or untied a layer.
+The reader builds the model of config.json and fills it by name; a name that the export lacks is left at
+random values. The names of the model in training differ from those where somebody replaced, wrapped or untied
+a layer.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ def check_complete(model: LiveModel) -> None:
         foreign = [key for key in model.keys.values() if key not in reference.tensors]
         instead = f" It has {_listed(foreign)} instead." if foreign else ""
         raise ValueError(
-            f"The export would lack {_listed(missing)}, which the {type(model.model).__name__} of its config.json has "
-            f"and readers would leave at random values.{instead} Expected a model with the layers and names that its "
-            "config describes: put the original layers back before the export, or merge what was added into them."
+            f"The export would lack {_listed(missing)}, which the {type(model.model).__name__} of its "
+            f"config.json has and readers would leave at random values.{instead} Expected a model with the "
+            "layers and names that its config describes: put the original layers back before the export, or "
+            "merge what was added into them."
         )
 
 
@@ -45,23 +47,27 @@ def _check_ties(model: LiveModel) -> None:
     names = {key: name for name, key in model.keys.items()}
     for key, name in names.items():
         source = model.architecture.ties.get(key)
-        if source is not None and source != key and source in names:  # of one tensor only the source is written
+        if (
+            source is not None and source != key and source in names
+        ):  # of one tensor only the source is written
             raise ValueError(
-                f"{name} and {names[source]} are tied by config.json, but are two tensors in the model: readers would "
-                "use one of them for both. Set tie_word_embeddings=False in the config before the model is made, or "
-                "tie them again with tie_weights()."
+                f"{name} and {names[source]} are tied by config.json, but are two tensors in the model: "
+                "readers would use one of them for both. Set tie_word_embeddings=False in the config before "
+                "the model is made, or tie them again with tie_weights()."
             )
 
 
 def _built_from_config(model: nn.Module) -> Outline | None:
-    """Of the model that a reader builds, without memory for weights; None if its class cannot be built this way."""
+    """Of the model that a reader builds, without memory for weights; None if its class cannot be built this
+    way."""
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        # some models draw random numbers on the CPU when they are built: those of the training stay what they were
+        # some models draw random numbers on the CPU when they are built: those of the training stay what they
+        # were
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             built = type(model)._from_config(config, attn_implementation="eager")  # type: ignore[attr-defined]
             return Architecture(built).outline({})

@@ -1,11 +1,13 @@
-"""Weights that a module computes from other tensors, as its forward does: weight norm, spectral norm, pruning, ...
+"""Weights that a module computes from other tensors, as its forward does: weight norm, spectral norm,
+pruning, ...
 
     q_proj.parametrizations.weight.original0, .original1  ->  q_proj.weight   (torch.nn.utils.parametrize)
-    q_proj.weight_g, q_proj.weight_v                      ->  q_proj.weight   (hooks of older torch: also _orig, _mask)
+    q_proj.weight_g, q_proj.weight_v                      ->  q_proj.weight   (hooks of older torch: also
+    _orig, _mask)
 
-A checkpoint of the model holds `q_proj.weight`, and readers know no other name. It is computed as in evaluation, on a
-copy of the module that shares its tensors: the module itself may change its buffers when it computes (spectral norm
-iterates in training), and training must not notice an export.
+A checkpoint of the model holds `q_proj.weight`, and readers know no other name. It is computed as in
+evaluation, on a copy of the module that shares its tensors: the module itself may change its buffers when it
+computes (spectral norm iterates in training), and training must not notice an export.
 
 Sources: torch `nn.utils.parametrize`, `nn.utils.weight_norm`, `nn.utils.spectral_norm`, `nn.utils.prune`.
 """
@@ -54,7 +56,9 @@ def find_computed(root: nn.Module) -> dict[str, ComputedWeight]:
     found = {}
     for path, module in root.named_modules(remove_duplicate=False):
         if "parametrizations" not in path.split("."):
-            found |= {computed.name: computed for computed in (*_parametrized(path, module), *_hooked(path, module))}
+            found |= {
+                computed.name: computed for computed in (*_parametrized(path, module), *_hooked(path, module))
+            }
     return found
 
 

@@ -59,7 +59,8 @@ class FolderModel:
         """
         if not (self._folder / "config.json").is_file():
             raise CheckpointError(
-                f"{self._folder} has no config.json, which says what the tensors are: pass a Hugging Face model folder."
+                f"{self._folder} has no config.json, which says what the tensors are: pass a Hugging Face "
+                "model folder."
             )
         names = list(names)
         content = _without_code(read_json(self._folder / "config.json"))
@@ -106,7 +107,9 @@ def _build(content: Mapping[str, Any], folder: Path, limit: int) -> Architecture
 
 def _is_known_code(model: nn.Module) -> bool:
     """Whether all modules are of packages whose version is in the key, as those of timm or apex are not."""
-    return all(type(module).__module__.partition(".")[0] in ("torch", "transformers") for module in model.modules())
+    return all(
+        type(module).__module__.partition(".")[0] in ("torch", "transformers") for module in model.modules()
+    )
 
 
 def _read_config(content: Mapping[str, Any], name: str) -> Any:

@@ -28,13 +28,16 @@ def check_fused(chosen: Collection[str], roles: Mapping[str, Role]) -> None:
             left_out = [sibling for sibling in siblings if sibling in roles and sibling not in chosen]
             if left_out:
                 raise CheckpointError(
-                    f"{name} would be quantized and {', '.join(left_out)} not, but servers fuse them into one matrix: "
-                    "ignore all of them or none."
+                    f"{name} would be quantized and {', '.join(left_out)} not, but servers fuse them into "
+                    "one matrix: ignore all of them or none."
                 )
 
 
 def check_experts(
-    chosen: Sequence[TensorSpec], specs: Sequence[TensorSpec], keys: Mapping[str, str], roles: Mapping[str, Role]
+    chosen: Sequence[TensorSpec],
+    specs: Sequence[TensorSpec],
+    keys: Mapping[str, str],
+    roles: Mapping[str, Role],
 ) -> None:
     """Raises CheckpointError where only some experts of a layer are chosen."""
     names = {spec.name for spec in chosen}
@@ -42,6 +45,6 @@ def check_experts(
     for spec in specs:
         if roles[spec.name] == "expert" and spec.name not in names and owner_of(keys[spec.name]) in layers:
             raise CheckpointError(
-                f"{spec.name} would be kept and other experts of {owner_of(keys[spec.name])} quantized, but servers "
-                "hold the experts of a layer in one tensor: ignore all of them or none."
+                f"{spec.name} would be kept and other experts of {owner_of(keys[spec.name])} quantized, but "
+                "servers hold the experts of a layer in one tensor: ignore all of them or none."
             )

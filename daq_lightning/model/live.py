@@ -1,7 +1,7 @@
 """The model inside a LightningModule, as a source for an export.
 
-A Trainer trains a LightningModule; servers load the `PreTrainedModel` inside it. This finds it, and gathers what an
-export needs from it: weights under checkpoint names, config, generation config, tokenizer.
+A Trainer trains a LightningModule; servers load the `PreTrainedModel` inside it. This finds it, and gathers
+what an export needs from it: weights under checkpoint names, config, generation config, tokenizer.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def find_model(module: nn.Module, path: str | None) -> tuple[str, nn.Module]:
 
     Args:
         module: The LightningModule.
-        path: Name of a submodule, or None to look for the one `PreTrainedModel`; a module without any is exported
-            itself.
+        path: Name of a submodule, or None to look for the one `PreTrainedModel`; a module without any is
+            exported itself.
 
     Raises:
         ValueError: No such submodule, or several models to choose from.
@@ -91,8 +91,8 @@ class LiveModel:
         if self.adapters is not None:
             if computed:
                 raise ValueError(
-                    f"{next(iter(computed))} is parametrized (weight norm or the like) in a model with PEFT adapters, "
-                    "which cannot be merged exactly. Remove the parametrization first, with "
+                    f"{next(iter(computed))} is parametrized (weight norm or the like) in a model with PEFT "
+                    "adapters, which cannot be merged exactly. Remove the parametrization first, with "
                     "torch.nn.utils.parametrize.remove_parametrizations, or call merge_and_unload()."
                 )
             self.model: nn.Module = self.adapters.model
@@ -109,9 +109,12 @@ class LiveModel:
             check_adapters(found, self._state or {})
             tensors = ComputedTensors(own if self._state is None else in_full(own, self._state), computed)
             outlines = {
-                name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                for name, tensor in tensors.items()
             }
-            identities = {name: id(computed[name].module if name in computed else own[name]) for name in tensors}
+            identities = {
+                name: id(computed[name].module if name in computed else own[name]) for name in tensors
+            }
         self.architecture = Architecture(self.model)
         saved = self.architecture.saved(outlines, identities)
         self.keys = {name: key for name, (key, _) in saved.items()}
@@ -123,8 +126,8 @@ class LiveModel:
         """The weights that a saved state of the LightningModule holds, under the names of this model.
 
         Args:
-            state: With the adapters of this model, which are merged as here; or without any, from a run before they
-                were added.
+            state: With the adapters of this model, which are merged as here; or without any, from a run
+                before they were added.
         """
         inside = _inside(state, self._name)
         if self.adapters is None:
@@ -150,8 +153,8 @@ class LiveModel:
 
         Args:
             folder: Destination.
-            owners: Objects (LightningModule, DataModule) whose `tokenizer`, `processor` or `processing_class` is
-                saved if there is one.
+            owners: Objects (LightningModule, DataModule) whose `tokenizer`, `processor` or `processing_class`
+                is saved if there is one.
         """
         if self.architecture.is_transformers and self.model.can_generate():  # type: ignore[operator]
             self.model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
@@ -169,8 +172,8 @@ class LiveModel:
 class LiveWeights(LazyTensors):
     """Tensors in memory under the names that a saved checkpoint would give them.
 
-    Nothing is copied: a plain parameter is handed out as it is, stacked experts as views of their slices, and whatever
-    has to be computed (a merged LoRA weight) is computed when it is asked for, one tensor at a time.
+    Nothing is copied: a plain parameter is handed out as it is, stacked experts as views of their slices, and
+    whatever has to be computed (a merged LoRA weight) is computed when it is asked for, one tensor at a time.
 
     Args:
         tensors: Memory name -> tensor; may itself be lazy.
@@ -213,7 +216,11 @@ class LiveWeights(LazyTensors):
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a module under their names: references, not copies."""
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 def _inside(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Where the tensors of a module in training are read: in the module itself, or in a saved state of it.
 
-A saved state is what `state_dict` of the LightningModule was when a checkpoint was written. Reading it through the
-live module, which knows the adapters and their scaling, leaves the live module alone: nothing is lent or put back.
+A saved state is what `state_dict` of the LightningModule was when a checkpoint was written. Reading it
+through the live module, which knows the adapters and their scaling, leaves the live module alone: nothing is
+lent or put back.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ class Values:
 
     Args:
         module: The module.
-        state: A saved `state_dict` of it. What is frozen may be left out, as in checkpoints of adapters alone: it is
-            then read from the module. None reads the module.
+        state: A saved `state_dict` of it. What is frozen may be left out, as in checkpoints of adapters
+            alone: it is then read from the module. None reads the module.
 
     Raises:
         CheckpointError: As for `check_adapters`.
@@ -28,7 +29,9 @@ class Values:
 
     def __init__(self, module: nn.Module, state: Mapping[str, Tensor] | None = None) -> None:
         self._state = state
-        self._names = {part: name.replace("_checkpoint_wrapped_module.", "") for name, part in module.named_modules()}
+        self._names = {
+            part: name.replace("_checkpoint_wrapped_module.", "") for name, part in module.named_modules()
+        }
         check_adapters(module, state or {})
 
     def __call__(self, owner: nn.Module, key: str) -> Tensor:
@@ -59,8 +62,8 @@ def _saved(name: str, live: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     if saved is None or saved.shape != live.shape:
         found = "lacks it" if saved is None else f"has the shape {tuple(saved.shape)}"
         raise CheckpointError(
-            f"{name} is trained and has the shape {tuple(live.shape)} in the model, but the checkpoint {found}: "
-            "expected a checkpoint of the same module with the same adapters."
+            f"{name} is trained and has the shape {tuple(live.shape)} in the model, but the checkpoint "
+            f"{found}: expected a checkpoint of the same module with the same adapters."
         )
     return saved.detach()
 
@@ -76,9 +79,10 @@ def check_adapters(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise CheckpointError(
-            f"The checkpoint holds adapters that the model in training does not have: {', '.join(foreign[:3])}{more}. "
-            "Expected a checkpoint of the same module with the same adapters. Merge the adapters of the other run "
-            "first, with merge_and_unload() and save_pretrained(), and pass that folder."
+            "The checkpoint holds adapters that the model in training does not have: "
+            f"{', '.join(foreign[:3])}{more}. Expected a checkpoint of the same module with the same "
+            "adapters. Merge the adapters of the other run first, with merge_and_unload() and "
+            "save_pretrained(), and pass that folder."
         )
 
 

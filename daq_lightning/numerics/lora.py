@@ -70,9 +70,12 @@ def merge_lora(weight: Tensor, adapters: Sequence[LoraFactors], *, transposed: b
     for factors in adapters:
         _check(weight, factors, transposed)
     left_right = [
-        (factors.A_RN.T, factors.B_MR.T) if transposed else (factors.B_MR, factors.A_RN) for factors in adapters
+        (factors.A_RN.T, factors.B_MR.T) if transposed else (factors.B_MR, factors.A_RN)
+        for factors in adapters
     ]
-    left_right = [(left.to(weight.device), right.to(weight.device, torch.float64)) for left, right in left_right]
+    left_right = [
+        (left.to(weight.device), right.to(weight.device, torch.float64)) for left, right in left_right
+    ]
     merged = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     squares = torch.zeros(weight.shape[1 if transposed else 0], dtype=torch.float64, device=weight.device)
     step = max(1, _BAND // max(1, weight.shape[1]))
@@ -93,7 +96,9 @@ def merge_lora(weight: Tensor, adapters: Sequence[LoraFactors], *, transposed: b
 
 
 @torch.no_grad()
-def merge_lora_experts(weight: Tensor, adapters: Sequence[LoraFactors], *, transposed: bool = False) -> Tensor:
+def merge_lora_experts(
+    weight: Tensor, adapters: Sequence[LoraFactors], *, transposed: bool = False
+) -> Tensor:
     """The stacked weights of experts with their adapters added, expert by expert.
 
     Args:
@@ -138,8 +143,9 @@ def _check(weight: Tensor, factors: LoraFactors, transposed: bool) -> None:
     fits = A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1] and (B.shape[0], A.shape[1]) == shape_MN
     if not fits or (magnitude_M is not None and magnitude_M.shape != shape_MN[:1]):
         raise ValueError(
-            f"The adapter does not fit the weight: weight {tuple(weight.shape)}{', stored as (in, out)' * transposed}, "
-            f"A {tuple(A.shape)}, B {tuple(B.shape)}"
+            "The adapter does not fit the weight: weight "
+            f"{tuple(weight.shape)}{', stored as (in, out)' * transposed}, A {tuple(A.shape)}, B "
+            f"{tuple(B.shape)}"
             + (f", magnitude {tuple(magnitude_M.shape)}" if magnitude_M is not None else "")
-            + f". Expected B (M, R) and A (R, N) with (M, N) = {shape_MN}: was the adapter trained on this model?"
+            + f". Expected B (M, R) and A (R, N) with (M, N) = {shape_MN}: was it trained on this model?"
         )

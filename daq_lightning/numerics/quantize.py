@@ -29,7 +29,11 @@ _BAND = 1 << 18  # elements that are held in float32 at a time
 
 
 def absmax_scale(
-    weight_MN: Tensor, granularity: Granularity, *, scale_format: ScaleFormat = "float32", fmt: Format = FP8_E4M3
+    weight_MN: Tensor,
+    granularity: Granularity,
+    *,
+    scale_format: ScaleFormat = "float32",
+    fmt: Format = FP8_E4M3,
 ) -> Tensor:
     """The scale that maps the largest magnitude of each group to the largest code.
 
@@ -63,7 +67,9 @@ def absmax(weight_MN: Tensor, granularity: Granularity) -> Tensor:
     parts = []
     for rows in bands(shape_MN, granularity, elements=max(_BAND, weight_MN.numel() // 16)):
         groups_GE = to_groups(weight_MN[rows], granularity)
-        parts.append(torch.maximum(groups_GE.amax(1), -groups_GE.amin(1)).float())  # no copy of |x|; keeps NaN
+        parts.append(
+            torch.maximum(groups_GE.amax(1), -groups_GE.amin(1)).float()
+        )  # no copy of |x|; keeps NaN
     return torch.cat(parts).reshape(grid)
 
 
@@ -99,7 +105,9 @@ def round_scale(scale: Tensor, scale_format: ScaleFormat) -> Tensor:
 def check_scale_format(scale_format: str) -> None:
     """Raises ValueError for a name that is none of the scale formats."""
     if scale_format not in SCALE_FORMATS:
-        raise ValueError(f"Unknown scale format {scale_format!r}: expected one of {', '.join(SCALE_FORMATS)}.")
+        raise ValueError(
+            f"Unknown scale format {scale_format!r}: expected one of {', '.join(SCALE_FORMATS)}."
+        )
 
 
 def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Format = FP8_E4M3) -> Tensor:
@@ -129,11 +137,15 @@ def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Fo
     reciprocal = scale.reciprocal()
     codes_MN = torch.empty(shape_MN, dtype=fmt.dtype, device=weight_MN.device)
     for rows in _row_bands(shape_MN):
-        codes_MN[rows] = encode(weight_MN[rows].float() * scale_of_rows(reciprocal, rows, shape_MN, granularity), fmt)
+        codes_MN[rows] = encode(
+            weight_MN[rows].float() * scale_of_rows(reciprocal, rows, shape_MN, granularity), fmt
+        )
     return codes_MN
 
 
-def dequantize(codes_MN: Tensor, scale: Tensor, granularity: Granularity, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(
+    codes_MN: Tensor, scale: Tensor, granularity: Granularity, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The weight that a reader computes: ``dtype(float32(code) * float32(scale))``.
 
     Args:
@@ -153,7 +165,9 @@ def dequantize(codes_MN: Tensor, scale: Tensor, granularity: Granularity, dtype:
     factor = scale.float()
     weight_MN = torch.empty(shape_MN, dtype=dtype, device=codes_MN.device)
     for rows in _row_bands(shape_MN):
-        weight_MN[rows] = (codes_MN[rows].float() * scale_of_rows(factor, rows, shape_MN, granularity)).to(dtype)
+        weight_MN[rows] = (codes_MN[rows].float() * scale_of_rows(factor, rows, shape_MN, granularity)).to(
+            dtype
+        )
     return weight_MN
 
 

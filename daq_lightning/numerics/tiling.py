@@ -38,7 +38,9 @@ def to_groups(weight_MN: Tensor, granularity: Granularity) -> Tensor:
     return blocks.reshape(grid_rows * grid_cols, rows * cols)
 
 
-def group_sizes(shape_MN: tuple[int, int], granularity: Granularity, device: torch.device | str = "cpu") -> Tensor:
+def group_sizes(
+    shape_MN: tuple[int, int], granularity: Granularity, device: torch.device | str = "cpu"
+) -> Tensor:
     """Number of real elements in each group: int64, shape (G,)."""
     (grid_rows, grid_cols), (rows, cols) = granularity.grid(shape_MN), granularity.cell(shape_MN)
     height = (shape_MN[0] - rows * torch.arange(grid_rows, dtype=torch.int64, device=device)).clamp(max=rows)
@@ -84,6 +86,8 @@ def scale_of_rows(scale: Tensor, rows: slice, shape_MN: tuple[int, int], granula
     if isinstance(granularity, PerTensor):
         return scale
     if isinstance(granularity, PerBlock):
-        block_rows = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=scale.device) // granularity.rows
+        block_rows = (
+            torch.arange(rows.start, rows.stop, dtype=torch.int64, device=scale.device) // granularity.rows
+        )
         return scale.repeat_interleave(granularity.cols, 1)[:, : shape_MN[1]][block_rows]
     return scale[rows]

@@ -1,14 +1,14 @@
 """What an export did to every tensor, as numbers that can be recomputed from the files.
 
-Each quantized tensor is listed with the sums of the scales that were written ("searched") and of plain absmax scales
-("absmax"), and the figures that follow from them. Both are those of float32 products of code and scale, which FP8
-kernels compute with; "dequantized" are the written scales for the other kind of reader:
+Each quantized tensor is listed with the sums of the scales that were written ("searched") and of plain absmax
+scales ("absmax"), and the figures that follow from them. Both are those of float32 products of code and
+scale, which FP8 kernels compute with; "dequantized" are the written scales for the other kind of reader:
 
-    searched      float32(code) * scale           inside the FP8 kernels of vLLM and SGLang; what the search looks at
-    dequantized   dtype(float32(code) * scale)    transformers and whoever dequantizes into 16 bit
+    searched      float32(code) * scale           inside the FP8 kernels of vLLM and SGLang; what the search
+    looks at dequantized   dtype(float32(code) * scale)    transformers and whoever dequantizes into 16 bit
 
-The second rounding moves a weight by up to 2^-9 of itself, as much as many updates: where the base is a 16-bit model,
-some updates that the codes keep are gone in 16 bit. Totals are the figures of the added sums.
+The second rounding moves a weight by up to 2^-9 of itself, as much as many updates: where the base is a
+16-bit model, some updates that the codes keep are gone in 16 bit. Totals are the figures of the added sums.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ class TensorReport:
         searched: Sums over the tensor under the written scales.
         absmax: Sums under plain absmax scales.
         root: Sums of the written scales against the first base of a chain, if the tensor is part of one.
-        dequantized: Sums of the written scales for a reader that dequantizes to 16 bit; None where its dtype does
-            not hold all values, and in reports of a version that did not look at it.
-        without_base: Why it has no base; its scale is the plain one, and it is left out of the totals. "" with a base.
+        dequantized: Sums of the written scales for a reader that dequantizes to 16 bit; None where its dtype
+            does not hold all values, and in reports of a version that did not look at it.
+        without_base: Why it has no base; its scale is the plain one, and it is left out of the totals. ""
+            with a base.
     """
 
     name: str
@@ -110,7 +111,9 @@ class ExportReport:
             "scheme": self.scheme,
             "dtype": self.dtype,
             "read_as": {
-                side: text.format(dtype=self.dtype) for side, text in _READ_AS.items() if side in self._sides()
+                side: text.format(dtype=self.dtype)
+                for side, text in _READ_AS.items()
+                if side in self._sides()
             },
             "search": dict(self.search),
             "totals": {side: _with_sums(self.totals(side)) for side in self._sides()},
@@ -122,7 +125,11 @@ class ExportReport:
                     "dtype": tensor.dtype,
                     "alpha": dict(tensor.alpha),
                     "searched": _with_sums(tensor.searched),
-                    **({"dequantized": _with_sums(tensor.dequantized)} if tensor.dequantized is not None else {}),
+                    **(
+                        {"dequantized": _with_sums(tensor.dequantized)}
+                        if tensor.dequantized is not None
+                        else {}
+                    ),
                     "absmax": _with_sums(tensor.absmax),
                     **({"root": _with_sums(tensor.root)} if tensor.root is not None else {}),
                     **({"without_base": tensor.without_base} if tensor.without_base else {}),
@@ -146,7 +153,8 @@ class ExportReport:
         content = read_json(file)
         if content.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"{file} has report format {content.get('format_version')!r:.80}, this version reads {FORMAT_VERSION}."
+                f"{file} has report format {content.get('format_version')!r:.80}, this version reads "
+                f"{FORMAT_VERSION}."
             )
         check_report(content, file)
         return cls(
@@ -174,7 +182,9 @@ class ExportReport:
                 continue
             values = self.metrics(side)
             direction = f"{values['sign_rate']:>10.4f}{values['cosine']:>10.4f}{values['gain']:>10.4f}"
-            if values["delta_norm"] == 0:  # nothing to keep: figures of a direction would be those of rounding noise
+            if (
+                values["delta_norm"] == 0
+            ):  # nothing to keep: figures of a direction would be those of rounding noise
                 direction = f"{'-':>10}{'-':>10}{'-':>10}"
             lines.append(f"  {side:12}{direction}{values['mse']:>12.3e}{values['lost']:>9.2%}")
         notes = list(self.notes)
@@ -184,7 +194,8 @@ class ExportReport:
 
 
 def figures(stats: DeltaStats) -> dict[str, float]:
-    """The figures of some sums: sign_rate, cosine, gain, mse, delta_norm, lost and flipped (shares of all elements)."""
+    """The figures of some sums: sign_rate, cosine, gain, mse, delta_norm, lost and flipped (shares of all
+    elements)."""
     return {
         "sign_rate": float(sign_rate(stats)),
         "cosine": float(cosine(stats)),
@@ -197,7 +208,8 @@ def figures(stats: DeltaStats) -> dict[str, float]:
 
 
 def only_finite(values: Mapping[str, float]) -> dict[str, float]:
-    """The figures that are numbers, for loggers and progress bars: a gain without an update is NaN, and says nothing.
+    """The figures that are numbers, for loggers and progress bars: a gain without an update is NaN, and says
+    nothing.
 
     Example:
         >>> only_finite({"daq/gain": float("nan"), "daq/mse": 0.5})
@@ -210,12 +222,15 @@ ALPHA_STATISTICS: tuple[str, ...] = ("min", "mean", "max", "moved")
 
 
 def alpha_statistics(alpha: Tensor) -> Tensor:
-    """min, mean, max and moved (share of groups with alpha != 1) of a tensor's alphas: float64, on its device."""
+    """min, mean, max and moved (share of groups with alpha != 1) of a tensor's alphas: float64, on its
+    device."""
     return torch.stack([alpha.min(), alpha.mean(), alpha.max(), (alpha != 1).double().mean()])
 
 
 def _with_sums(stats: DeltaStats) -> dict[str, Any]:
-    values: dict[str, Any] = {key: value if math.isfinite(value) else None for key, value in figures(stats).items()}
+    values: dict[str, Any] = {
+        key: value if math.isfinite(value) else None for key, value in figures(stats).items()
+    }
     return values | {"sums": {name: value.item() for name, value in stats._asdict().items()}}
 
 
@@ -237,7 +252,9 @@ def _tensor_from(name: str, entry: Mapping[str, Any]) -> TensorReport:
 def _stats_from(sums: Mapping[str, float]) -> DeltaStats:
     return DeltaStats(
         **{
-            name: torch.tensor(sums[name], dtype=torch.float64 if name in FLOAT_SUMS else torch.int64, device="cpu")
+            name: torch.tensor(
+                sums[name], dtype=torch.float64 if name in FLOAT_SUMS else torch.int64, device="cpu"
+            )
             for name in DeltaStats._fields
         }
     )

@@ -1,4 +1,5 @@
-"""The shape of `daq_report.json`: anybody may have written the file, so every field is looked at before it is used."""
+"""The shape of `daq_report.json`: anybody may have written the file, so every field is looked at before it is
+used."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def check_report(content: Mapping[str, Any], file: Path) -> None:
     check(isinstance(content.get("search"), dict), "an object in search")
     check(content.get("dtype", "bfloat16") in ("bfloat16", "float16"), "bfloat16 or float16 in dtype")
     kept, notes, tensors = content.get("kept"), content.get("notes"), content.get("tensors")
-    check(isinstance(kept, dict) and all(isinstance(reason, str) for reason in kept.values()), "reasons in kept")
+    check(
+        isinstance(kept, dict) and all(isinstance(reason, str) for reason in kept.values()), "reasons in kept"
+    )
     check(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "a list of text in notes")
     check(isinstance(tensors, dict) and len(tensors) > 0, "quantized tensors in tensors")
     for name, entry in content["tensors"].items():
@@ -42,9 +45,13 @@ def check_report(content: Mapping[str, Any], file: Path) -> None:
         is_shape = isinstance(shape, list) and len(shape) == 2 and all(_is_count(size) for size in shape)
         check(is_shape, f"the two sizes of {name} in shape")
         texts = (entry.get("dtype"), entry.get("scheme"), entry.get("without_base", ""))
-        check(all(isinstance(text, str) for text in texts), f"text in dtype, scheme and without_base of {name}")
+        check(
+            all(isinstance(text, str) for text in texts), f"text in dtype, scheme and without_base of {name}"
+        )
         is_alpha = isinstance(alpha, dict) and {"min", "mean", "max", "moved"} <= set(alpha)
-        check(is_alpha and all(map(_is_number, alpha.values())), f"min, mean, max and moved in alpha of {name}")
+        check(
+            is_alpha and all(map(_is_number, alpha.values())), f"min, mean, max and moved in alpha of {name}"
+        )
         for side in ("searched", "absmax", *(side for side in ("dequantized", "root") if side in entry)):
             sums = entry[side].get("sums") if isinstance(entry.get(side), dict) else None
             listed = ", ".join(DeltaStats._fields)
@@ -56,7 +63,11 @@ def _are_sums(sums: Mapping[str, Any]) -> bool:
         return False
     counts = [value for name, value in sums.items() if name not in FLOAT_SUMS]
     squares = [value for name, value in sums.items() if name.endswith("_sq")]
-    return all(map(_is_count, counts)) and _is_number(sums["dot"]) and all(_is_number(x) and x >= 0 for x in squares)
+    return (
+        all(map(_is_count, counts))
+        and _is_number(sums["dot"])
+        and all(_is_number(x) and x >= 0 for x in squares)
+    )
 
 
 def _is_count(value: object) -> bool:

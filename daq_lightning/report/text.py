@@ -9,10 +9,13 @@ from daq_lightning.report.figures import ExportReport, TensorReport, figures
 
 
 def worst_first(report: ExportReport) -> list[TensorReport]:
-    """Its tensors by the cosine of update and kept update, lowest first; those without an update or base come last."""
+    """Its tensors by the cosine of update and kept update, lowest first; those without an update or base come
+    last."""
 
     def rank(tensor: TensorReport) -> tuple[bool, float]:
-        return bool(tensor.without_base) or float(tensor.searched.delta_sq) == 0, float(cosine(tensor.searched))
+        return bool(tensor.without_base) or float(tensor.searched.delta_sq) == 0, float(
+            cosine(tensor.searched)
+        )
 
     return sorted(report.tensors, key=rank)
 
@@ -28,15 +31,19 @@ def table(report: ExportReport, limit: int | None = None) -> str:
     width = max((len(tensor.name) for tensor in tensors), default=0)
     plain, kept = report.metrics("absmax"), report.metrics("searched")
     lines = [
-        f"{report.path}: {len(report.tensors)} weights as {report.scheme}, searched for {report.search.get('metric')}",
+        f"{report.path}: {len(report.tensors)} weights as {report.scheme}, searched for "
+        f"{report.search.get('metric')}",
         "Worst first: the lowest cosine between the update (post - base) and what is left of it in FP8.",
-        "absmax: that cosine under plain scales; gain: strength of the update along its own direction, 1 is full;",
-        "sign: share of elements whose change keeps its sign; lost: share whose change became zero; moved: share of",
+        "absmax: that cosine under plain scales; gain: strength of the update along its own direction, 1 is "
+        "full;",
+        "sign: share of elements whose change keeps its sign; lost: share whose change became zero; moved: "
+        "share of",
         "scales that the search moved away from plain ones.",
-        "Figures are those of FP8 kernels (vLLM, SGLang); the last line is for readers that dequantize (transformers).",
+        "Figures are those of FP8 kernels (vLLM, SGLang); the last line is for readers that dequantize "
+        "(transformers).",
         "",
-        f"{'weight':{width}} {'shape':>14} {'cosine':>8} {'absmax':>8} {'gain':>8} {'sign':>7} {'mse':>10} {'lost':>8} "
-        f"{'moved':>7}",
+        f"{'weight':{width}} {'shape':>14} {'cosine':>8} {'absmax':>8} {'gain':>8} {'sign':>7} {'mse':>10} "
+        f"{'lost':>8} {'moved':>7}",
     ]
     for tensor in tensors:
         now, before = figures(tensor.searched), figures(tensor.absmax)

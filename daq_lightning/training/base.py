@@ -9,9 +9,9 @@
 | a `.ckpt` file | a Lightning checkpoint of the same module, or of it before adapters | read from there |
 | a `.ckpt` file with adapters | merged, once, into `dirpath/base/` | read from there |
 
-No hook sees the base weights of a resumed run, so a base is a reference: where it is, and a fingerprint of every
-tensor. The callback saves the reference with the training state; a resumed run finds the same base or stops before
-its first step.
+No hook sees the base weights of a resumed run, so a base is a reference: where it is, and a fingerprint of
+every tensor. The callback saves the reference with the training state; a resumed run finds the same base or
+stops before its first step.
 """
 
 from __future__ import annotations
@@ -100,9 +100,13 @@ def resolve_base(request: BaseRequest, model: LiveModel) -> Base:
     elif request.base in ("auto", "snapshot", "memory"):
         if resumed and not (request.base == "auto" and model.adapters is not None):
             raise MisconfigurationException(
-                f"The run resumes from {request.resumed_from}, and the weights before training are not at hand any "
-                "more: "
-                + ("they were kept in memory (base='memory'). " if saved else "its callback state holds no base. ")
+                f"The run resumes from {request.resumed_from}, and the weights before training are not at "
+                "hand any more: "
+                + (
+                    "they were kept in memory (base='memory'). "
+                    if saved
+                    else "its callback state holds no base. "
+                )
                 + "Pass base='<folder>' with the model that the run was started from."
             )
         if request.base == "auto" and model.adapters is not None:
@@ -131,22 +135,24 @@ def copy_to_memory(weights: Mapping[str, Tensor], names: Iterable[str]) -> Base:
     copies = {}
     for name in names:
         weight = weights[name].detach()
-        copies[name] = torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=weight.is_cuda).copy_(
-            weight
-        )
+        copies[name] = torch.empty(
+            weight.shape, dtype=weight.dtype, device="cpu", pin_memory=weight.is_cuda
+        ).copy_(weight)
     return base_from_memory("memory", copies, copies)
 
 
 def take_snapshot(
     weights: Mapping[str, Tensor], names: Iterable[str], folder: Path, own: Collection[Path] = ()
 ) -> Base:
-    """Streams weights to a folder of safetensors, one at a time; an equal snapshot that is there is used again.
+    """Streams weights to a folder of safetensors, one at a time; an equal snapshot that is there is used
+    again.
 
     Args:
         weights: Checkpoint name -> tensor.
         names: Which of them.
         folder: Destination. If it holds other weights, `<folder>-v1` and so on is taken.
-        own: The snapshots of this run. One that another run made is marked: it stays, whatever becomes of that run.
+        own: The snapshots of this run. One that another run made is marked: it stays, whatever becomes of
+            that run.
 
     Raises:
         CheckpointError: The folder cannot be written.
@@ -161,13 +167,17 @@ def take_snapshot(
             if _snapshot_fingerprints(target) == fingerprints:
                 if target not in own:
                     mark_shared(target)
-                return Base(kind="snapshot", path=str(target), weights=Checkpoint(target), fingerprints=fingerprints)
+                return Base(
+                    kind="snapshot", path=str(target), weights=Checkpoint(target), fingerprints=fingerprints
+                )
     raise AssertionError("versions never end")
 
 
 def _write_snapshot(weights: Mapping[str, Tensor], names: list[str], target: Path) -> Base:
     fingerprints: dict[str, str] = {}
-    specs = [TensorSpec(name=name, dtype=weights[name].dtype, shape=tuple(weights[name].shape)) for name in names]
+    specs = [
+        TensorSpec(name=name, dtype=weights[name].dtype, shape=tuple(weights[name].shape)) for name in names
+    ]
     with CheckpointWriter(target, specs) as writer, Behind() as behind:
         for name in names:
             weight = weights[name].detach()
@@ -177,7 +187,9 @@ def _write_snapshot(weights: Mapping[str, Tensor], names: list[str], target: Pat
         writer.write_json(MANIFEST, {"snapshot_version": _SNAPSHOT_VERSION, "fingerprints": fingerprints})
         writer.publish()
     checkpoint = Checkpoint(target)
-    return Base(kind="snapshot", path=str(target), weights=checkpoint, fingerprints=fingerprints, created=True)
+    return Base(
+        kind="snapshot", path=str(target), weights=checkpoint, fingerprints=fingerprints, created=True
+    )
 
 
 def open_folder(path: str, names: Iterable[str], model: LiveModel) -> Base:
@@ -202,16 +214,17 @@ def open_folder(path: str, names: Iterable[str], model: LiveModel) -> Base:
 def open_lightning_checkpoint(request: BaseRequest, model: LiveModel) -> Base:
     """A base that is a `.ckpt` file.
 
-    Weights that have to be merged are written to a snapshot: computed once, they are the same bits in a resumed run,
-    and the file may go.
+    Weights that have to be merged are written to a snapshot: computed once, they are the same bits in a
+    resumed run, and the file may go.
     """
     state = read_lightning_checkpoint(request.base)
     weights = model.saved(state)
     missing = [name for name in request.names if name not in weights]
     if missing:
         raise CheckpointError(
-            f"{request.base} lacks {len(missing)} of {len(request.names)} weights ({', '.join(missing[:3])}): expected "
-            f"a checkpoint of the LightningModule that is trained. It holds {', '.join(list(state)[:3])}, ..."
+            f"{request.base} lacks {len(missing)} of {len(request.names)} weights "
+            f"({', '.join(missing[:3])}): expected a checkpoint of the LightningModule that is trained. It "
+            f"holds {', '.join(list(state)[:3])}, ..."
         )
     if adapters_in(state):
         return take_snapshot(weights, request.names, request.dirpath / "base")
@@ -229,9 +242,10 @@ def check_resumed(saved: Mapping[str, Any], found: Base) -> None:
     if different or len(expected) != len(found.fingerprints):
         where = found.path or "the frozen weights in memory"
         raise MisconfigurationException(
-            f"The base of the resumed run is not the one it started from: {len(different)} of {len(expected)} weights "
-            f"in {where} are missing or differ ({', '.join(different[:3])}). Pass base='<folder>' with the model that "
-            f"the run was started from (it was {saved['kind']!r}{' in ' + saved['path'] if saved['path'] else ''})."
+            f"The base of the resumed run is not the one it started from: {len(different)} of "
+            f"{len(expected)} weights in {where} are missing or differ ({', '.join(different[:3])}). Pass "
+            "base='<folder>' with the model that the run was started from (it was "
+            f"{saved['kind']!r}{' in ' + saved['path'] if saved['path'] else ''})."
         )
 
 

@@ -1,26 +1,25 @@
 """The Lightning callback: when to take the base, when to export. No arithmetic happens here.
 
     on_fit_start   find the model, plan the export, take the base      (errors before the first step)
-    checkpoint     with export_on="checkpoint": after each file that ModelCheckpoint writes, of the same weights
-    on_train_end   search and write `dirpath/step=<n>/`                 (the last hook with the weights on the device)
-    on_fit_end     raise what went wrong in an export                   (after Lightning has saved its own checkpoints)
+    checkpoint     with export_on="checkpoint": after each file that ModelCheckpoint writes, of the same
+    weights on_train_end   search and write `dirpath/step=<n>/`                 (the last hook with the
+    weights on the device) on_fit_end     raise what went wrong in an export                   (after
+    Lightning has saved its own checkpoints)
 
-Parameters, random numbers, gradients and modes of the model are only read: training is bit-identical with and without
-the callback. A failed export never stops a run: its error surfaces when training is over and saved.
+Parameters, random numbers, gradients and modes of the model are only read: training is bit-identical with and
+without the callback. A failed export never stops a run: its error surfaces when training is over and saved.
 
 Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, triggers).
 """
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from daq_lightning.checkpoint.destination import check_destination
@@ -28,11 +27,10 @@ from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.schemes import SchemeName
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search.settings import ScaleSearch
-from daq_lightning.report.figures import ExportReport
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging
-from daq_lightning.training.published import Published
-from daq_lightning.training.ranks import agreed, raise_on_all
+from daq_lightning.training.published import PublishedExports, warn_of_nothing
+from daq_lightning.training.ranks import agreed, raise_at_end, raise_on_all
 from daq_lightning.training.resume import states_in
 from daq_lightning.training.run import Run, RunSettings
 from daq_lightning.training.saves import saved_by_model_checkpoint, unwatch, watch
@@ -40,15 +38,15 @@ from daq_lightning.training.schedule import ExportOn, Moment, Schedule, Which
 from daq_lightning.training.strategies import check_strategy
 
 
-class DeltaAwareQuantization(Callback):
+class DeltaAwareQuantization(PublishedExports, Callback):
     """Exports the trained model as an FP8 checkpoint that keeps what training changed.
 
     Args:
         dirpath: Folder of the exports; each is `dirpath/<filename>/`.
         base: The weights before training: "auto", "snapshot", "memory", a Hugging Face folder, or a Lightning
             `.ckpt` file. See `daq_lightning.training.base`.
-        scheme: "FP8_BLOCK" (128 x 128), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel, 16-bit activations), or
-            "auto": blocks where all sizes are multiples of 128, else channels.
+        scheme: "FP8_BLOCK" (128 x 128), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel, 16-bit
+            activations), or "auto": blocks where all sizes are multiples of 128, else channels.
         metric: What the scale search maximizes: "hybrid", "cosine", "sign" or "mse".
         alpha_range: Range of the multiples of the absmax scale that are tried.
         search: Full settings of the search, instead of `metric` and `alpha_range`.
@@ -58,35 +56,31 @@ class DeltaAwareQuantization(Callback):
         export_on: "train_end", or "checkpoint": whenever ModelCheckpoint saves, the same weights.
         every_n_train_steps: Also export every so many optimizer steps.
         every_n_epochs: Also export every so many epochs.
-        which: What the export at the end of training holds: the "last" weights, or the "best" checkpoint of the
-            first ModelCheckpoint that has a monitor.
+        which: What the export at the end of training holds: the "last" weights, or the "best" checkpoint of
+            the first ModelCheckpoint that has a monitor.
         keep_last: How many exports of this run to keep; None keeps all.
         filename: Name of an export, as ModelCheckpoint's: "{epoch}-{step}-{val_loss:.2f}". A metric that was
             not logged yet is 0, a slash in the name of one becomes an underscore.
-        merge_adapters: Whether PEFT adapters are merged into the export. If not, the export holds the frozen model, and
-            its subfolder `adapter` the adapters, as PEFT and servers load them.
-        reference: "initial": every export is measured against the base. "previous_checkpoint": against the weights
-            of the export before it, which keeps the update small in a long run.
+        merge_adapters: Whether PEFT adapters are merged into the export. If not, the export holds the frozen
+            model, and its subfolder `adapter` the adapters, as PEFT and servers load them.
+        reference: "initial": every export is measured against the base. "previous_checkpoint": against the
+            weights of the export before it, which keeps the update small in a long run.
         parent: Folder of the export that this run goes on from, as the next stage of a chain.
-        chain_from: With a parent: whether the run began with its high-precision "weights" or with its "deployed",
-            dequantized ones. It is checked, never guessed.
+        chain_from: With a parent: whether the run began with its high-precision "weights" or with its
+            "deployed", dequantized ones. It is checked, never guessed.
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
-        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or "absmax"
-            to quantize it without a search.
+        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or
+            "absmax" to quantize it without a search.
 
     With WeightAveraging, every export holds the averaged weights, as ModelCheckpoint's files do.
 
     Attributes:
-        metrics: Figures of the last export, also logged to every logger of the Trainer.
-        report: The `ExportReport` of the last export.
-        exports: Folders of all exports of this run that are kept, oldest first. These three are the same on
-            every rank, from the end of the epoch on, and after the fit in the process that started the ranks.
         schedule: When it exports, and under which name.
         moment: What `should_export` is asked about: "step", "epoch", "checkpoint" or "end".
 
     Raises:
-        MisconfigurationException: Settings that contradict each other, a strategy whose weights cannot be read, or a
-            base that does not fit the model; always before the first training step.
+        MisconfigurationException: Settings that contradict each other, a strategy whose weights cannot be
+            read, or a base that does not fit the model; always before the first training step.
 
     Example:
         >>> import lightning.pytorch as L
@@ -96,12 +90,6 @@ class DeltaAwareQuantization(Callback):
         >>> trainer.fit(module, data)  # doctest: +SKIP
         >>> print(export.exports[-1])  # doctest: +SKIP
         exports/step=1000
-
-    When to export can be decided in a method, which is asked after every optimizer step and epoch:
-
-        >>> class WhenItImproves(DeltaAwareQuantization):
-        ...     def should_export(self, trainer):
-        ...         return self.moment == "end" or trainer.callback_metrics.get("val_loss", 9.0) < 2.0
     """
 
     def __init__(
@@ -129,11 +117,8 @@ class DeltaAwareQuantization(Callback):
         missing_base: check.MissingBase = "error",
     ) -> None:
         super().__init__()
-        named = module is None or isinstance(module, str)
-        check.require(named, "module", module, "None or a str, the name of a submodule")
-        check.choice("reference", reference, ("initial", "previous_checkpoint"))
-        check.flag("merge_adapters", merge_adapters)
         check.flag("export_on_exception", export_on_exception)
+        self._export_on_exception = export_on_exception
         self.schedule = Schedule(
             export_on=export_on,
             which=which,
@@ -142,20 +127,19 @@ class DeltaAwareQuantization(Callback):
             keep_last=keep_last,
             filename=filename,
         )
-        base = check.path("base", base, "'auto', 'snapshot', 'memory' or a path")
         self._settings = RunSettings(
-            dirpath=check.local_path("dirpath", dirpath, "a path, such as 'exports'"),
+            dirpath=dirpath,
             base=base,
             module=module,
             reference=reference,
             merge_adapters=merge_adapters,
-            parent=check.chain(parent, chain_from, base),
+            parent=parent,
             chain_from=chain_from,
-            choices=check.make_settings(scheme, metric, alpha_range, search, ignore, scale_format, missing_base),
+            choices=check.make_settings(
+                scheme, metric, alpha_range, search, ignore, scale_format, missing_base
+            ),
             schedule=self.schedule,
         )
-        self._export_on_exception = export_on_exception
-        self._published = Published()
         self._run: Run | None = None
         self._place: int | None = None  # among the callbacks of this class in the Trainer
         self._state: dict[str, Any] | None = None
@@ -165,38 +149,29 @@ class DeltaAwareQuantization(Callback):
         self.moment: Moment = "end"
 
     @property
-    def metrics(self) -> dict[str, float]:
-        """Figures of the last export."""
-        return self._published.known().metrics
-
-    @property
-    def report(self) -> ExportReport | None:
-        """The report of the last export."""
-        return self._published.known().report
-
-    @property
-    def exports(self) -> list[Path]:
-        """Folders of all exports of this run that are kept, oldest first."""
-        return self._published.known().exports
-
-    @property
     @override
     def state_key(self) -> str:
         """The class, numbered from the second of a Trainer on; settings may change, see `resume.py`."""
         name = type(self).__qualname__
         if self._place is None:  # no Trainer yet: only the settings tell two callbacks apart
-            return self._generate_state_key(**self._settings.description(model=self._settings.module, place=None))
+            return self._generate_state_key(
+                **self._settings.description(model=self._settings.module, place=None)
+            )
         return f"{name}[{self._place}]" if self._place else name
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Adds the reference to the base, in primitives."""
         self._referenced = True
         if self._state is not None:
             checkpoint.setdefault("callbacks", {})[self.state_key] = dict(self._state)
 
     @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Keeps the references that the checkpoint holds; the own one is found in `on_fit_start`."""
         self._states = states_in(checkpoint.get("callbacks", {}))
 
@@ -215,14 +190,17 @@ class DeltaAwareQuantization(Callback):
     @override
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Plans the export and takes the base, so that whatever does not fit is known before the first step."""
+        """Plans the export and takes the base, so that whatever does not fit is known before the first
+        step."""
         self._run, self._state, self._referenced = None, None, False
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._published.begin(trainer)
         raise_on_all(trainer, lambda: self._prepare(trainer, pl_module))
         if self.schedule.export_on == "checkpoint" and trainer.is_global_zero:
-            watch(trainer, before=partial(self._before_save, trainer), after=partial(self._after_save, trainer))
+            watch(
+                trainer, before=partial(self._before_save, trainer), after=partial(self._after_save, trainer)
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -258,16 +236,10 @@ class DeltaAwareQuantization(Callback):
             run.export_best()
         self._published.synchronize(trainer)
         if run is not None and not self.exports and run.error is None:
-            rank_zero_warn(
-                f"{type(self).__name__} exported nothing: no export was due before training ended (no training "
-                "steps, as in a resumed run that was finished; no file of ModelCheckpoint; should_export said no)."
-            )
+            warn_of_nothing(type(self).__name__)
         error = agreed(trainer, None if run is None else run.error)
         self._release(trainer)
-        if error is not None:
-            if sys.version_info >= (3, 11):
-                error.add_note("Training itself has finished: the checkpoints that Lightning wrote are complete.")
-            raise error
+        raise_at_end(error)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -282,6 +254,11 @@ class DeltaAwareQuantization(Callback):
         It is asked on rank 0 alone, so it must not wait for other ranks: after every optimizer step
         (`self.moment` is "step"), every epoch ("epoch"), every file of ModelCheckpoint ("checkpoint", with
         export_on="checkpoint"), and training ("end"); not again at a step whose weights are exported already.
+
+        Example:
+            >>> class WhenItImproves(DeltaAwareQuantization):
+            ...     def should_export(self, trainer):
+            ...         return trainer.callback_metrics.get("val_loss", 9.0) < 2.0
         """
         return self.schedule.due(self.moment, trainer)
 
@@ -306,7 +283,11 @@ class DeltaAwareQuantization(Callback):
 
     def _after_save(self, trainer: Trainer, path: Path, content: dict[str, Any]) -> None:
         """Exports what was saved; not again for the `last.ckpt` beside it."""
-        if self._run is not None and saved_by_model_checkpoint(trainer, path) and self._is_time("checkpoint", trainer):
+        if (
+            self._run is not None
+            and saved_by_model_checkpoint(trainer, path)
+            and self._is_time("checkpoint", trainer)
+        ):
             self._run.export(content["state_dict"], checkpoint=path)
 
     def _release(self, trainer: Trainer) -> None:

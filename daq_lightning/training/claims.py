@@ -2,10 +2,12 @@
 
     claim(folder)        this process alone decides about the name, until the context ends; others wait
     mark_shared(folder)  a second run uses what one has made: it stays, whatever becomes of either
-    free_name(folder)    the name, or the first of `<name>-v1`, `<name>-v2` ... that neither exists nor is claimed
+    free_name(folder)    the name, or the first of `<name>-v1`, `<name>-v2` ... that neither exists nor is
+    claimed
 
-A claim is a lock on the hidden file `.<name>.claim` beside the folder. The system takes the lock from a process that
-ends, however it ends; the file itself is removed with the claim and means nothing without a lock.
+A claim is a lock on the hidden file `.<name>.claim` beside the folder. The system takes the lock from a
+process that ends, however it ends; the file itself is removed with the claim and means nothing without a
+lock.
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ def claim(folder: Path, *, wait: bool = True) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def free_name(folder: Path) -> Iterator[Path]:
-    """Claims the name, or the first of `<name>-v1`, `<name>-v2` ... that is free: what an earlier or another run wrote
-    or writes stays.
+    """Claims the name, or the first of `<name>-v1`, `<name>-v2` ... that is free: what an earlier or another
+    run wrote or writes stays.
 
     Yields:
         A folder that does not exist, and that no other process makes.
@@ -69,7 +71,8 @@ def free_name(folder: Path) -> Iterator[Path]:
 
 
 def mark_shared(folder: Path) -> None:
-    """Says that a second run uses a folder: from then on, no run removes it. Call it with a claim of the name.
+    """Says that a second run uses a folder: from then on, no run removes it. Call it with a claim of the
+    name.
 
     Raises:
         CheckpointError: The folder cannot be written.

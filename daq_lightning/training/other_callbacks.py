@@ -1,4 +1,5 @@
-"""What other callbacks of a Trainer mean for an export: those that save checkpoints, and those that average."""
+"""What other callbacks of a Trainer mean for an export: those that save checkpoints, and those that
+average."""
 
 from __future__ import annotations
 
@@ -33,14 +34,16 @@ def check_savers(trainer: Trainer, schedule: Schedule) -> None:
         found = f"there is only {', '.join(settings)}"
     if schedule.which == "best" and best_saver(trainer) is None:
         raise MisconfigurationException(
-            "which='best' exports the best checkpoint of a ModelCheckpoint that has a monitor and keeps files, "
-            f"but {found}. Add one, such as ModelCheckpoint(monitor='val_loss'), or use which='last'."
+            "which='best' exports the best checkpoint of a ModelCheckpoint that has a monitor and keeps "
+            f"files, but {found}. Add one, such as ModelCheckpoint(monitor='val_loss'), or use which='last'."
         )
-    saving = [saver for saver in savers if getattr(saver, "save_top_k", 1) != 0 or getattr(saver, "save_last", None)]
+    saving = [
+        saver for saver in savers if getattr(saver, "save_top_k", 1) != 0 or getattr(saver, "save_last", None)
+    ]
     if schedule.export_on == "checkpoint" and not saving:
         raise MisconfigurationException(
-            f"export_on='checkpoint' exports what ModelCheckpoint saves, but {found}, which saves nothing. Add "
-            "one, such as ModelCheckpoint(every_n_train_steps=1000), or use export_on='train_end'."
+            f"export_on='checkpoint' exports what ModelCheckpoint saves, but {found}, which saves nothing. "
+            "Add one, such as ModelCheckpoint(every_n_train_steps=1000), or use export_on='train_end'."
         )
 
 
@@ -55,7 +58,8 @@ def place_after_averaging(trainer: Trainer, callback: Callback) -> None:
 
 
 def averaged_state(trainer: Trainer) -> dict[str, Tensor] | None:
-    """The averaged weights under the names of the LightningModule, as a checkpoint would hold them; not a copy.
+    """The averaged weights under the names of the LightningModule, as a checkpoint would hold them; not a
+    copy.
 
     None if there are none, and in validation: WeightAveraging swaps the weights then, and the module has the
     average.

@@ -44,8 +44,8 @@ class Published:
 
     Attributes:
         exports: Folders, oldest first.
-        metrics: Figures of the last export, as they are: where nothing changed some are NaN, which loggers and the
-            Trainer are not told.
+        metrics: Figures of the last export, as they are: where nothing changed some are NaN, which loggers
+            and the Trainer are not told.
         report: Report of the last export.
         record: The file that tells the process that started the ranks.
         in_worker: Whether this process is such a rank.
@@ -105,6 +105,33 @@ class Published:
         return self
 
 
+class PublishedExports:
+    """What users read of a callback that exports.
+
+    The same on every rank, from the end of the epoch on, and after the fit in the process that started the
+    ranks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._published = Published()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last export, also logged to every logger of the Trainer."""
+        return self._published.known().metrics
+
+    @property
+    def report(self) -> ExportReport | None:
+        """The report of the last export."""
+        return self._published.known().report
+
+    @property
+    def exports(self) -> list[Path]:
+        """Folders of the exports of this run that are kept, oldest first."""
+        return self._published.known().exports
+
+
 def metrics_of(report: ExportReport) -> dict[str, float]:
     """The metrics of the written scales ("daq/...") and of plain absmax scales ("daq/absmax_...")."""
     metrics: dict[str, float] = {}
@@ -129,7 +156,15 @@ def warn_if_unchanged(report: ExportReport) -> None:
     compared = [tensor for tensor in report.tensors if not tensor.without_base]
     if compared and not any(tensor.searched.n_changed for tensor in compared):
         rank_zero_warn(
-            f"No weight changed: each of the {len(compared)} quantized weights equals the base, so there is no "
-            "update to preserve, and its figures are NaN. Is the base the model before training, and was anything "
-            "trained (requires_grad, learning rate)?"
+            f"No weight changed: each of the {len(compared)} quantized weights equals the base, so there is "
+            "no update to preserve, and its figures are NaN. Is the base the model before training, and was "
+            "anything trained (requires_grad, learning rate)?"
         )
+
+
+def warn_of_nothing(name: str) -> None:
+    """Says that a run ended and a callback of this name exported nothing, and why that may be."""
+    rank_zero_warn(
+        f"{name} exported nothing: no export was due before training ended (no training steps, as in a "
+        "resumed run that was finished; no file of ModelCheckpoint; should_export said no)."
+    )

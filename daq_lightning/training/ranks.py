@@ -1,12 +1,13 @@
 """One rank prepares and exports; what it could not do is raised on all ranks, so that none waits for another.
 
-Every function here is a collective: all ranks call it, in the same order. So none may be called in
-`on_exception`, which a single rank may reach.
+`raise_on_all` and `agreed` are collectives: all ranks call them, in the same order. So neither may be called
+in `on_exception`, which a single rank may reach.
 """
 
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable
 
 from lightning.pytorch import Trainer
@@ -29,6 +30,15 @@ def agreed(trainer: Trainer, error: Exception | None) -> Exception | None:
     """The error of rank 0, on every rank: a copy, or its words where it cannot be copied."""
     sent = trainer.strategy.broadcast(_copied(error) if trainer.is_global_zero else None)
     return error if trainer.is_global_zero else sent
+
+
+def raise_at_end(error: Exception | None) -> None:
+    """Raises what went wrong in an export, after all that Lightning does at the end of training."""
+    if error is None:
+        return
+    if sys.version_info >= (3, 11):
+        error.add_note("Training itself has finished: the checkpoints that Lightning wrote are complete.")
+    raise error
 
 
 def _copied(error: Exception | None) -> Exception | None:

@@ -1,8 +1,8 @@
 """Which state in a training checkpoint is a callback's own, after anything about the callback has changed.
 
-A state is {"base": reference to the base, "root": ..., "callback": what the callback was}. A resumed run may have
-moved to another folder, asks for another metric, or uses another release, so the state is not looked up under a
-key that all of these would change. Of all states in the checkpoint the one is taken
+A state is {"base": reference to the base, "root": ..., "callback": what the callback was}. A resumed run may
+have moved to another folder, asks for another metric, or uses another release, so the state is not looked up
+under a key that all of these would change. Of all states in the checkpoint the one is taken
 
     that fits          the same model; a base that did not move with the run, unless this callback's moves too
     that is most like  most fields of "callback" equal; then the same place among the callbacks

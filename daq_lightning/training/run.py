@@ -30,13 +30,19 @@ from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.model.complete import check_complete
 from daq_lightning.model.live import LiveModel, find_model
-from daq_lightning.training.base import Base, BaseRequest, read_lightning_checkpoint, resolve_base, take_snapshot
+from daq_lightning.training import settings_check as check
+from daq_lightning.training.base import (
+    Base,
+    BaseRequest,
+    read_lightning_checkpoint,
+    resolve_base,
+    take_snapshot,
+)
 from daq_lightning.training.claims import free_name, remove_own
 from daq_lightning.training.other_callbacks import best_saver
 from daq_lightning.training.published import Published
 from daq_lightning.training.resume import own_state, reference_of
 from daq_lightning.training.schedule import Kept, Schedule
-from daq_lightning.training.settings_check import as_misconfiguration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,20 @@ class RunSettings:
     chain_from: ChainFrom | None
     choices: ExportSettings
     schedule: Schedule
+
+    def __post_init__(self) -> None:
+        named = self.module is None or isinstance(self.module, str)
+        check.require(named, "module", self.module, "None or a str, the name of a submodule")
+        check.choice("reference", self.reference, ("initial", "previous_checkpoint"))
+        check.flag("merge_adapters", self.merge_adapters)
+        base = check.path("base", self.base, "'auto', 'snapshot', 'memory' or a path")
+        places = {
+            "dirpath": check.local_path("dirpath", self.dirpath, "a path, such as 'exports'"),
+            "base": base,
+            "parent": check.chain(self.parent, self.chain_from, base),
+        }
+        for name, value in places.items():  # with `~` as the user's home
+            object.__setattr__(self, name, value)
 
     def description(self, model: str | None, place: int | None) -> dict[str, Any]:
         """What a resumed run knows its callback by, in primitives; see `resume.py`.
@@ -109,10 +129,10 @@ class Run:
         self._retaken: Base | None = None
         self.step = -1
         self.error: Exception | None = None
-        with as_misconfiguration():
+        with check.as_misconfiguration():
             model_name, _ = find_model(module, settings.module)
         model = self._model(None)
-        with as_misconfiguration():
+        with check.as_misconfiguration():
             check_complete(model)
         source = self._source(model)
         plan = plan_export(source.specs, source.outline, settings.choices)
@@ -122,7 +142,9 @@ class Run:
         state = own_state(states, own) if resumed_from else None
         where, saved = reference_of(state, settings.base, names)
         dirpath = Path(settings.dirpath).absolute()
-        request = BaseRequest(base=where, names=names, dirpath=dirpath, resumed_from=resumed_from, saved=saved)
+        request = BaseRequest(
+            base=where, names=names, dirpath=dirpath, resumed_from=resumed_from, saved=saved
+        )
         self.base = resolve_base(request, model)
         root = (state or {}).get("root") or self.base.path
         try:
@@ -139,7 +161,11 @@ class Run:
         except Exception:
             self.remove_unused_base()
             raise
-        self.state: dict[str, Any] = {"base": self.base.state(), "root": self._job.lineage.root, "callback": own}
+        self.state: dict[str, Any] = {
+            "base": self.base.state(),
+            "root": self._job.lineage.root,
+            "callback": own,
+        }
 
     @torch.no_grad()
     def export(self, state: Mapping[str, Any] | None = None, checkpoint: Path | None = None) -> None:
@@ -161,8 +187,8 @@ class Run:
         try:
             if not path:
                 raise MisconfigurationException(
-                    "which='best' exports the best checkpoint of ModelCheckpoint, but it saved none in this run: "
-                    "check how often it saves, or use which='last'."
+                    "which='best' exports the best checkpoint of ModelCheckpoint, but it saved none in this "
+                    "run: check how often it saves, or use which='last'."
                 )
             state = read_lightning_checkpoint(path)
         except Exception as error:
@@ -190,7 +216,8 @@ class Run:
             self.keep(error)
 
     def remove_unused_base(self) -> None:
-        """Removes a snapshot that this run took and left nothing of: no step, no export, no checkpoint to come."""
+        """Removes a snapshot that this run took and left nothing of: no step, no export, no checkpoint to
+        come."""
         saves = any(isinstance(other, OnExceptionCheckpoint) for other in self._trainer.callbacks)  # type: ignore[attr-defined]
         if self.base.created and not self._kept.exports and not saves and self._trainer.global_step == 0:
             remove_own(Path(self.base.path))
@@ -231,7 +258,9 @@ class Run:
 
     def _source(self, model: LiveModel) -> Source:
         def copy_files(folder: Path) -> None:
-            model.copy_files(folder, self._trainer.lightning_module, getattr(self._trainer, "datamodule", None))
+            model.copy_files(
+                folder, self._trainer.lightning_module, getattr(self._trainer, "datamodule", None)
+            )
 
         return Source(
             weights=model.weights,

@@ -1,8 +1,8 @@
 """Seeing every checkpoint that Lightning saves, at the moment it is saved.
 
-`Callback.on_save_checkpoint` is not called with `save_weights_only=True`, and a callback's other hooks run before
-those of `ModelCheckpoint`. The strategy's `CheckpointIO` sees every save with the very tensors that go into the file
-(averaged ones, for example), so it is wrapped while a fit runs.
+`Callback.on_save_checkpoint` is not called with `save_weights_only=True`, and a callback's other hooks run
+before those of `ModelCheckpoint`. The strategy's `CheckpointIO` sees every save with the very tensors that go
+into the file (averaged ones, for example), so it is wrapped while a fit runs.
 
 Source: lightning 2.6 `Strategy.save_checkpoint`, which calls the `CheckpointIO` on rank 0.
 """

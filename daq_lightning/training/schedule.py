@@ -45,8 +45,8 @@ class Schedule:
             check.count(name, getattr(self, name))
         if self.export_on == "checkpoint" and self.which == "best":
             raise MisconfigurationException(
-                "which='best' exports one checkpoint at the end of training; with export_on='checkpoint' every "
-                "checkpoint is exported. Leave one of them out."
+                "which='best' exports one checkpoint at the end of training; with export_on='checkpoint' "
+                "every checkpoint is exported. Leave one of them out."
             )
         check_filename(self.filename)
 
@@ -69,9 +69,9 @@ class Schedule:
 def format_name(template: str, metrics: Mapping[str, Tensor]) -> str:
     """The name of a folder, by ModelCheckpoint's rules but for two.
 
-    A slash in the name of a metric becomes an underscore, where ModelCheckpoint makes a folder. A metric that was
-    not logged yet is 0.0, a number like any metric, where ModelCheckpoint puts the integer 0, which ".2" cannot
-    format.
+    A slash in the name of a metric becomes an underscore, where ModelCheckpoint makes a folder. A metric that
+    was not logged yet is 0.0, a number like any metric, where ModelCheckpoint puts the integer 0, which ".2"
+    cannot format.
 
     Args:
         template: Such as "{epoch}-{step}-{val/loss:.2f}", which becomes "epoch=1-step=20-val_loss=0.12".
@@ -86,15 +86,18 @@ def format_name(template: str, metrics: Mapping[str, Tensor]) -> str:
 def check_filename(template: str) -> None:
     """Raises MisconfigurationException for what cannot be formatted, or would be no name of a folder."""
     expected = "the name of a folder, such as '{epoch}-{step}'"
-    check.require(isinstance(template, str) and template not in ("", ".", ".."), "filename", template, expected)
+    check.require(
+        isinstance(template, str) and template not in ("", ".", ".."), "filename", template, expected
+    )
     check.require("/" not in re.sub(r"\{.*?\}", "", template), "filename", template, expected)
     try:
         zero = torch.tensor(0, dtype=torch.int64, device="cpu")
         format_name(template, {"epoch": zero, "step": zero})
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise MisconfigurationException(
-            f"filename={template!r}: cannot be formatted: {error}. Expected names in braces, each with a number "
-            "format or without one, such as '{epoch}-{step}-{val_loss:.2f}'; metrics are numbers with a fraction."
+            f"filename={template!r}: cannot be formatted: {error}. Expected names in braces, each with a "
+            "number format or without one, such as '{epoch}-{step}-{val_loss:.2f}'; metrics are numbers "
+            "with a fraction."
         ) from error
 
 

@@ -44,7 +44,8 @@ def flag(name: str, value: object) -> None:
 
 
 def count(name: str, value: object) -> None:
-    """Raises MisconfigurationException for what is neither None nor a whole number >= 1; True is no number."""
+    """Raises MisconfigurationException for what is neither None nor a whole number >= 1; True is no
+    number."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     require(value is None or whole, name, value, "a whole number of at least 1, or None")
 
@@ -78,14 +79,15 @@ def chain(parent: Any, chain_from: Any, base: str) -> str | None:
     choice("chain_from", chain_from, (None, "weights", "deployed"))
     if parent is not None and chain_from is None:
         raise MisconfigurationException(
-            f"parent={parent!r}: say what this stage was trained from with chain_from='deployed' (the parent's "
-            "dequantized FP8 weights) or chain_from='weights' (the high-precision weights it was made from)."
+            f"parent={parent!r}: say what this stage was trained from with chain_from='deployed' (the "
+            "parent's dequantized FP8 weights) or chain_from='weights' (the high-precision weights it was "
+            "made from)."
         )
     folder = base not in ("auto", "snapshot", "memory") and not base.endswith(".ckpt")
     if chain_from is not None and parent is None and not folder:
         raise MisconfigurationException(
-            f"chain_from={chain_from!r}: needs parent='<folder of the export before>'; leave chain_from out for "
-            "a run that goes on from none."
+            f"chain_from={chain_from!r}: needs parent='<folder of the export before>'; leave chain_from out "
+            "for a run that goes on from none."
         )
     return parent
 
@@ -111,17 +113,22 @@ def make_settings(
         "a ScaleSearch, or None; what to maximize alone is said by metric='cosine'",
     )  # fmt: skip
     require(
-        ignore is None or (isinstance(ignore, (list, tuple)) and all(isinstance(name, str) for name in ignore)),
+        ignore is None
+        or (isinstance(ignore, (list, tuple)) and all(isinstance(name, str) for name in ignore)),
         "ignore", ignore, "a list of names, such as ['lm_head']",
     )  # fmt: skip
     choice("scale_format", scale_format, (None, "ue8m0"))
     choice("missing_base", missing_base, ("error", "absmax"))
     if alpha_range is not None:
         two = isinstance(alpha_range, (list, tuple)) and len(alpha_range) == 2
-        numbers = two and all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in alpha_range)
+        numbers = two and all(
+            isinstance(end, (int, float)) and not isinstance(end, bool) for end in alpha_range
+        )
         require(numbers, "alpha_range", alpha_range, "two numbers, such as (0.8, 1.25)")
     if search is not None and (metric is not None or alpha_range is not None):
-        raise MisconfigurationException("search=... already holds metric and range: leave metric and alpha_range out.")
+        raise MisconfigurationException(
+            "search=... already holds metric and range: leave metric and alpha_range out."
+        )
     try:
         if search is None:
             low, high = alpha_range or (ScaleSearch.alpha_min, ScaleSearch.alpha_max)

@@ -34,7 +34,7 @@ def check_strategy(strategy: Strategy) -> None:
     else:
         return
     raise MisconfigurationException(
-        f"DeltaAwareQuantization reads whole weights and does not support {type(strategy).__name__}, {why}. Train on a "
-        "single CPU or GPU or with DDP; or save the trained model as a Hugging Face folder and run "
-        "`daq-lightning quantize`."
+        f"DeltaAwareQuantization reads whole weights and does not support {type(strategy).__name__}, {why}. "
+        "Train on a single CPU or GPU or with DDP; or save the trained model as a Hugging Face folder and "
+        "run `daq-lightning quantize`."
     )

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from daq_lightning.checkpoint.layouts.compressed_tensors import CompressedTensorsLayout, read_compressed_tensors
+from daq_lightning.checkpoint.layouts.compressed_tensors import (
+    CompressedTensorsLayout,
+    read_compressed_tensors,
+)
 from daq_lightning.checkpoint.layouts.fp8 import Fp8Layout, read_fp8
 from daq_lightning.checkpoint.layouts.layout import Described
 from daq_lightning.checkpoint.layouts.layout import Layout as Layout
@@ -27,7 +30,9 @@ _READERS: Mapping[Container, Callable[[Mapping[str, Any]], Described]] = {
 }
 
 
-def make_layout(name: str, *, container: Container | None = None, scale_format: ScaleFormat | None = None) -> Layout:
+def make_layout(
+    name: str, *, container: Container | None = None, scale_format: ScaleFormat | None = None
+) -> Layout:
     """The layout of a scheme; arguments and errors are those of `choose_scheme`."""
     scheme, container, scale_format = choose_scheme(name, container, scale_format)
     return _LAYOUTS[container](scheme=scheme, scale_format=scale_format)
@@ -42,7 +47,9 @@ def listed_modules(quantization: Mapping[str, Any]) -> list[str]:
     field = "modules_to_not_convert" if quantization.get("quant_method") == "fp8" else "ignore"
     listed = quantization.get(field) or []
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-        raise CheckpointError(f"quantization_config should have a list of names in {field}, got {listed!r:.80}")
+        raise CheckpointError(
+            f"quantization_config should have a list of names in {field}, got {listed!r:.80}"
+        )
     return listed
 
 
@@ -55,8 +62,8 @@ def read_layout(quantization: Mapping[str, Any]) -> Layout:
     method: Any = quantization.get("quant_method")
     if method not in _READERS:
         raise CheckpointError(
-            "config.json should have a quantization_config with quant_method 'fp8' or 'compressed-tensors', got "
-            f"{method!r}"
+            "config.json should have a quantization_config with quant_method 'fp8' or 'compressed-tensors', "
+            f"got {method!r}"
         )
     described = _READERS[method](quantization)
     powers = "ue8m0" if described.powers_of_two else None

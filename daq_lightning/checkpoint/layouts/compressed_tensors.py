@@ -1,10 +1,11 @@
-"""The compressed-tensors container, as llm-compressor writes it: FP8 codes with a scale per channel or per block.
+"""The compressed-tensors container, as llm-compressor writes it: FP8 codes with a scale per channel or per
+block.
 
     X.weight          float8_e4m3fn (M, N)
     X.weight_scale    float32 (M, 1), or (ceil(M / 128), ceil(N / 128)); MULTIPLIES to dequantize
 
-transformers casts these scales to bfloat16 while vLLM keeps float32, so only scales that bfloat16 represents are
-searched: both readers then compute the same weights.
+transformers casts these scales to bfloat16 while vLLM keeps float32, so only scales that bfloat16 represents
+are searched: both readers then compute the same weights.
 
 Source: compressed-tensors 0.20 `QuantizationConfig`, format `float-quantized`.
 """

@@ -1,7 +1,8 @@
 """The fp8 container: fine-grained FP8 as DeepSeek-V3 introduced it, one scale per 128 x 128 block.
 
     X.weight              float8_e4m3fn (M, N)
-    X.weight_scale_inv    float32 (ceil(M / 128), ceil(N / 128)); in spite of its name it MULTIPLIES to dequantize
+    X.weight_scale_inv    float32 (ceil(M / 128), ceil(N / 128)); in spite of its name it MULTIPLIES to
+    dequantize
 
 Readers: transformers, vLLM, SGLang; all keep the scale in float32.
 

@@ -1,4 +1,5 @@
-"""What every layout answers: under which names and shapes a quantized weight is stored, and what config.json says."""
+"""What every layout answers: under which names and shapes a quantized weight is stored, and what config.json
+says."""
 
 from __future__ import annotations
 
@@ -57,8 +58,9 @@ class Layout(ABC):
         """The `quantization_config` of config.json.
 
         Args:
-            ignore: Full names of every Linear module that is NOT quantized, lm_head and routers included. Readers
-                trust this list: a module that is neither quantized nor listed loads as garbage, without an error.
+            ignore: Full names of every Linear module that is NOT quantized, lm_head and routers included.
+                Readers trust this list: a module that is neither quantized nor listed loads as garbage,
+                without an error.
         """
 
     def stored(self, weight: TensorSpec) -> dict[str, TensorSpec]:

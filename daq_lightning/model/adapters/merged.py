@@ -1,15 +1,16 @@
-"""PEFT adapters inside a live model: the frozen weight, and the merged weight in float32, under checkpoint names.
+"""PEFT adapters inside a live model: the frozen weight, and the merged weight in float32, under checkpoint
+names.
 
     base[name]     the frozen weight in memory, as it is          (original_module, where PEFT trains a copy)
     weights[name]  base + scaling * B @ A, on access              (the trained copy, where there is one)
 
-With LoRA the base of the delta is already in memory: nothing is stored. PEFT's own `merge_adapter` adds in place and in
-the model's dtype, which rounds much of a small update away and leaves other weights behind after `unmerge`; here one
-weight at a time is merged out of place, and the model is only read. The values may also be those of a saved state, such
-as an earlier checkpoint of the run (values.py).
+With LoRA the base of the delta is already in memory: nothing is stored. PEFT's own `merge_adapter` adds in
+place and in the model's dtype, which rounds much of a small update away and leaves other weights behind after
+`unmerge`; here one weight at a time is merged out of place, and the model is only read. The values may also
+be those of a saved state, such as an earlier checkpoint of the run (values.py).
 
-The names are those of the model as it was before PEFT (adapter_tree.py). Tied weights that training pulled apart are
-refused: PEFT's merge would add both updates to the one tensor.
+The names are those of the model as it was before PEFT (adapter_tree.py). Tied weights that training pulled
+apart are refused: PEFT's merge would add both updates to the one tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from daq_lightning.checkpoint.adapter import moves_base
+from daq_lightning.checkpoint.adapter_config import moves_base
 from daq_lightning.model.adapters.tree import (
     DORA,
     Slot,
@@ -41,8 +42,8 @@ from daq_lightning.numerics.lora import LoraFactors, merge_lora, merge_lora_bias
 
 _UNTIE = (
     "Train them as one with LoraConfig(ensure_weight_tying=True); or untie the model before adding adapters "
-    "(tie_word_embeddings=False in its config, the output layer a clone of the embedding); or export the model that "
-    "merge_and_unload() returns, if only modules_to_save are concerned."
+    "(tie_word_embeddings=False in its config, the output layer a clone of the embedding); or export the "
+    "model that merge_and_unload() returns, if only modules_to_save are concerned."
 )
 
 
@@ -50,22 +51,24 @@ _UNTIE = (
 class AdaptedWeights:
     """A model with PEFT adapters as two mappings over the names of its checkpoint.
 
-    Both are ordered like the `state_dict` of the model without adapters, and hold its parameters and persistent
-    buffers, tied names included. Tensors are read on access: they are detached, and neither the model nor the mapping
-    keeps anything.
+    Both are ordered like the `state_dict` of the model without adapters, and hold its parameters and
+    persistent buffers, tied names included. Tensors are read on access: they are detached, and neither the
+    model nor the mapping keeps anything.
 
     Attributes:
-        weights: What the model computes with: merged in float32 where LoRA adapts it (on the device of the weight),
-            the trained copy as it is for `modules_to_save`, else the tensor of `base`. A merged weight whose parts are
-            DTensors is gathered: all ranks ask for the same names in the same order.
+        weights: What the model computes with: merged in float32 where LoRA adapts it (on the device of the
+            weight), the trained copy as it is for `modules_to_save`, else the tensor of `base`. A merged
+            weight whose parts are DTensors is gathered: all ranks ask for the same names in the same order.
         base: The frozen tensors, without a copy. Raises ValueError for `displaced` names.
         model: The model that the names refer to, such as the `PreTrainedModel`.
-        path: Name of the model with its adapters in the module that was searched; empty for that module itself.
+        path: Name of the model with its adapters in the module that was searched; empty for that module
+            itself.
         outlines: The dtypes and shapes of `weights`, as tensors on the meta device: nothing is computed.
         identities: Equal for names of one tensor in memory (tied weights).
         adapted: Names whose tensor in `weights` differs from that in `base`.
-        displaced: Names whose tensor in memory is not the base: left trainable (`bias="all"`, unfrozen layers), or
-            moved by the initialisation (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA). Their base must come from elsewhere.
+        displaced: Names whose tensor in memory is not the base: left trainable (`bias="all"`, unfrozen
+            layers), or moved by the initialisation (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA). Their base must
+            come from elsewhere.
     """
 
     weights: Mapping[str, Tensor]
@@ -83,13 +86,15 @@ def find_adapters(module: nn.Module, state: Mapping[str, Tensor] | None = None) 
 
     Args:
         module: A LightningModule, a PeftModel, a transformers model with `add_adapter`, or any module.
-        state: A saved `state_dict` of the module, to read the values from; None reads the module. See `Values`.
+        state: A saved `state_dict` of the module, to read the values from; None reads the module. See
+            `Values`.
 
     Returns:
         None if there is no PEFT layer.
 
     Raises:
-        ValueError: Adapters that cannot be merged exactly, by name and with what to do; or two adapted models.
+        ValueError: Adapters that cannot be merged exactly, by name and with what to do; or two adapted
+            models.
         CheckpointError: A state that does not fit the module, now or when a tensor is read.
     """
     if not any(from_peft(part) for part in module.modules()):
@@ -104,13 +109,15 @@ def find_adapters(module: nn.Module, state: Mapping[str, Tensor] | None = None) 
     adapted = tuple(name for name, slot in slots.items() if slot.changed)
     if not adapted:
         raise ValueError(
-            f"The model has PEFT layers, but none of its adapters ({', '.join(configs) or 'none configured'}) is "
-            "active: activate one with set_adapter(name)."
+            "The model has PEFT layers, but none of its adapters "
+            f"({', '.join(configs) or 'none configured'}) is active: activate one with set_adapter(name)."
         )
     live, values = Values(module), Values(module, state)
     _check_ties(slots, live)
     displaced = {
-        name: reason for name, slot in slots.items() if (reason := _displacement(name, slot, configs)) is not None
+        name: reason
+        for name, slot in slots.items()
+        if (reason := _displacement(name, slot, configs)) is not None
     }
 
     def base(name: str, slot: Slot) -> Tensor:
@@ -172,9 +179,13 @@ def _merged(values: Values, name: str, slot: Slot) -> Tensor:
     adapters = [_factors(values, layer, adapter) for layer, adapter in slot.adapters]
     layouts = {is_embedding(layer) or bool(layer.fan_in_fan_out) for layer, _ in slot.adapters}
     if len(layouts) > 1:
-        raise ValueError(f"{name} has adapters for both (in, out) and (out, in) storage: adapt it in one way only.")
+        raise ValueError(
+            f"{name} has adapters for both (in, out) and (out, in) storage: adapt it in one way only."
+        )
     if weight.ndim == 3:  # stacked experts: (E, out, in) in transformers unless they say is_transposed
-        return merge_lora_experts(weight, adapters, transposed=not slot.adapters[0][0]._did_swap_in_out_features)
+        return merge_lora_experts(
+            weight, adapters, transposed=not slot.adapters[0][0]._did_swap_in_out_features
+        )
     return merge_lora(weight, adapters, transposed=layouts.pop())
 
 
@@ -193,7 +204,8 @@ def _factors(values: Values, layer: Any, adapter: str) -> LoraFactors:
 
 
 def _check_ties(slots: Mapping[str, Slot], values: Values) -> None:
-    """Names of one tensor must stay one tensor: PEFT adapts each of them by itself, and its merge adds to both."""
+    """Names of one tensor must stay one tensor: PEFT adapts each of them by itself, and its merge adds to
+    both."""
     groups: dict[int, list[str]] = {}
     for name, slot in slots.items():
         groups.setdefault(id(slot.tensor), []).append(name)
@@ -201,9 +213,10 @@ def _check_ties(slots: Mapping[str, Slot], values: Values) -> None:
         for other in others:
             if not _same_update(values, slots[first], slots[other]):
                 raise ValueError(
-                    f"{first} and {other} are tied in the model, but their adapters are not: trained apart, they are "
-                    f"two weights now, which a checkpoint of a tied model cannot hold. {_UNTIE} An adapted embedding "
-                    "that was tied also loses its tie when the model moves to another device: move it first."
+                    f"{first} and {other} are tied in the model, but their adapters are not: trained apart, "
+                    f"they are two weights now, which a checkpoint of a tied model cannot hold. {_UNTIE} An "
+                    "adapted embedding that was tied also loses its tie when the model moves to another "
+                    "device: move it first."
                 )
 
 
@@ -233,14 +246,14 @@ def _displacement(name: str, slot: Slot, configs: Mapping[str, Any]) -> str | No
     """Why the tensor in memory is not the base of the trained one; None if it is."""
     if slot.tensor.requires_grad and slot.copy is None:
         return (
-            f"{name} is trained in place (requires_grad), so its base is not in memory: pass base='snapshot' or the "
-            "folder of the original model, or freeze it."
+            f"{name} is trained in place (requires_grad), so its base is not in memory: pass base='snapshot' "
+            "or the folder of the original model, or freeze it."
         )
     for layer, adapter in slot.adapters:
         init = getattr(configs.get(adapter), "init_lora_weights", None)
         if slot.key == getattr(layer, "parameter_name", "weight") and moves_base(init):
             return (
-                f"{name} in memory is not the base: init_lora_weights={init!r} of {adapter!r} subtracted the first "
-                "update from it. Pass the folder of the original model as the base."
+                f"{name} in memory is not the base: init_lora_weights={init!r} of {adapter!r} subtracted the "
+                "first update from it. Pass the folder of the original model as the base."
             )
     return None

@@ -15,7 +15,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from daq_lightning.checkpoint.adapter import PREFIX, moves_base, write_adapter_tensors
+from daq_lightning.checkpoint.adapter_config import PREFIX, WEIGHTS, moves_base
+from daq_lightning.checkpoint.tensor_file import write_tensors
 from daq_lightning.model.adapters.tree import is_a, unwrap
 from daq_lightning.model.saved_state import whole
 
@@ -23,12 +24,13 @@ from daq_lightning.model.saved_state import whole
 def save_adapter(
     module: nn.Module, folder: str | os.PathLike[str], state: Mapping[str, Tensor] | None = None
 ) -> tuple[Path, ...]:
-    """Writes the active adapters as PEFT does, to be loaded with ``PeftModel.from_pretrained`` beside an exported base.
+    """Writes the active adapters as PEFT does, to be loaded with ``PeftModel.from_pretrained`` beside an
+    exported base.
 
     The folder gets adapter_config.json and adapter_model.safetensors; of several active adapters, each gets a
-    subfolder with its name. Embeddings that are not trained stay with the base. Where the initialisation moved the
-    frozen weights (PiSSA and its like), the saved configuration asks for the default one: the exported base is the
-    moved one already.
+    subfolder with its name. Embeddings that are not trained stay with the base. Where the initialisation
+    moved the frozen weights (PiSSA and its like), the saved configuration asks for the default one: the
+    exported base is the moved one already.
 
     Args:
         module: As for `find_adapters`.
@@ -48,7 +50,9 @@ def save_adapter(
     path, holder = found
     layers: list[Any] = [part for part in module.modules() if is_a(part, "BaseTunerLayer")]
     active = [
-        name for name in getattr(holder, "peft_config", {}) if any(name in layer.active_adapters for layer in layers)
+        name
+        for name in getattr(holder, "peft_config", {})
+        if any(name in layer.active_adapters for layer in layers)
     ]
     if not active:
         raise ValueError("Expected a model with an active PEFT adapter, found none: call set_adapter(name).")
@@ -72,7 +76,7 @@ def save_adapter(
         folders.append(target)
         if write:
             target.mkdir(parents=True, exist_ok=True)
-            write_adapter_tensors(target, tensors)
+            write_tensors(target / WEIGHTS, tensors)
             _saved_config(holder, name).save_pretrained(str(target))
     return tuple(folders)
 
@@ -85,7 +89,9 @@ def _saved_config(holder: Any, name: str) -> Any:
     config = copy.copy(holder.peft_config[name])
     model = unwrap(holder)
     config.inference_mode = True
-    config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    config.base_model_name_or_path = (
+        config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    )
     if moves_base(getattr(config, "init_lora_weights", None)):
         config.init_lora_weights = True
     return config
@@ -98,6 +104,7 @@ def _check_scaling(layer: Any, name: str) -> None:
     expected = layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora[name] else rank)
     if not math.isclose(scaling, expected, rel_tol=1e-9):
         raise ValueError(
-            f"The adapter {name!r} has the scaling {scaling}, its configuration gives {expected}: PEFT cannot save a "
-            "scaling set by hand. Call unscale_layer() on its layers, or merge the adapter into the export."
+            f"The adapter {name!r} has the scaling {scaling}, its configuration gives {expected}: PEFT "
+            "cannot save a scaling set by hand. Call unscale_layer() on its layers, or merge the adapter "
+            "into the export."
         )

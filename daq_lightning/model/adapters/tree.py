@@ -1,11 +1,12 @@
 """The module tree of a model with PEFT adapters, read as if PEFT had never touched it.
 
-PEFT wraps: `X` becomes a layer that holds `X.base_layer` and its factors, or a wrapper that holds `X.original_module`
-and a trained copy; a PeftModel puts `base_model.model.` in front. `walk` visits the tree in the order of `state_dict`,
-steps through the wrappers, and says of each tensor where it lives and what adapts it.
+PEFT wraps: `X` becomes a layer that holds `X.base_layer` and its factors, or a wrapper that holds
+`X.original_module` and a trained copy; a PeftModel puts `base_model.model.` in front. `walk` visits the tree
+in the order of `state_dict`, steps through the wrappers, and says of each tensor where it lives and what
+adapts it.
 
-Everything whose update cannot be expressed as one weight per layer is refused here, by name and with what to do.
-Classes are recognised by name and module, so that peft is not imported for a model that does not use it.
+Everything whose update cannot be expressed as one weight per layer is refused here, by name and with what to
+do. Classes are recognised by name and module, so that peft is not imported for a model that does not use it.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def _walk_copied(wrapper: Any, path: str) -> Iterator[tuple[str, Slot]]:
     if not is_a(wrapper, "ModulesToSaveWrapper"):
         raise ValueError(f"{path} is a {type(wrapper).__name__} of PEFT, which is not supported. {_MERGE}")
     if any(from_peft(part) for part in wrapper.original_module.modules()):
-        raise ValueError(f"{path} is in modules_to_save and has adapters inside, which is not supported. {_MERGE}")
+        raise ValueError(
+            f"{path} is in modules_to_save and has adapters inside, which is not supported. {_MERGE}"
+        )
     if wrapper.disable_adapters:
         raise ValueError(_disabled(path))
     # as its forward has it: one copy, and the original module where an active adapter has none
@@ -93,7 +96,9 @@ def _walk_copied(wrapper: Any, path: str) -> Iterator[tuple[str, Slot]]:
     for name, slot in walk(wrapper.original_module, path):
         copy = copies.get(name)
         if active and copy is None:
-            raise ValueError(f"The trained copy of {path} lacks {name}: expected the tensors of the original module.")
+            raise ValueError(
+                f"The trained copy of {path} lacks {name}: expected the tensors of the original module."
+            )
         yield name, slot if copy is None else replace(slot, copy=(copy.owner, copy.key))
 
 
@@ -111,23 +116,31 @@ def _adapters(layers: list[Any], key: str) -> Iterator[tuple[Any, str]]:
 
 
 def find_root(module: nn.Module) -> nn.Module:
-    """The outermost adapted model: a transformers model, a PeftModel, or a model that PEFT injected layers into."""
+    """The outermost adapted model: a transformers model, a PeftModel, or a model that PEFT injected layers
+    into."""
     for candidate in module.modules():
-        is_model = is_a(candidate, "PreTrainedModel", package="transformers") or "peft_config" in vars(candidate)
-        if (is_model or is_a(candidate, "PeftModel", "PeftMixedModel")) and any(map(from_peft, candidate.modules())):
+        is_model = is_a(candidate, "PreTrainedModel", package="transformers") or "peft_config" in vars(
+            candidate
+        )
+        if (is_model or is_a(candidate, "PeftModel", "PeftMixedModel")) and any(
+            map(from_peft, candidate.modules())
+        ):
             inside = set(candidate.modules())
-            outside = [name for name, part in module.named_modules() if from_peft(part) and part not in inside]
+            outside = [
+                name for name, part in module.named_modules() if from_peft(part) and part not in inside
+            ]
             if outside:
                 raise ValueError(
-                    f"Expected one model with adapters, found adapters inside {type(candidate).__name__} and at "
-                    f"{outside[0]}: keep the second model out of this module, or export each by itself."
+                    f"Expected one model with adapters, found adapters inside {type(candidate).__name__} and "
+                    f"at {outside[0]}: keep the second model out of this module, or export each by itself."
                 )
             return candidate
     return module
 
 
 def unwrap(module: Any) -> nn.Module:
-    """Steps through wrappers that add a level to the names: of PEFT, torch.compile and activation checkpointing."""
+    """Steps through wrappers that add a level to the names: of PEFT, torch.compile and activation
+    checkpointing."""
     while True:
         if is_a(module, "PeftModel", "PeftMixedModel"):
             module = module.base_model
@@ -142,7 +155,8 @@ def unwrap(module: Any) -> nn.Module:
 
 
 def adapter_configs(root: nn.Module) -> dict[str, Any]:
-    """The configurations of all adapters, by name: PEFT keeps them on the model that it injected layers into."""
+    """The configurations of all adapters, by name: PEFT keeps them on the model that it injected layers
+    into."""
     found: dict[str, Any] = {}
     for part in root.modules():
         if is_a(part, "PeftModel", "PeftMixedModel") or "peft_config" in vars(part):
@@ -157,7 +171,9 @@ def from_peft(module: nn.Module) -> bool:
 
 def is_a(module: nn.Module, *names: str, package: str = "peft") -> bool:
     """`isinstance` by name, without importing the package."""
-    return any(cls.__name__ in names and cls.__module__.partition(".")[0] == package for cls in type(module).__mro__)
+    return any(
+        cls.__name__ in names and cls.__module__.partition(".")[0] == package for cls in type(module).__mro__
+    )
 
 
 def is_embedding(layer: Any) -> bool:
@@ -178,7 +194,9 @@ def check_config(name: str, config: Any) -> None:
     if kind != "LORA":
         raise ValueError(f"The adapter {name!r} is of kind {kind}, expected LORA. {_MERGE}")
     if getattr(config, "layer_replication", None):
-        raise ValueError(f"The adapter {name!r} has layer_replication, which makes another model of the base. {_MERGE}")
+        raise ValueError(
+            f"The adapter {name!r} has layer_replication, which makes another model of the base. {_MERGE}"
+        )
 
 
 def _check_layer(path: str, layer: Any) -> None:
@@ -187,21 +205,27 @@ def _check_layer(path: str, layer: Any) -> None:
         kind = f"{cls.__module__}.{cls.__name__}"
         if cls.__module__.startswith("peft.tuners.lora.") and cls.__module__ != "peft.tuners.lora.layer":
             raise ValueError(
-                f"{path} is adapted by {kind}, for a quantized or parallel base: expected a weight in high precision. "
-                "Train on the unquantized model (or one that dequantize() returns), or call merge_and_unload()."
+                f"{path} is adapted by {kind}, for a quantized or parallel base: expected a weight in high "
+                "precision. Train on the unquantized model (or one that dequantize() returns), or call "
+                "merge_and_unload()."
             )
-        raise ValueError(f"{path} is adapted by {kind}, expected LoRA on Linear, Embedding or Conv1D. {_MERGE}")
+        raise ValueError(
+            f"{path} is adapted by {kind}, expected LoRA on Linear, Embedding or Conv1D. {_MERGE}"
+        )
     check_state(path, layer)
     factors = layer.lora_embedding_A if is_embedding(layer) else layer.lora_A
     active = [name for name in layer.active_adapters if name in factors]
-    variants = {name: type(layer.lora_variant[name]).__name__ for name in active if name in layer.lora_variant}
+    variants = {
+        name: type(layer.lora_variant[name]).__name__ for name in active if name in layer.lora_variant
+    }
     for name, variant in variants.items():
         if variant not in DORA + _PLAIN:
             raise ValueError(f"{path} is adapted by {variant} ({name!r}), expected LoRA or DoRA. {_MERGE}")
     if len(active) > 1 and any(variant in DORA for variant in variants.values()):
         raise ValueError(
-            f"{path} has several active adapters, of which {', '.join(variants)} is DoRA: PEFT merges them to another "
-            f"weight than it trains with, active are {', '.join(active)}. Activate one with set_adapter(name)."
+            f"{path} has several active adapters, of which {', '.join(variants)} is DoRA: PEFT merges them "
+            f"to another weight than it trains with, active are {', '.join(active)}. Activate one with "
+            "set_adapter(name)."
         )
 
 
@@ -209,15 +233,18 @@ def check_state(path: str, layer: Any) -> None:
     """Refuses a layer whose adapters are merged in place or switched off."""
     if layer.merged:
         raise ValueError(
-            f"The adapters {', '.join(layer.merged_adapters)} are merged into {path} in place, where the base and most "
-            "of the update are lost to rounding. Call unmerge_adapter(), better: load the model again, unmerged."
+            f"The adapters {', '.join(layer.merged_adapters)} are merged into {path} in place, where the "
+            "base and most of the update are lost to rounding. Call unmerge_adapter(), better: load the "
+            "model again, unmerged."
         )
     if layer.disable_adapters:
         raise ValueError(_disabled(path))
 
 
 def _disabled(path: str) -> str:
-    return f"The adapters of {path} are disabled. Enable them (enable_adapters(), or leave disable_adapter())."
+    return (
+        f"The adapters of {path} are disabled. Enable them (enable_adapters(), or leave disable_adapter())."
+    )
 
 
 def check_slot(name: str, slot: Slot) -> None:
@@ -225,8 +252,8 @@ def check_slot(name: str, slot: Slot) -> None:
     tensor = slot.tensor
     if "_fsdp_wrapped_module" in name or hasattr(tensor, "ds_status"):
         raise ValueError(
-            f"{name} is in a flat shard of FSDP1 or DeepSpeed ZeRO-3, which cannot be read: train on a single device "
-            "or with DDP."
+            f"{name} is in a flat shard of FSDP1 or DeepSpeed ZeRO-3, which cannot be read: train on a "
+            "single device or with DDP."
         )
     parts = [tensor] if slot.copy is None else [tensor, getattr(*slot.copy)]
     for layer, adapter in slot.adapters:
@@ -240,14 +267,14 @@ def check_slot(name: str, slot: Slot) -> None:
         parts += [getattr(stack[adapter], "weight", stack[adapter]) for stack in stacks if adapter in stack]
     if any(part.is_meta for part in parts):
         raise ValueError(
-            f"{name} (or its adapter) is on the meta device: not loaded yet, or offloaded. Load the model without "
-            "offloading (no device_map='auto'), and materialize it before the fit starts."
+            f"{name} (or its adapter) is on the meta device: not loaded yet, or offloaded. Load the model "
+            "without offloading (no device_map='auto'), and materialize it before the fit starts."
         )
     if not isinstance(tensor, nn.Parameter):
         return
     data = type(tensor.data).__name__
     if tensor.dtype not in _FLOATS or data not in ("Tensor", "Parameter", "DTensor"):
         raise ValueError(
-            f"{name} is quantized ({data} of {tensor.dtype}): expected float32, bfloat16 or float16. Train on the "
-            "unquantized model (or one that dequantize() returns), or call merge_and_unload()."
+            f"{name} is quantized ({data} of {tensor.dtype}): expected float32, bfloat16 or float16. Train "
+            "on the unquantized model (or one that dequantize() returns), or call merge_and_unload()."
         )

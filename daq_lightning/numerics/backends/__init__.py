@@ -3,7 +3,7 @@
 | backend | what it is | runs on |
 | --- | --- | --- |
 | `reference` | written to be read: one candidate after the other | everything |
-| `cpu` | C++ that reads weight and base once for all candidates; built on the first use | CPU with a C++ compiler |
+| `cpu` | C++ that reads weight and base once for all candidates; from the wheel, or built here | CPU |
 | `cuda` | Triton, likewise | CUDA |
 
 For one scale, codes and counts are equal bit for bit among them, and float sums agree to 2e-6 of their size
@@ -100,7 +100,9 @@ def _choose(device_type: str) -> Backend:
         name, reason = "", f"there is no kernel for {device_type} devices"
     if reason is None:
         return _module(name)
-    warnings.warn(f"The scale search uses its slow reference implementation: {reason}", stacklevel=_users_level())
+    warnings.warn(
+        f"The scale search uses its slow reference implementation: {reason}", stacklevel=_users_level()
+    )
     return _module("reference")
 
 

@@ -33,7 +33,10 @@ from daq_lightning.numerics.tiling import group_sizes
 
 _TILE = 1024  # elements: 32 of weight and 32 of base in the registers of each thread
 _OUTPUTS = 1 << 24  # tiles times candidates whose sums are held at a time, 24 bytes each
-_SMALL, _LARGE = 2.0**-50, 2.0**50  # magnitudes whose products float32 holds; a weight with others goes to `reference`
+_SMALL, _LARGE = (
+    2.0**-50,
+    2.0**50,
+)  # magnitudes whose products float32 holds; a weight with others goes to `reference`
 # the interpreter and older devices have no float8 cast that rounds as the hardware's does
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -101,7 +104,9 @@ def delta_stats(
         )
         changed_GT, delta_sq_GT, smallest_GT, largest_GT = of_tiles
         low, high = scale_GK[first : first + count].aminmax()
-        fits = (torch.minimum(smallest_GT.min(), low) > _SMALL) & (torch.maximum(largest_GT.max(), high) < _LARGE)
+        fits = (torch.minimum(smallest_GT.min(), low) > _SMALL) & (
+            torch.maximum(largest_GT.max(), high) < _LARGE
+        )
         if not bool(fits):
             return reference.delta_stats(weight_MN, base_MN, scale_GK, granularity, fmt, reader_dtype)
         preserved, lost, both_zero = counts.sum(2, dtype=torch.int64)

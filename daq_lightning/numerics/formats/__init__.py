@@ -93,7 +93,9 @@ class PerBlock:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, int) or not isinstance(self.cols, int):
-            raise TypeError(f"PerBlock needs whole numbers of rows and columns, got {self.rows} x {self.cols}.")
+            raise TypeError(
+                f"PerBlock needs whole numbers of rows and columns, got {self.rows} x {self.cols}."
+            )
         if self.rows < 1 or self.cols < 1:
             raise ValueError(f"PerBlock needs rows and cols of at least 1, got {self.rows} x {self.cols}.")
 

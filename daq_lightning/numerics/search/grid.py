@@ -22,7 +22,9 @@ def coarse(search: ScaleSearch) -> Tensor:
     if search.spacing == "log":
         step_K = torch.arange(search.n_coarse, dtype=torch.float64, device="cpu") / search.n_coarse
         return search.alpha_min * (search.alpha_max / search.alpha_min) ** step_K
-    return torch.linspace(search.alpha_min, search.alpha_max, search.n_coarse, dtype=torch.float64, device="cpu")
+    return torch.linspace(
+        search.alpha_min, search.alpha_max, search.n_coarse, dtype=torch.float64, device="cpu"
+    )
 
 
 def fine_steps(search: ScaleSearch) -> Tensor:

@@ -208,7 +208,8 @@ def _check_inputs(weight: Tensor, base: Tensor, name: str) -> None:
             )
         if tensor.layout != torch.strided:
             raise TypeError(
-                f"{name}: {role} has the layout {tensor.layout}, expected a dense tensor; convert it with .to_dense()."
+                f"{name}: {role} has the layout {tensor.layout}, expected a dense tensor; convert it with "
+                ".to_dense()."
             )
     if weight.ndim != 2 or base.ndim != 2 or weight.numel() == 0:
         raise ValueError(
@@ -221,9 +222,13 @@ def _check_inputs(weight: Tensor, base: Tensor, name: str) -> None:
             "pass the base that this weight was trained from."
         )
     if weight.device != base.device:
-        raise ValueError(f"{name}: weight is on {weight.device}, its base on {base.device}; move one with .to().")
+        raise ValueError(
+            f"{name}: weight is on {weight.device}, its base on {base.device}; move one with .to()."
+        )
     if weight.device.type == "meta":
-        raise ValueError(f"{name}: weight and base are on the meta device and hold no values; load them first.")
+        raise ValueError(
+            f"{name}: weight and base are on the meta device and hold no values; load them first."
+        )
     for tensor, role in ((weight, "weight"), (base, "base")):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(
@@ -235,7 +240,8 @@ def _check_inputs(weight: Tensor, base: Tensor, name: str) -> None:
 def _not_finite(tensor: Tensor, name: str) -> str:
     nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     if nan + inf == 0:
-        return f"{name}: values are too large for float32 sums (largest magnitude {float(tensor.abs().max()):g})."
+        largest = float(tensor.abs().max())
+        return f"{name}: values are too large for float32 sums (largest magnitude {largest:g})."
     return (
         f"{name} of shape {tuple(tensor.shape)} has {nan} NaN and {inf} Inf values; FP8 cannot hold them. "
         "The training run has diverged or the file is damaged: export an earlier checkpoint."

@@ -33,8 +33,9 @@ class ScaleSearch:
     """How to search; checked when it is made.
 
     Attributes:
-        metric: What is kept. "sign": the sign of each change. "cosine": the direction of the update. "hybrid":
-            its strength along its own direction. "mse": the weights themselves, without a look at the base.
+        metric: What is kept. "sign": the sign of each change. "cosine": the direction of the update.
+            "hybrid": its strength along its own direction. "mse": the weights themselves, without a look at
+            the base.
         alpha_min: Lower end of the range of alpha, > 0.
         alpha_max: Upper end, >= alpha_min.
         n_coarse: Candidates of the coarse stage, evenly spaced over the range, 1 to 16,384.
@@ -100,20 +101,22 @@ class ScaleSearch:
         if self.metric not in METRICS:
             raise ValueError(f"Unknown metric {self.metric!r}: expected one of {', '.join(METRICS)}.")
         if not (math.isfinite(self.alpha_min) and self.alpha_min > 0):
-            raise ValueError(f"alpha_min must be a finite number > 0, got {self.alpha_min}; the paper uses 0.5 to 0.9.")
+            raise ValueError(
+                f"alpha_min must be a finite number > 0, got {self.alpha_min}; the paper uses 0.5 to 0.9."
+            )
         if not (math.isfinite(self.alpha_max) and self.alpha_max >= self.alpha_min):
             raise ValueError(
-                f"alpha_max must be a finite number >= alpha_min, got the range [{self.alpha_min}, {self.alpha_max}]; "
-                "swap the two, or use one of the paper's ranges such as (0.8, 1.25)."
+                f"alpha_max must be a finite number >= alpha_min, got the range [{self.alpha_min}, "
+                f"{self.alpha_max}]; swap the two, or use one of the paper's ranges such as (0.8, 1.25)."
             )
         if self.n_coarse < 1 or self.n_fine < 0:
             raise ValueError(f"n_coarse must be >= 1 and n_fine >= 0, got {self.n_coarse} and {self.n_fine}.")
         for name in ("n_coarse", "n_fine"):
             if getattr(self, name) > MOST_CANDIDATES:
                 raise ValueError(
-                    f"{name} must be at most {MOST_CANDIDATES:,}, got {getattr(self, name)}: the codes change at some "
-                    "2,000 scales per octave, and as many candidates mean as many passes over the weight. "
-                    "ScaleSearch.dense(64) is near the optimum."
+                    f"{name} must be at most {MOST_CANDIDATES:,}, got {getattr(self, name)}: the codes "
+                    "change at some 2,000 scales per octave, and as many candidates mean as many passes "
+                    "over the weight. ScaleSearch.dense(64) is near the optimum."
                 )
         if self.alpha_scope not in ("group", "layer"):
             raise ValueError(f"Unknown alpha_scope {self.alpha_scope!r}: expected 'group' or 'layer'.")

@@ -95,7 +95,11 @@ def search_in_steps(task: Task, kernels: Kernels) -> SearchResult:
         weight, base = task.weight[rows], task.base[rows]
         return kernels.delta_stats(weight, base, scale_GK, task.granularity, task.format, None)
 
-    found = _search_layer(task, evaluate) if task.search.alpha_scope == "layer" else _search_groups(task, evaluate)
+    found = (
+        _search_layer(task, evaluate)
+        if task.search.alpha_scope == "layer"
+        else _search_groups(task, evaluate)
+    )
     # a group of zeros has scale 1 whatever the alpha of its layer
     alpha = torch.where(absmax == 0, 1.0, found.alpha.reshape(scale.shape))
     best = _scaled(scale, alpha, task)
@@ -144,7 +148,9 @@ def _search_groups(task: Task, evaluate: _Evaluate) -> _Found:
     found = []
     for band in _bands(task):
         one_G = _ones(band.groups.stop - band.groups.start, task)
-        found.append(_coarse_to_fine(lambda alpha_GK, band=band: evaluate(band, alpha_GK), one_G, task.search))
+        found.append(
+            _coarse_to_fine(lambda alpha_GK, band=band: evaluate(band, alpha_GK), one_G, task.search)
+        )
     alphas, stats, absmax_stats = zip(*found, strict=True)
     return _Found(torch.cat(alphas), _concatenate(stats), _concatenate(absmax_stats))
 
@@ -181,7 +187,9 @@ def _coarse_to_fine(evaluate: Callable[[Tensor], DeltaStats], one_G: Tensor, sea
     """Algorithm 1 for many groups at once, in two calls of `evaluate`."""
     coarse_GK = coarse(search).to(one_G.device).expand(len(one_G), -1)
     stats_GK = evaluate(torch.cat([one_G[:, None], coarse_GK], 1))
-    absmax_stats = stats_GK.map(lambda field: field[:, 0].clone())  # a view would keep the sums of all candidates
+    absmax_stats = stats_GK.map(
+        lambda field: field[:, 0].clone()
+    )  # a view would keep the sums of all candidates
     stats_GK = stats_GK.map(lambda field: field[:, 1:])
     alpha_G, stats = _pick(one_G, absmax_stats, coarse_GK, stats_GK, search)
     if search.n_fine:
