@@ -1,10 +1,13 @@
-"""One thread for each test process, and tests marked `gpu` only where there is a CUDA device."""
+"""One thread for each test process, helpers for all, and tests marked `gpu` only where there is a CUDA device."""
 
 import os
+from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # also for the processes that tests start; before torch is imported
+# before torch is imported, and also for the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+TESTS = Path(__file__).resolve().parent
+PATHS = [TESTS.parent, TESTS, TESTS / "numerics", os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, map(str, PATHS)))
 
 import pytest
 import torch

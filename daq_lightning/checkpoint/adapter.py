@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from daq_lightning.checkpoint.adapter_config import CONFIG, MERGE, PREFIX, WEIGHTS, read_config
+from daq_lightning.checkpoint.adapter_config import CONFIG, MERGE, PREFIX, WEIGHTS, is_number, read_config
 from daq_lightning.checkpoint.patterns import BoundedMatcher
 from daq_lightning.checkpoint.tensor_file import (
     CheckpointError,
@@ -191,7 +191,7 @@ class AdapterFolder:
             )
         rank = self._by_pattern("rank_pattern", target, self.config.get("r"))
         alpha = self._by_pattern("alpha_pattern", target, self.config.get("lora_alpha"))
-        if rank != A.shape[0] or rank == 0 or not _is_number(alpha):
+        if rank != A.shape[0] or rank == 0 or not is_number(alpha):
             raise CheckpointError(
                 f"{self.path}: {CONFIG} gives {target} the rank {rank!r} and lora_alpha {alpha!r}, {WEIGHTS} "
                 f"has rank {A.shape[0]}: the two files are not of one adapter. Save it again."

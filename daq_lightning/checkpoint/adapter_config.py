@@ -69,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(field) or {}
-        if not isinstance(patterns, dict) or not all(map(_is_number, patterns.values())):
+        if not isinstance(patterns, dict) or not all(map(is_number, patterns.values())):
             raise CheckpointError(
                 f"{folder / CONFIG}: expected {field} from patterns to numbers, got {patterns!r:.80}."
             )
@@ -87,5 +87,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

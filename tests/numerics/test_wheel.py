@@ -16,7 +16,7 @@ import torch
 
 from daq_lightning.numerics.backends import compiling, library
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LEVELS = compiling.LEVELS.get(platform.machine(), ()) if sys.platform == "linux" else ()
 
 try:

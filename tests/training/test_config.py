@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from daq_lightning import DeltaAwareQuantization, ScaleSearch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WATCHED = ("torch", "numpy", "transformers", "lightning", "torchmetrics", "peft", "sympy", "scipy", "triton")
 CODE = f"""
 import sys

@@ -34,7 +34,7 @@ def hashes(folder):
 
 def drive(*arguments):
     """Runs a function of this file in a fresh process and returns what it reports."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run(

@@ -440,7 +440,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         shape = {"num_hidden_layers": count, "hidden_size": 512, "intermediate_size": 1024}
         _, post = tiny_models.make_pair(tmp_path / str(count), tiny_models.llama, **shape)
         size[count] = (post / "model.safetensors").stat().st_size
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     # what is freed goes back to the system at once, so that only memory in use is counted
     environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -25,7 +25,7 @@ from daq_lightning.cli.arguments import make_parser, normalized
 from daq_lightning.export.job import ExportSettings
 from daq_lightning.numerics.objectives import METRICS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = transformers.LlamaConfig(
     hidden_size=128,
     intermediate_size=256,
