@@ -134,8 +134,8 @@ class Architecture:
             if odd:
                 raise CheckpointError(
                     f"{type(self.model).__name__}: the checkpoint form of {', '.join(sorted(odd)[:4])} is "
-                    "made from several tensors at once, which cannot be exported one at a time. Save the model "
-                    "with save_pretrained and export that folder."
+                    "made from several tensors at once, which cannot be exported one at a time. Save the "
+                    "model with save_pretrained and export that folder."
                 )
         return result
 
