@@ -402,12 +402,6 @@ def test_an_interrupt_during_an_import_is_held_back_until_it_is_done(interruptib
         signal.raise_signal(signal.SIGINT)
 
 
-def test_without_jsonargparse_the_error_names_the_extra(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    assert main(["verify", "x"]) == 2
-    assert "pip install daq-lightning[cli]" in capsys.readouterr().err
-
-
 def test_inspect_lists_the_worst_weights_and_recomputes(models, exported, capsys):
     assert main(["inspect", str(exported), "--limit", "2"]) == 0
     assert "and 5 more" in capsys.readouterr().out
