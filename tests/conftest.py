@@ -1,4 +1,4 @@
-"""One thread for each test process, helpers for all, and tests marked `gpu` only where there is a CUDA device."""
+"""One thread for each test process, helpers for all, `gpu` tests only where there is a CUDA device."""
 
 import os
 from pathlib import Path

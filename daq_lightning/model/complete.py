@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +70,8 @@ def _built_from_config(model: nn.Module) -> Outline | None:
         # some models draw random numbers on the CPU when they are built: those of the training stay what they
         # were
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            built = type(model)._from_config(config, attn_implementation="eager")  # type: ignore[attr-defined]
+            kind: Any = type(model)
+            built = kind._from_config(config, attn_implementation="eager")
             return Architecture(built).outline({})
     except (
         Exception

@@ -156,7 +156,7 @@ class ExportReport:
                 f"{file} has report format {content.get('format_version')!r:.80}, this version reads "
                 f"{FORMAT_VERSION}."
             )
-        check_report(content, file)
+        check_report(content, file, DeltaStats._fields)
         return cls(
             path=str(file.parent),
             scheme=content["scheme"],

@@ -4,23 +4,23 @@ used."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.numerics.objectives import DeltaStats
 
 FLOAT_SUMS = ("dot", "delta_sq", "delta_q_sq", "error_sq")
 """The sums that are no counts."""
 
 
-def check_report(content: Mapping[str, Any], file: Path) -> None:
+def check_report(content: Mapping[str, Any], file: Path, sums_of: Sequence[str]) -> None:
     """Refuses a report whose fields are not what `ExportReport` says.
 
     Args:
         content: Of the file.
         file: For the message.
+        sums_of: Names of the sums that every side has.
 
     Raises:
         CheckpointError: A field is missing or of another kind.
@@ -54,12 +54,14 @@ def check_report(content: Mapping[str, Any], file: Path) -> None:
         )
         for side in ("searched", "absmax", *(side for side in ("dequantized", "root") if side in entry)):
             sums = entry[side].get("sums") if isinstance(entry.get(side), dict) else None
-            listed = ", ".join(DeltaStats._fields)
-            check(isinstance(sums, dict) and _are_sums(sums), f"the sums {listed} in {side} of {name}")
+            listed = ", ".join(sums_of)
+            check(
+                isinstance(sums, dict) and _are_sums(sums, sums_of), f"the sums {listed} in {side} of {name}"
+            )
 
 
-def _are_sums(sums: Mapping[str, Any]) -> bool:
-    if set(sums) != set(DeltaStats._fields):
+def _are_sums(sums: Mapping[str, Any], names: Sequence[str]) -> bool:
+    if set(sums) != set(names):
         return False
     counts = [value for name, value in sums.items() if name not in FLOAT_SUMS]
     squares = [value for name, value in sums.items() if name.endswith("_sq")]

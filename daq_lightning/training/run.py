@@ -218,7 +218,8 @@ class Run:
     def remove_unused_base(self) -> None:
         """Removes a snapshot that this run took and left nothing of: no step, no export, no checkpoint to
         come."""
-        saves = any(isinstance(other, OnExceptionCheckpoint) for other in self._trainer.callbacks)  # type: ignore[attr-defined]
+        others = self._trainer.callbacks  # type: ignore[attr-defined]
+        saves = any(isinstance(other, OnExceptionCheckpoint) for other in others)
         if self.base.created and not self._kept.exports and not saves and self._trainer.global_step == 0:
             remove_own(Path(self.base.path))
 

@@ -218,9 +218,10 @@ def test_leaves_the_process_as_it_was(backend):
     assert float(torch.tensor([2.0**-126]) / 2) == 2.0**-127
 
 
-def test_without_a_compiler_a_search_warns_once_and_uses_the_reference(monkeypatch):
+def test_without_a_compiler_a_search_warns_once_and_uses_the_reference(monkeypatch, tmp_path):
     weight, base = pair((2, 2))
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where nothing was built before
     monkeypatch.setattr(library, "_find", library._find.__wrapped__)
     monkeypatch.setattr(cpu, "_entry_point", cpu._entry_point.__wrapped__)
     backends._choose.cache_clear()
