@@ -62,6 +62,7 @@ def test_a_system_without_file_locks_is_refused_in_one_sentence_and_nothing_is_l
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_package_can_be_imported_and_says_so_where_there_is_no_fcntl(tmp_path):
     code = """
 import pathlib, sys, warnings

@@ -51,6 +51,7 @@ def imported(cache, *command):
     return int(code), set(names)
 
 
+@pytest.mark.slow
 def test_only_the_first_export_of_an_architecture_imports_transformers(models, cache, tmp_path):
     base, post = models
     quantize = ["quantize", post, "--base", base, *QUICK]
@@ -77,6 +78,7 @@ def test_only_the_first_export_of_an_architecture_imports_transformers(models, c
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_inspect_and_chain_never_ask_for_the_architecture(models, cache, tmp_path):
     base, post = models
     assert imported(cache, "quantize", post, "--base", base, "--out", tmp_path / "out", *QUICK)[0] == 0

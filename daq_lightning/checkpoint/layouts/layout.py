@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.tensor_file import TensorSpec
-from daq_lightning.numerics.formats import Granularity, ScaleFormat
 
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.schemes import Container, Scheme
+    from daq_lightning.numerics.formats import Granularity, ScaleFormat
 
 
 @dataclass(frozen=True, kw_only=True)
