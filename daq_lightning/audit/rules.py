@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE, read_index
+from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE, config_dtype, read_index
 from daq_lightning.checkpoint.layouts import read_layout
-from daq_lightning.checkpoint.reader import config_dtype
 from daq_lightning.checkpoint.tensor_file import read_metadata
 from daq_lightning.model.fusion import FUSED
 from daq_lightning.model.outline import matches
@@ -26,7 +25,7 @@ from daq_lightning.numerics.formats import PerBlock
 from daq_lightning.report.figures import ExportReport
 
 if TYPE_CHECKING:
-    from daq_lightning.audit.stored import Stored
+    from daq_lightning.audit.verify import Stored
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WEIGHT_FILES = frozenset(

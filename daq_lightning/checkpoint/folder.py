@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, read_header
@@ -137,6 +138,15 @@ def read_index(folder: Path) -> dict[str, Any]:
                 "folder."
             )
     return {"weight_map": weight_map, "metadata": metadata}
+
+
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that a config.json names (`dtype`, formerly `torch_dtype`, also of a text model inside)."""
+    inner = config.get("text_config")
+    levels = [config, inner] if isinstance(inner, Mapping) else [config]
+    named = [level[key] for level in levels for key in ("dtype", "torch_dtype") if level.get(key)]
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    return known.get(str(named[0]).removeprefix("torch.")) if named else None
 
 
 def companion_files(folder: Path) -> list[Path]:

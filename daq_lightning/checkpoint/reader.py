@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.folder import RawCheckpoint
+from daq_lightning.checkpoint.folder import RawCheckpoint, config_dtype
 from daq_lightning.checkpoint.tensor_file import CheckpointError, LazyTensors, TensorSpec
 from daq_lightning.numerics.formats import Granularity, PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.quantize import dequantize
@@ -189,15 +189,6 @@ def load_checkpoint(path: str | os.PathLike[str], dtype: torch.dtype | None = No
         CheckpointError: The path does not exist, has no safetensors, or its files contradict each other.
     """
     return Checkpoint(path, dtype)
-
-
-def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that a config.json names (`dtype`, formerly `torch_dtype`, also of a text model inside)."""
-    inner = config.get("text_config")
-    levels = [config, inner] if isinstance(inner, Mapping) else [config]
-    named = [level[key] for level in levels for key in ("dtype", "torch_dtype") if level.get(key)]
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    return known.get(str(named[0]).removeprefix("torch.")) if named else None
 
 
 def _block_size(quantization: Mapping[str, Any], path: Path) -> PerBlock | None:
