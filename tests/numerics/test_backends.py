@@ -256,7 +256,8 @@ def test_the_warning_of_the_slow_reference_points_at_the_line_of_the_user(tmp_pa
         "from daq_lightning.numerics.backends import delta_stats\n"
         f"weight = torch.ones(8, 8)\n{lines[call]}\n"
     )
-    environment = os.environ | {"CXX": "no-such-compiler"}
+    # where nothing was built before
+    environment = os.environ | {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"{script}:6: UserWarning: The scale search uses its slow reference" in done.stderr
@@ -269,8 +270,8 @@ def test_triton_is_imported_only_when_used():
 
 TRITON_IN_ITS_INTERPRETER = """
 import torch
-from tests.test_backends import FP8_E4M3, PerBlock, PerChannel, PerTensor, assert_same, candidates, pair
-from tests.toy_format import E5M2
+from test_backends import FP8_E4M3, PerBlock, PerChannel, PerTensor, assert_same, candidates, pair
+from toy_format import E5M2
 from daq_lightning.numerics.backends import cuda, reference
 
 cases = [
