@@ -126,8 +126,7 @@ class _DeltaMetric(Metric):
         return self._plot(val, ax)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
-        """Lets `fn` move the states, never cast them: `set_dtype` and `.to(dtype)` would ruin counts and
-        sums."""
+        """Lets `fn` move the states, never cast them: `.to(dtype)` would ruin counts and sums."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

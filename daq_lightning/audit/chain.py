@@ -82,8 +82,7 @@ class Chain:
         )
 
     def table(self) -> str:
-        """The lineage as text: for each stage what it was made from, and what is left of its change since its
-        base and since the root."""
+        """The lineage as text: what each stage was made from, and what is left of its change."""
         lines = [f"root  {self.root or 'in memory, not kept'}"]
         for stage in self.stages:
             lineage, totals = stage.manifest.lineage, stage.totals()

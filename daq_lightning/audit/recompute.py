@@ -97,8 +97,7 @@ def _measure(
     layout: Layout,
     dtype: torch.dtype,
 ) -> tuple[DeltaStats, DeltaStats, DeltaStats]:
-    """Sums of the written codes, of plain absmax scales, and of the former rounded to dtype, in bands of
-    rows."""
+    """Sums of written codes, of plain absmax scales, and of the former rounded to dtype, in bands."""
     shape_MN, rows_of = (
         (weight.shape[0], weight.shape[1]),
         layout.granularity.cell((weight.shape[0], weight.shape[1])),

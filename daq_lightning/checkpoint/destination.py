@@ -37,10 +37,8 @@ def check_destination(out: Path) -> None:
             if any(out.iterdir()):
                 _check_replaceable(out)
             break
-        except (
-            CheckpointError,
-            OSError,
-        ):  # unless another export has replaced the folder while it was looked at
+        except (CheckpointError, OSError):
+            # unless another export has replaced the folder while it was looked at
             if out.is_dir() and os.path.samestat(out.stat(), looked_at):
                 raise
     parent = out.absolute().parent
@@ -56,8 +54,7 @@ def check_destination(out: Path) -> None:
 
 
 def _check_replaceable(out: Path) -> None:
-    """Refuses a folder of which any file was not written by the export that made it: replacing would delete
-    it."""
+    """Refuses a folder that holds any file of others: replacing it would delete that."""
     if not (out / REPORT).is_file():
         raise CheckpointError(
             f"{out} exists and was not written by this package (it has no {REPORT}): choose another "
@@ -162,8 +159,7 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def cannot_write(out: Path, error: OSError) -> CheckpointError:
-    """The error of a destination that the system did not let be written, with what to do about a full
-    disk."""
+    """The error of a destination that cannot be written, with what to do about a full disk."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(out.parent).free if out.parent.exists() else 0
         return CheckpointError(

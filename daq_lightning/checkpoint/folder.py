@@ -150,8 +150,7 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """The files beside the weights that belong to a model: tokenizer, chat template, generation config, own
-    code."""
+    """The files beside the weights: tokenizer, chat template, generation config, the model's own code."""
     suffixes = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm"}
     skipped = {
         "config.json",

@@ -130,8 +130,7 @@ class Manifest:
 
 
 def _check_shape(content: Mapping[str, Any], path: Path) -> None:
-    """Refuses a manifest whose fields are not what `Manifest` and `Lineage` say; anybody may have written
-    it."""
+    """Refuses a manifest whose fields are not as declared; anybody may have written it."""
 
     def check(holds: bool, what: str) -> None:
         if not holds:
@@ -196,8 +195,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def _holds_only(file: Path, manifest: Manifest) -> bool:
-    """Whether a safetensors file holds only tensors of an export; a damaged one does, nothing in it can be
-    lost."""
+    """Whether a file holds only tensors of an export; in a damaged one nothing can be lost."""
     try:
         entries = read_header(file)
     except CheckpointError:

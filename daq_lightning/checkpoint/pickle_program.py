@@ -253,9 +253,8 @@ def _rebuilt(function: Any, arguments: tuple[Any, ...]) -> Any:
         return _tensor(storage, dtype, offset, size, stride) if not any(arguments[7:]) else _OBJECT
     if function.name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and arguments:
         return arguments[0] if isinstance(arguments[0], Tensor) else _OBJECT
-    if (
-        function.name == "_rebuild_from_type_v2" and len(arguments) == 4
-    ):  # a tensor with attributes of its own
+    # a tensor with attributes of its own
+    if function.name == "_rebuild_from_type_v2" and len(arguments) == 4:
         inner, kind, inner_arguments, _ = arguments
         plain = kind in (
             ("torch", "Tensor"),

@@ -146,8 +146,7 @@ class Checkpoint(LazyTensors):
         return found[0]
 
     def _check_foreign(self, scales: set[str]) -> None:
-        """Refuses weights that are quantized in another way than FP8 codes and scale: they would pass as
-        plain ones."""
+        """Refuses weights quantized otherwise than by FP8 codes and scale: they would pass as plain ones."""
         odd = [
             name
             for name, entry in self.raw.entries.items()
@@ -167,8 +166,7 @@ class Checkpoint(LazyTensors):
             )
 
     def _belongs_to_quantization(self, name: str) -> bool:
-        """Scales of activations and of the cache say nothing of the weights and do not outlive their
-        quantization."""
+        """Scales of activations and of the cache do not outlive the quantization of the weights."""
         owner, _, leaf = name.rpartition(".")
         if leaf in _ACTIVATION_SCALES:
             return f"{owner}.weight" in self._scales

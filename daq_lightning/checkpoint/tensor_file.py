@@ -52,8 +52,7 @@ _MAX_DIMENSIONS, _MAX_ELEMENTS = 16, 2**48
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written: the message says which file, what was expected and what to
-    do."""
+    """A checkpoint cannot be read or written: which file, what was expected and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,9 +33,8 @@ from daq_lightning.checkpoint.locks import allocate, flush, lock
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES
 from daq_lightning.checkpoint.tensor_file import TensorEntry, TensorSpec, make_header, tensor_bytes
 
-_FLUSH = (
-    64 << 20
-)  # bytes after which written data is pushed to the disk, so that the final fsync has little to do
+# bytes after which written data is pushed to the disk, so that the final fsync has little to do
+_FLUSH = 64 << 20
 
 
 def plan_shards(
@@ -174,9 +173,8 @@ class CheckpointWriter:
     def _create(self, path: Path, specs: list[TensorSpec]) -> None:
         header, entries = make_header(specs, path)
         descriptor = self._files[path] = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
-        allocate(
-            descriptor, len(header) + sum(spec.nbytes for spec in specs)
-        )  # before the search, not after it
+        # before the search, not after it
+        allocate(descriptor, len(header) + sum(spec.nbytes for spec in specs))
         os.pwrite(descriptor, header, 0)
         self._entries |= {entry.name: entry for entry in entries}
 
@@ -203,9 +201,8 @@ class CheckpointWriter:
             os.close(descriptor)
         self._files.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
-        if (
-            not self.folder.exists()
-        ):  # the lock goes last: without it nobody would know the folder for a leftover
+        # the lock goes last: without it nobody would know the folder for a leftover
+        if not self.folder.exists():
             _lock_path(self.folder).unlink(missing_ok=True)
         os.close(self._lock)
 

@@ -37,14 +37,8 @@ _COMMANDS = {
     "chain": commands.chain,
     "verify": commands.verify,
 }
-_PATHS = (
-    "post",
-    "base",
-    "out",
-    "adapter",
-    "parent",
-    "folder",
-)  # options that are paths: `~` is the home folder
+# options that are paths: `~` is the home folder
+_PATHS = ("post", "base", "out", "adapter", "parent", "folder")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,4 @@
-"""What is settled before an export reads its first weight, once: the plan, the base of every weight, the
-lineage.
+"""What is settled before an export reads its first weight, once: plan, bases and lineage.
 
     prepare(source, base, settings) -> Job        job.plan is what a dry run shows; `run(job, out)` writes
 
@@ -70,8 +69,7 @@ class Job:
         ]
 
     def against(self, base: Mapping[str, Tensor], *, kind: str, path: str) -> Job:
-        """The same export measured against a later base, which holds every weight of the plan under its own
-        name."""
+        """The same export measured against a later base, which holds every weight of the plan by name."""
         lineage = dataclasses.replace(self.lineage, base_kind=kind, base_path=path)
         names = {tensor.spec.name: tensor.spec.name for tensor in self.plan.quantized}
         return dataclasses.replace(self, base=base, base_names=names, without_base={}, lineage=lineage)
@@ -119,9 +117,9 @@ def prepare(
     """
     if plan is None:
         plan = plan_export(source.specs, source.outline, settings)
-    base = described(base, [tensor.spec.name for tensor in plan.quantized])
-    base_names, without_base = _match_base(plan, base, source, settings)
     names = [tensor.spec.name for tensor in plan.quantized]
+    base = described(base, names)
+    base_names, without_base = _match_base(plan, base, source, settings)
     known = lineage_of(base) if lineage is None else lineage
     lineage, root = make_lineage(known, base, names, parent=parent, chain_from=chain_from)
     return Job(
@@ -168,8 +166,7 @@ def _match_base(
 
 
 def _identity(name: str, key: str) -> tuple[str, str]:
-    """What a tensor is whatever prefix its checkpoint uses: memory name, and which slice of a stack of
-    experts."""
+    """What a tensor is, whatever its checkpoint's prefix: memory name, and which slice of a stack."""
     _, found, expert = name.rpartition(".experts.")
     return key, expert if found else ""
 

@@ -180,8 +180,7 @@ def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportS
 
 
 def _ignore_list(tensors: Sequence[TensorPlan], outline: Outline) -> tuple[str, ...]:
-    """Every module that a reader might take for a quantized one: by its name in the checkpoint, then in
-    memory."""
+    """Every module that a reader might take for a quantized one: checkpoint names, then memory names."""
     quantized = {tensor.key.removesuffix(".weight") for tensor in tensors if tensor.quantize}
     unquantized = [name for name in outline.linear_modules if name not in quantized]
     by_key = {tensor.key: tensor.spec.name for tensor in tensors}

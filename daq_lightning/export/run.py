@@ -112,8 +112,7 @@ def run(
 
 
 def _search(job: Job, batch: Batch) -> list[SearchResult]:
-    """The scales of a batch; a weight without a base is searched against itself, which keeps its absmax
-    scale."""
+    """The scales of a batch; without a base, a weight searched against itself keeps its absmax scale."""
     weights = [as_searched(pair.weight) for pair in batch]
     bases = [
         weight if pair.base is None else as_searched(pair.base)

@@ -89,8 +89,7 @@ def batches_of(plan: ExportPlan, *, together: bool) -> list[tuple[TensorPlan, ..
 
 
 def _read_ahead(job: Job, order: Sequence[TensorPlan]) -> Generator[Pair, None, None]:
-    """Pairs in order. What lies in a folder is read ahead by threads; what lives in memory is taken when it
-    is due."""
+    """Pairs in order. What lies in a folder is read ahead; what lives in memory is taken when due."""
     buffers = Buffers()
     pool = ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
 

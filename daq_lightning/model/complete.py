@@ -48,9 +48,8 @@ def _check_ties(model: LiveModel) -> None:
     names = {key: name for name, key in model.keys.items()}
     for key, name in names.items():
         source = model.architecture.ties.get(key)
-        if (
-            source is not None and source != key and source in names
-        ):  # of one tensor only the source is written
+        # of one tensor only the source is written
+        if source is not None and source != key and source in names:
             raise ValueError(
                 f"{name} and {names[source]} are tied by config.json, but are two tensors in the model: "
                 "readers would use one of them for both. Set tie_word_embeddings=False in the config before "
@@ -59,8 +58,7 @@ def _check_ties(model: LiveModel) -> None:
 
 
 def _built_from_config(model: nn.Module) -> Outline | None:
-    """Of the model that a reader builds, without memory for weights; None if its class cannot be built this
-    way."""
+    """Of the model that a reader builds, without weights; None if its class cannot be built so."""
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     logger = logging.getLogger("transformers")
@@ -73,9 +71,8 @@ def _built_from_config(model: nn.Module) -> Outline | None:
             kind: Any = type(model)
             built = kind._from_config(config, attn_implementation="eager")
             return Architecture(built).outline({})
-    except (
-        Exception
-    ):  # a class of the user's whose constructor takes more than a config: its readers are the user's too
+    except Exception:
+        # a class of the user's whose constructor takes more than a config: its readers are the user's too
         return None
     finally:
         logger.setLevel(level)

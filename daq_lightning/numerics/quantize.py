@@ -67,9 +67,8 @@ def absmax(weight_MN: Tensor, granularity: Granularity) -> Tensor:
     parts = []
     for rows in bands(shape_MN, granularity, elements=max(_BAND, weight_MN.numel() // 16)):
         groups_GE = to_groups(weight_MN[rows], granularity)
-        parts.append(
-            torch.maximum(groups_GE.amax(1), -groups_GE.amin(1)).float()
-        )  # no copy of |x|; keeps NaN
+        # no copy of |x|; keeps NaN
+        parts.append(torch.maximum(groups_GE.amax(1), -groups_GE.amin(1)).float())
     return torch.cat(parts).reshape(grid)
 
 

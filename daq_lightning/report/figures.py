@@ -182,9 +182,8 @@ class ExportReport:
                 continue
             values = self.metrics(side)
             direction = f"{values['sign_rate']:>10.4f}{values['cosine']:>10.4f}{values['gain']:>10.4f}"
-            if (
-                values["delta_norm"] == 0
-            ):  # nothing to keep: figures of a direction would be those of rounding noise
+            # nothing to keep: figures of a direction would be those of rounding noise
+            if values["delta_norm"] == 0:
                 direction = f"{'-':>10}{'-':>10}{'-':>10}"
             lines.append(f"  {side:12}{direction}{values['mse']:>12.3e}{values['lost']:>9.2%}")
         notes = list(self.notes)
@@ -194,8 +193,7 @@ class ExportReport:
 
 
 def figures(stats: DeltaStats) -> dict[str, float]:
-    """The figures of some sums: sign_rate, cosine, gain, mse, delta_norm, lost and flipped (shares of all
-    elements)."""
+    """The figures of some sums; lost and flipped are shares of all elements."""
     return {
         "sign_rate": float(sign_rate(stats)),
         "cosine": float(cosine(stats)),

@@ -9,8 +9,7 @@ from daq_lightning.report.figures import ExportReport, TensorReport, figures
 
 
 def worst_first(report: ExportReport) -> list[TensorReport]:
-    """Its tensors by the cosine of update and kept update, lowest first; those without an update or base come
-    last."""
+    """Its tensors, lowest cosine of update and kept update first; without update or base last."""
 
     def rank(tensor: TensorReport) -> tuple[bool, float]:
         return bool(tensor.without_base) or float(tensor.searched.delta_sq) == 0, float(

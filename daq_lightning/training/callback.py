@@ -190,8 +190,7 @@ class DeltaAwareQuantization(PublishedExports, Callback):
     @override
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Plans the export and takes the base, so that whatever does not fit is known before the first
-        step."""
+        """Plans the export and takes the base: whatever does not fit is known before the first step."""
         self._run, self._state, self._referenced = None, None, False
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

@@ -216,8 +216,7 @@ class Run:
             self.keep(error)
 
     def remove_unused_base(self) -> None:
-        """Removes a snapshot that this run took and left nothing of: no step, no export, no checkpoint to
-        come."""
+        """Removes a snapshot of this run that nothing needs: no step, no export, no checkpoint to come."""
         others = self._trainer.callbacks  # type: ignore[attr-defined]
         saves = any(isinstance(other, OnExceptionCheckpoint) for other in others)
         if self.base.created and not self._kept.exports and not saves and self._trainer.global_step == 0:

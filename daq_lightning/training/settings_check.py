@@ -44,8 +44,7 @@ def flag(name: str, value: object) -> None:
 
 
 def count(name: str, value: object) -> None:
-    """Raises MisconfigurationException for what is neither None nor a whole number >= 1; True is no
-    number."""
+    """Raises MisconfigurationException for what is neither None nor a whole number >= 1; True is none."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     require(value is None or whole, name, value, "a whole number of at least 1, or None")
 

@@ -19,9 +19,8 @@ def check_strategy(strategy: Strategy) -> None:
     Raises:
         MisconfigurationException: Anything but a single CPU or CUDA GPU, or DDP.
     """
-    if isinstance(
-        strategy, (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
-    ):  # some of these are a DDPStrategy
+    # some of these are a DDPStrategy, so they come first
+    if isinstance(strategy, (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)):
         why = "whose weights are placeholders, or lie on a device that is not read from here"
     elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         why = "which does not keep whole weights in one process"

@@ -7,6 +7,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny_models
 import torch
 import transformers
 from safetensors import safe_open
@@ -37,13 +38,7 @@ SCALE = f"{Q}.weight_scale_inv"
 
 def save_pair(config, folder):
     """A model and a fine-tuned copy of it, as folders."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder / "base")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.003 * torch.randn(parameter.shape))
-    model.save_pretrained(folder / "post")
+    tiny_models.make_pair(folder, lambda: transformers.AutoModelForCausalLM.from_config(config), size=0.0015)
     return folder
 
 

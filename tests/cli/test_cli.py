@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import get_args
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -42,14 +43,8 @@ QUICK = ScaleSearch(n_coarse=2, n_fine=1)
 def models(tmp_path_factory):
     """Folders of a base and of a fine-tuned model."""
     folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16)
-    model.save_pretrained(folder / "base")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.003 * torch.randn(parameter.shape))
-    model.save_pretrained(folder / "post")
-    return SimpleNamespace(base=str(folder / "base"), post=str(folder / "post"))
+    base, post = tiny_models.make_pair(folder, lambda: transformers.LlamaForCausalLM(CONFIG), size=0.0015)
+    return SimpleNamespace(base=str(base), post=str(post))
 
 
 @pytest.fixture(scope="module")

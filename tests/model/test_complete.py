@@ -96,9 +96,8 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights that the model computes with in evaluation, by torch's own means."""
     model.eval()
     with torch.no_grad():
-        model(
-            input_ids=torch.ones(1, 2, dtype=torch.long)
-        )  # hooks of older torch leave their weight on the module
+        # hooks of older torch leave their weight on the module
+        model(input_ids=torch.ones(1, 2, dtype=torch.long))
         names = tiny_llama(num_hidden_layers=2).state_dict()
         return {name: model.get_submodule(name.rpartition(".")[0]).weight.clone() for name in names}
 

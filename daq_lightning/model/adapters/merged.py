@@ -204,8 +204,7 @@ def _factors(values: Values, layer: Any, adapter: str) -> LoraFactors:
 
 
 def _check_ties(slots: Mapping[str, Slot], values: Values) -> None:
-    """Names of one tensor must stay one tensor: PEFT adapts each of them by itself, and its merge adds to
-    both."""
+    """Names of one tensor must stay one: PEFT adapts each by itself, and its merge adds to both."""
     groups: dict[int, list[str]] = {}
     for name, slot in slots.items():
         groups.setdefault(id(slot.tensor), []).append(name)

@@ -116,8 +116,7 @@ def _adapters(layers: list[Any], key: str) -> Iterator[tuple[Any, str]]:
 
 
 def find_root(module: nn.Module) -> nn.Module:
-    """The outermost adapted model: a transformers model, a PeftModel, or a model that PEFT injected layers
-    into."""
+    """The outermost adapted model: of transformers, a PeftModel, or one that PEFT injected layers into."""
     for candidate in module.modules():
         is_model = is_a(candidate, "PreTrainedModel", package="transformers") or "peft_config" in vars(
             candidate
@@ -139,8 +138,7 @@ def find_root(module: nn.Module) -> nn.Module:
 
 
 def unwrap(module: Any) -> nn.Module:
-    """Steps through wrappers that add a level to the names: of PEFT, torch.compile and activation
-    checkpointing."""
+    """Steps through wrappers that add a level to names: PEFT, torch.compile, activation checkpointing."""
     while True:
         if is_a(module, "PeftModel", "PeftMixedModel"):
             module = module.base_model
@@ -155,8 +153,7 @@ def unwrap(module: Any) -> nn.Module:
 
 
 def adapter_configs(root: nn.Module) -> dict[str, Any]:
-    """The configurations of all adapters, by name: PEFT keeps them on the model that it injected layers
-    into."""
+    """The configurations of all adapters, by name: PEFT keeps them on the model that it changed."""
     found: dict[str, Any] = {}
     for part in root.modules():
         if is_a(part, "PeftModel", "PeftMixedModel") or "peft_config" in vars(part):

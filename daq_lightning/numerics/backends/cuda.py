@@ -33,10 +33,8 @@ from daq_lightning.numerics.tiling import group_sizes
 
 _TILE = 1024  # elements: 32 of weight and 32 of base in the registers of each thread
 _OUTPUTS = 1 << 24  # tiles times candidates whose sums are held at a time, 24 bytes each
-_SMALL, _LARGE = (
-    2.0**-50,
-    2.0**50,
-)  # magnitudes whose products float32 holds; a weight with others goes to `reference`
+# magnitudes whose products float32 holds; a weight with others goes to `reference`
+_SMALL, _LARGE = 2.0**-50, 2.0**50
 # the interpreter and older devices have no float8 cast that rounds as the hardware's does
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -187,9 +187,8 @@ def _coarse_to_fine(evaluate: Callable[[Tensor], DeltaStats], one_G: Tensor, sea
     """Algorithm 1 for many groups at once, in two calls of `evaluate`."""
     coarse_GK = coarse(search).to(one_G.device).expand(len(one_G), -1)
     stats_GK = evaluate(torch.cat([one_G[:, None], coarse_GK], 1))
-    absmax_stats = stats_GK.map(
-        lambda field: field[:, 0].clone()
-    )  # a view would keep the sums of all candidates
+    # a view would keep the sums of all candidates
+    absmax_stats = stats_GK.map(lambda field: field[:, 0].clone())
     stats_GK = stats_GK.map(lambda field: field[:, 1:])
     alpha_G, stats = _pick(one_G, absmax_stats, coarse_GK, stats_GK, search)
     if search.n_fine:
