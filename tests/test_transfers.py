@@ -11,7 +11,7 @@ from daq_lightning.export.job import prepare
 from daq_lightning.export.run import run
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
-from daq_lightning.export.stream import batches_of
+from daq_lightning.export.work import batches_of
 from daq_lightning.numerics.objectives import DeltaStats, measure
 
 QUICK = ScaleSearch(n_coarse=2, n_fine=1)
@@ -46,7 +46,7 @@ def in_a_chain(tmp_path):
 
 def test_sums_leave_the_device_once_per_batch(in_a_chain, monkeypatch):
     job, folder = in_a_chain
-    batches = [batch for batch in batches_of(job.plan, together=True) if batch[0].quantize]
+    batches = [batch for batch in batches_of(job.plan.tensors, together=True) if batch[0].quantize]
     assert max(map(len, batches)) > 1
     transfers, original = [], torch.Tensor.cpu
 

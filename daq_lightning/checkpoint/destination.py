@@ -142,6 +142,15 @@ def remove_leftovers(out: Path) -> None:
                 os.close(held)
 
 
+def leftovers(out: Path) -> list[Path]:
+    """The folders that killed exports to this destination left unfinished."""
+    return [
+        path.with_suffix("")
+        for path in sorted(out.absolute().parent.glob(f".{_escape(out.name)}.partial-*.lock"))
+        if path.with_suffix("").is_dir()
+    ]
+
+
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Keeps other exports to this destination, in any process, from renaming folders there until the end.

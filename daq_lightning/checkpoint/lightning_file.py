@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.pickle_program import run_pickle
+from daq_lightning.checkpoint.sharded_file import ShardedFile, is_sharded_file
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 
 _LOCAL_HEADER = (
@@ -35,11 +36,12 @@ _LOCAL_HEADER = (
 )
 
 
-def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a Lightning checkpoint, memory-mapped.
+def read_lightning_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
+    """The tensors of a Lightning checkpoint, memory-mapped, or read when asked for.
 
     Args:
-        path: A `.ckpt` file; its hyperparameters and callbacks may hold any objects.
+        path: A `.ckpt` file, whose hyperparameters and callbacks may hold any objects; or the folder that a
+            sharded strategy writes.
 
     Returns:
         Name -> tensor, of what the `state_dict` in the file holds. Sparse, quantized and distributed tensors,
@@ -48,6 +50,8 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]
     Raises:
         CheckpointError: Not a file that `torch.save` wrote, cut off, or without a `state_dict`.
     """
+    if is_sharded_file(path):
+        return ShardedFile(path)
     try:
         with open(path, "rb") as file:
             records = _records(file)

@@ -18,6 +18,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
@@ -220,6 +221,14 @@ def describe_files(folder: Path, skip: frozenset[str]) -> dict[str, dict[str, An
         if file.is_file() and name not in skip and not name.startswith("."):
             result[name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
     return result
+
+
+def package_version(package: str) -> str:
+    """The version of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "unknown"
 
 
 def _fingerprint(content: Mapping[str, Any]) -> str:

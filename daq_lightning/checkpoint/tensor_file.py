@@ -18,8 +18,8 @@ import json
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,11 +107,54 @@ class TensorEntry(TensorSpec):
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors that are described before any of them is read, and read when asked for."""
+    """Tensors that are described before any of them is read, and read when asked for.
+
+    Attributes:
+        collective: Whether reading one is work for all ranks together, by `on`, since none has the whole.
+    """
+
+    collective: bool = False
+
+    def on(self, name: str, owner: int) -> Tensor | None:
+        """A tensor on one rank, None on the others; all ranks ask for the same ones in the same order."""
+        raise NotImplementedError(f"{type(self).__name__} lies whole on each rank")
 
     @abstractmethod
     def spec(self, name: str) -> TensorSpec:
         """dtype and shape of a tensor, without computing or reading it."""
+
+
+class Renamed(LazyTensors):
+    """Some of other tensors, under names of their own.
+
+    Args:
+        tensors: The tensors.
+        names: Name here -> name there.
+    """
+
+    def __init__(self, tensors: LazyTensors, names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def spec(self, name: str) -> TensorSpec:
+        """dtype and shape of a tensor."""
+        return replace(self._tensors.spec(self._names[name]), name=name)
+
+
+def spec_in(weights: Mapping[str, Tensor], name: str) -> TensorSpec:
+    """dtype and shape of a tensor of `described` weights."""
+    return weights.spec(name) if isinstance(weights, LazyTensors) else spec_of(name, weights[name])
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

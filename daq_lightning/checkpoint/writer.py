@@ -10,18 +10,22 @@ destination:
     rename -> out
 
 A kill at any moment leaves at most those siblings, which the next export to the same place removes (it knows
-by the locks that no living process owns them). An earlier export at the destination stays until the new one
-is complete, and is replaced only if every file in it is its own.
+by the locks that no living process owns them), or takes over. An earlier export at the destination stays
+until the new one is complete, and is replaced only if every file in it is its own.
+
+Several processes write one checkpoint, each some of its files, into the folder that the first one reserved
+(`files`, `folder`); that one publishes when all have finished.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +35,42 @@ from daq_lightning.checkpoint.destination import alone, cannot_write, check_dest
 from daq_lightning.checkpoint.folder import INDEX, SINGLE
 from daq_lightning.checkpoint.locks import allocate, flush, lock
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES
-from daq_lightning.checkpoint.tensor_file import TensorEntry, TensorSpec, make_header, tensor_bytes
+from daq_lightning.checkpoint.tensor_file import (
+    CheckpointError,
+    TensorEntry,
+    TensorSpec,
+    make_header,
+    tensor_bytes,
+)
 
 # bytes after which written data is pushed to the disk, so that the final fsync has little to do
 _FLUSH = 64 << 20
 
 
 def plan_shards(
-    specs: Iterable[TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    specs: Iterable[TensorSpec | Sequence[TensorSpec]], max_shard_bytes: int = DEFAULT_SHARD_BYTES
 ) -> dict[str, list[TensorSpec]]:
-    """Which tensor goes into which file: in order, a new file when the next tensor would not fit.
+    """Which tensor goes into which file: in order, a new file when the next one would not fit.
 
     Depends on names and sizes only, so that every run and every rank plans the same.
+
+    Args:
+        specs: Tensors in order; those of a sequence, such as codes and scale of a weight, stay together.
+        max_shard_bytes: Size at which a new file begins.
 
     Returns:
         File name -> tensors: one `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on.
     """
     shards: list[list[TensorSpec]] = [[]]
     used = 0
-    for spec in specs:
-        if shards[-1] and used + spec.nbytes > max_shard_bytes:
+    for entry in specs:
+        group = [entry] if isinstance(entry, TensorSpec) else entry
+        size = sum(spec.nbytes for spec in group)
+        if shards[-1] and used + size > max_shard_bytes:
             shards.append([])
             used = 0
-        shards[-1].append(spec)
-        used += spec.nbytes
+        shards[-1] += group
+        used += size
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
@@ -67,11 +83,17 @@ class CheckpointWriter:
 
     Args:
         out: Destination folder; may be an earlier export, which is replaced on success.
-        specs: All tensors, in file order.
+        specs: All tensors, in file order, as for `plan_shards`.
         max_shard_bytes: Size at which a new file begins.
+        files: The files that this process writes; None writes all.
+        folder: The folder that another process has reserved; None reserves one.
+        resume: A leftover of a killed export to take over, with the files that are complete in it; these are
+            not among `files`.
 
     Attributes:
         folder: Where the files lie until they are published.
+        shards: File name -> tensors, of the whole checkpoint.
+        keep: Set it to leave the folder, unpublished, for a later export to take over.
 
     Raises:
         CheckpointError: The destination is not free, cannot be written, or the disk is full.
@@ -80,29 +102,39 @@ class CheckpointWriter:
     def __init__(
         self,
         out: str | os.PathLike[str],
-        specs: Sequence[TensorSpec],
+        specs: Sequence[TensorSpec | Sequence[TensorSpec]],
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        *,
+        files: Collection[str] | None = None,
+        folder: Path | None = None,
+        resume: Path | None = None,
     ) -> None:
         self.out = Path(os.path.abspath(out))
         check_destination(self.out)
-        self._shards = plan_shards(specs, max_shard_bytes)
-        self._total = sum(spec.nbytes for spec in specs)
-        self._missing = {spec.name for spec in specs}
-        if len(self._missing) != len(specs):
+        self.shards = plan_shards(specs, max_shard_bytes)
+        self._mine = {file: self.shards[file] for file in (self.shards if files is None else files)}
+        self._missing = {spec.name for shard in self._mine.values() for spec in shard}
+        names = [spec.name for shard in self.shards.values() for spec in shard]
+        if len(set(names)) != len(names):
             raise AssertionError("two tensors of one name")
+        self._given, self._resume = folder, resume
+        self._lock: int | None = None
+        self.keep = False
         self._files: dict[Path, int] = {}
         self._unflushed = 0
         self._entries: dict[str, TensorEntry] = {}
 
     def __enter__(self) -> CheckpointWriter:
         with self._explained():
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            with alone(self.out):
-                remove_leftovers(self.out)
-            self.folder, self._lock = _reserve(self.out)
+            if self._given is not None:
+                self.folder = self._given
+            else:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self._take_folder()
             try:
-                self.folder.mkdir()
-                for file, specs in self._shards.items():
+                if self._given is None and self._resume is None:
+                    self.folder.mkdir()
+                for file, specs in self._mine.items():
                     self._create(self.folder / file, specs)
             except BaseException:
                 self._discard()
@@ -146,8 +178,22 @@ class CheckpointWriter:
         with self._explained():
             put(self.folder)
 
+    def sync(self, file: str) -> None:
+        """Makes one file durable."""
+        with self._explained():
+            os.fsync(self._files[self.folder / file])
+
+    def finish(self) -> None:
+        """Makes the files of this process durable; all its tensors are written."""
+        assert not self._missing, f"{len(self._missing)} tensors were planned and not written"
+        with self._explained():
+            for descriptor in self._files.values():
+                os.fsync(descriptor)
+
     def publish(self, config: dict[str, Any] | None = None) -> Path:
         """Writes index and config.json, makes everything durable and gives the folder its name.
+
+        To be called by the process that reserved the folder, after the others have finished.
 
         Args:
             config: Content of config.json; None writes none.
@@ -155,16 +201,19 @@ class CheckpointWriter:
         Returns:
             The destination.
         """
-        assert not self._missing, f"{len(self._missing)} tensors were planned and not written"
+        self.finish()
         with self._explained():
-            for descriptor in self._files.values():
-                os.fsync(descriptor)
-            if len(self._shards) > 1:
-                weight_map = {spec.name: file for file, specs in self._shards.items() for spec in specs}
-                self.write_json(INDEX, {"metadata": {"total_size": self._total}, "weight_map": weight_map})
+            absent = [file for file in self.shards if not (self.folder / file).is_file()]
+            if absent:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.folder / absent[0]))
+            if len(self.shards) > 1:
+                weight_map = {spec.name: file for file, specs in self.shards.items() for spec in specs}
+                size = sum(spec.nbytes for specs in self.shards.values() for spec in specs)
+                self.write_json(INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
             if config is not None:
                 self.write_json("config.json", config)
-            for path in [path for path in self.folder.rglob("*") if path not in self._files]:
+            shards = {self.folder / file for file in self.shards}
+            for path in [path for path in self.folder.rglob("*") if path not in shards]:
                 _fsync(path)
             _fsync(self.folder)
             self._replace()
@@ -196,14 +245,28 @@ class CheckpointWriter:
             if replaced:
                 shutil.rmtree(earlier, ignore_errors=True)
 
+    def _take_folder(self) -> None:
+        """Makes the unfinished folder, or takes over a leftover, with the lock that says who uses it."""
+        with alone(self.out):
+            if self._resume is not None:
+                self.folder, self._lock = self._resume, lock(lock_path(self._resume), wait=False)
+                if self._lock is None:
+                    raise CheckpointError(f"{self._resume} is being written by another process: let it end.")
+            remove_leftovers(self.out)
+        if self._lock is None:
+            self.folder, self._lock = _reserve(self.out)
+
     def _discard(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is None:
+            return
+        if not self.keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
         # the lock goes last: without it nobody would know the folder for a leftover
         if not self.folder.exists():
-            _lock_path(self.folder).unlink(missing_ok=True)
+            lock_path(self.folder).unlink(missing_ok=True)
         os.close(self._lock)
 
     @contextlib.contextmanager
@@ -218,12 +281,13 @@ def _reserve(out: Path) -> tuple[Path, int]:
     """A name for the unfinished folder, and the lock that says that a living process uses it."""
     while True:
         folder = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
-        held = lock(_lock_path(folder), new=True)
+        held = lock(lock_path(folder), new=True)
         if held is not None:  # else another export took it for a leftover before it was locked
             return folder, held
 
 
-def _lock_path(folder: Path) -> Path:
+def lock_path(folder: Path) -> Path:
+    """The file whose lock says that a living process writes an unfinished folder."""
     return folder.with_name(folder.name + ".lock")
 
 

@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 
 from daq_lightning.cli import commands
 from daq_lightning.cli.arguments import in_options, make_parser, normalized
+from daq_lightning.cli.ranks import speaker
 
 _COMMANDS = {
     "quantize": commands.quantize,
@@ -65,7 +66,7 @@ def _run(argv: list[str], debug: bool) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print("\ndaq-lightning: interrupted; nothing was left behind.", file=sys.stderr)
+        print(f"\n{speaker()}: interrupted; nothing was published.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,14 +74,14 @@ def _run(argv: list[str], debug: bool) -> int:
     except (ValueError, OSError, ImportError) as error:
         if debug:
             traceback.print_exc()
-        print(f"daq-lightning: error: {in_options(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"{speaker()}: error: {in_options(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except Exception as error:
         if debug:
             traceback.print_exc()
         shown = " ".join(f"{type(error).__name__}: {error}".split())
         print(
-            f"daq-lightning: unexpected error: {shown[:500]}. This is a mistake in daq-lightning: please "
+            f"{speaker()}: unexpected error: {shown[:500]}. This is a mistake in daq-lightning: please "
             "report it with the output of the same command with --debug.",
             file=sys.stderr,
         )

@@ -25,7 +25,8 @@ Exit codes: 0 fine, 1 problems were found, 2 wrong arguments or input, 70 an err
 130 interrupted."""
 ABOUT_QUANTIZE = """Writes an FP8 checkpoint of a fine-tuned model. POST and BASE are Hugging Face model
 folders (safetensors; FP8 folders too).
-Example: daq-lightning quantize my-model --base its-base --out my-model-fp8"""
+Example: daq-lightning quantize my-model --base its-base --out my-model-fp8
+On several processes or nodes: torchrun --nproc-per-node 8 -m daq_lightning quantize ..."""
 ABOUT_INSPECT = """Shows how much of the update each weight of an export kept, worst first. With --base and
 --post every figure is computed again from the files and compared with the report (exit code 1 if they
 differ)."""
@@ -86,6 +87,7 @@ def make_parser() -> ArgumentParser:
     )
     _add_setting(layout, ExportSettings, "container")
     _add_setting(layout, ExportSettings, "scale_format")
+    _add_setting(layout, ExportSettings, "max_shard_bytes")
     search = quantize.add_argument_group("how scales are searched")
     _add_setting(search, ScaleSearch, "metric")
     search.add_argument(
@@ -109,7 +111,16 @@ def make_parser() -> ArgumentParser:
         help="what POST was trained from: the high-precision weights that the parent was made of, or its "
         "deployed (dequantized FP8) ones. It is checked against the parent; left out, this begins a chain",
     )
-    search.add_argument("--device", metavar="DEVICE", help="where to search, such as cuda; left out, the CPU")
+    search.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="where to search: cuda (all GPUs of this machine), cuda:1, ...; left out, the CPU",
+    )
+    quantize.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the files that an export to OUT completed before it was cut off",
+    )
     quantize.add_argument(
         "--config", action="config", metavar="FILE", help="YAML of options, as --print_config prints"
     )

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from daq_lightning.checkpoint.reader import Checkpoint
+    from daq_lightning.export.job import Job
 
 _SHOWN = 5  # differing weights in the text of inspect
 
 
 def quantize(options: Namespace) -> int:
     """Writes an FP8 checkpoint, or shows what would be written."""
-    from daq_lightning.checkpoint.destination import check_destination, check_inputs
+    from daq_lightning.cli.ranks import all_ranks, device_of_rank, spread_over_gpus
     from daq_lightning.export.job import prepare
     from daq_lightning.export.run import check_device, run
     from daq_lightning.export.settings import ExportSettings
@@ -49,30 +50,56 @@ def quantize(options: Namespace) -> int:
         container=options.container,
         scale_format=options.scale_format,
         missing_base=options.missing_base,
+        max_shard_bytes=options.max_shard_bytes,
     )
-    check_device(options.device)
-    adapter = None if options.adapter is None else _folder(options.adapter, "--adapter")
-    source = Source.from_folder(_folder(options.post, "POST"), adapter)
-    base = _checkpoint(options.base or options.post, "--base")
-    job = prepare(source, base, choices, parent=options.parent, chain_from=options.chain_from)
-    if options.dry_run:
-        if options.out is not None:
-            check_inputs(Path(options.out), job.inputs())
-            check_destination(Path(options.out))
-        if options.json:
-            _print_json(job.plan.to_dict() | {"without_base": dict(job.without_base)})
-            return 0
-        quantized, missing = len(job.plan.quantized), len(job.without_base)
-        print(job.plan.table())
-        print(f"base: {quantized - missing} of {quantized} FP8 weights are in {base.path}")
-        print("".join(f"  {name}: plain scale, {why}\n" for name, why in job.without_base.items()), end="")
-        print("dry run: nothing was written")
+    spread_over_gpus(sys.argv[1:], options.device)
+    device = device_of_rank(options.device)
+    with all_ranks() as ranks:
+
+        def opened() -> tuple[Source, Checkpoint]:
+            check_device(device)
+            adapter = None if options.adapter is None else _folder(options.adapter, "--adapter")
+            source = Source.from_folder(_folder(options.post, "POST"), adapter)
+            return source, _checkpoint(options.base or options.post, "--base")
+
+        source, base = ranks.together(opened)
+        job = prepare(
+            source, base, choices, parent=options.parent, chain_from=options.chain_from, ranks=ranks
+        )
+        if options.dry_run:
+            return _show_plan(job, options) if ranks.rank == 0 else 0
+        report = run(
+            job,
+            Path(str(options.out)),
+            device=device,
+            progress=not options.quiet,
+            ranks=ranks,
+            resume=options.resume,
+        )
+    if ranks.rank:
         return 0
-    report = run(job, Path(str(options.out)), device=options.device, progress=not options.quiet)
     if options.json:
         _print_json({"path": report.path, **report.to_dict()})
     elif not options.quiet:
         print(report.summary())
+    return 0
+
+
+def _show_plan(job: Job, options: Namespace) -> int:
+    from daq_lightning.checkpoint.destination import check_destination, check_inputs
+
+    if options.out is not None:
+        check_inputs(Path(options.out), job.inputs())
+        check_destination(Path(options.out))
+    if options.json:
+        _print_json(job.plan.to_dict() | {"without_base": dict(job.without_base)})
+        return 0
+    quantized, missing = len(job.plan.quantized), len(job.without_base)
+    print(job.plan.table())
+    base: Any = job.base
+    print(f"base: {quantized - missing} of {quantized} FP8 weights are in {base.path}")
+    print("".join(f"  {name}: plain scale, {why}\n" for name, why in job.without_base.items()), end="")
+    print("dry run: nothing was written")
     return 0
 
 

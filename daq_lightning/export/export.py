@@ -13,6 +13,7 @@ from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, SchemeName
 from daq_lightning.export.job import prepare
+from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import check_device, run
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
@@ -40,6 +41,8 @@ def export_checkpoint(
     chain_from: ChainFrom | None = None,
     device: str | None = None,
     progress: bool = False,
+    distributed: bool = False,
+    resume: bool = False,
 ) -> ExportReport:
     """Writes an FP8 checkpoint whose scales preserve the difference between two sets of weights.
 
@@ -66,6 +69,10 @@ def export_checkpoint(
             "weights" or its "deployed" ones.
         device: Where to search; None searches where each weight lies.
         progress: Whether to show a progress bar.
+        distributed: Whether all ranks of `torch.distributed` call this and share the work, each with whole
+            files. They need a file system in common.
+        resume: Whether to go on from what an export to the same place, which was cut off, has completed, and
+            to leave what is complete if this one is cut off too. Only between folders.
 
     Returns:
         The report, also written as `daq_report.json`.
@@ -88,7 +95,6 @@ def export_checkpoint(
     Source: arXiv 2603.22324, Algorithm 1.
     """
     parent = None if parent is None else os.path.expanduser(parent)
-    check_device(device)
     settings = ExportSettings(
         scheme=scheme,
         search=ScaleSearch() if search is None else search,
@@ -98,6 +104,16 @@ def export_checkpoint(
         missing_base=missing_base,
         max_shard_bytes=max_shard_bytes,
     )
-    before = base if isinstance(base, Mapping) else Checkpoint(base)
-    job = prepare(Source.of(weights, adapter), before, settings, parent=parent, chain_from=chain_from)
-    return run(job, Path(out).expanduser(), device=device, progress=progress)
+    ranks = Ranks.all() if distributed else ALONE
+    try:
+
+        def opened() -> tuple[Source, Mapping[str, Tensor]]:
+            check_device(device)
+            before = base if isinstance(base, Mapping) else Checkpoint(base)
+            return Source.of(weights, adapter), before
+
+        source, before = ranks.together(opened)
+        job = prepare(source, before, settings, parent=parent, chain_from=chain_from, ranks=ranks)
+        return run(job, Path(out).expanduser(), device=device, progress=progress, ranks=ranks, resume=resume)
+    finally:
+        ranks.close()

@@ -9,6 +9,7 @@ keeps its job: each export only puts another source and step into it.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.checkpoint.tensor_file import CheckpointError, spec_in
 from daq_lightning.export.lineage import ancestors, make_lineage
 from daq_lightning.export.plan import ExportPlan, plan_export
+from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.settings import ExportSettings
-from daq_lightning.export.source import Source, described, spec_in
+from daq_lightning.export.source import Source, described
 
 _LISTED = 5
 
@@ -52,6 +54,13 @@ class Job:
     lineage: Lineage
     root: Mapping[str, Tensor] | None = field(repr=False)
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def parts(self) -> dict[str, str]:
+        """All that decides what is written, in words."""
+        return parts_of(self.plan, self.settings) | {
+            "the bases of the weights": json.dumps(dict(self.base_names)),
+            "the model's config.json": json.dumps(self.source.config, sort_keys=True, default=str),
+        }
 
     def inputs(self) -> list[tuple[str, Path]]:
         """The folders and files that the export reads or names as its origin, with their roles."""
@@ -98,6 +107,7 @@ def prepare(
     lineage: Lineage | None = None,
     parent: str | None = None,
     chain_from: ChainFrom | None = None,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """Plans an export, finds the base of every weight and checks its place in a chain. Writes nothing.
 
@@ -110,21 +120,26 @@ def prepare(
         parent: Folder of the stage before; None takes the base's folder if that is an export.
         chain_from: Whether training began with the parent's "weights" or its "deployed" ones; None begins a
             chain.
+        ranks: The processes that will share the work; all of them call this.
 
     Raises:
         CheckpointError: Nothing to quantize, a base that does not fit, or a base that is not what
             `chain_from` says.
     """
-    if plan is None:
-        plan = plan_export(source.specs, source.outline, settings)
+    given = plan
+
+    def settle() -> tuple[ExportPlan, Mapping[str, Tensor], dict[str, str], dict[str, str]]:
+        plan = given or plan_export(source.specs, source.outline, settings)
+        known = described(base, [tensor.spec.name for tensor in plan.quantized])
+        return (plan, known, *_match_base(plan, known, source, settings))
+
+    plan, bases, base_names, without_base = ranks.together(settle)
     names = [tensor.spec.name for tensor in plan.quantized]
-    base = described(base, names)
-    base_names, without_base = _match_base(plan, base, source, settings)
-    known = lineage_of(base) if lineage is None else lineage
-    lineage, root = make_lineage(known, base, names, parent=parent, chain_from=chain_from)
-    return Job(
+    known = lineage_of(bases) if lineage is None else lineage
+    lineage, root = make_lineage(known, bases, names, parent=parent, chain_from=chain_from, ranks=ranks)
+    job = Job(
         source=source,
-        base=base,
+        base=bases,
         settings=settings,
         plan=plan,
         base_names=base_names,
@@ -132,6 +147,23 @@ def prepare(
         lineage=lineage,
         root=root,
     )
+    ranks.check_equal("The plan of the export", job.parts)
+    return job
+
+
+def parts_of(plan: ExportPlan, settings: ExportSettings) -> dict[str, str]:
+    """What a plan says, in words: each tensor under its name, and what holds for all."""
+    tensors = {
+        tensor.spec.name: (
+            f"{tensor.spec.dtype} {list(tensor.spec.shape)}, {tensor.reason}, stored as "
+            f"{[(spec.name, str(spec.dtype), list(spec.shape)) for spec in tensor.stored.values()]}"
+        )
+        for tensor in plan.tensors
+    }
+    return tensors | {
+        "the list of unquantized modules": ", ".join(plan.ignore),
+        "the settings": str(settings),
+    }
 
 
 def _match_base(

@@ -20,6 +20,8 @@ from daq_lightning.checkpoint.folder import MANIFEST
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage, Manifest
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.export.ranks import ALONE, Agreement, Ranks
+from daq_lightning.export.turns import in_turn, shares
 
 
 def make_lineage(
@@ -29,6 +31,7 @@ def make_lineage(
     *,
     parent: str | None = None,
     chain_from: ChainFrom | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Lineage, Mapping[str, Tensor] | None]:
     """The place of a new export in a chain, after checking that its base is what it is said to be.
 
@@ -39,6 +42,7 @@ def make_lineage(
         parent: Folder of the stage before; None takes the base's folder if that is an export.
         chain_from: Whether the base is the parent's high-precision "weights" or its "deployed" ones; None
             begins a chain.
+        ranks: The processes that share the comparison; all of them call this.
 
     Returns:
         The lineage, and the weights of the chain's root if they are at hand.
@@ -62,8 +66,8 @@ def make_lineage(
             f"chain_from={chain_from!r} needs parent='<folder of the export before>'; {parent or 'the base'} "
             "is none."
         )
-    manifest = Manifest.load(parent)
-    _check_base(Path(parent), manifest, chain_from, base, list(names))
+    manifest, deployed = ranks.together(lambda: (Manifest.load(parent), Checkpoint(parent)))
+    _check_base(deployed, manifest, chain_from, base, list(names), ranks)
     root = (Path(parent) / manifest.lineage.root).resolve() if manifest.lineage.root else None
     linked = replace(
         lineage,
@@ -91,19 +95,27 @@ def ancestors(lineage: Lineage) -> list[Path]:
 
 
 def _check_base(
-    parent: Path, manifest: Manifest, chain_from: ChainFrom, base: Mapping[str, Tensor], names: list[str]
+    deployed: Checkpoint,
+    manifest: Manifest,
+    chain_from: ChainFrom,
+    base: Mapping[str, Tensor],
+    names: list[str],
+    ranks: Ranks,
 ) -> None:
-    recorded, deployed = manifest.tensors, Checkpoint(parent)
-    wrong = []
-    for name in names:
-        if name not in recorded or name not in base:
-            continue
-        if chain_from == "deployed":
-            equal = torch.equal(deployed[name].float(), base[name].detach().cpu().float())
-        else:
-            equal = fingerprint(base[name]) in recorded[name]["weights"].values()
-        if not equal:
-            wrong.append(name)
+    recorded = manifest.tensors
+    common = [name for name in names if name in recorded and name in base]
+    agreement = Agreement(ranks)
+    mine = []
+    for name, tensor in in_turn(base, shares(common, ranks), ranks, agreement):
+        with agreement.attempt():
+            if chain_from == "deployed":
+                equal = torch.equal(deployed[name].float(), tensor.detach().cpu().float())
+            else:
+                equal = fingerprint(tensor) in recorded[name]["weights"].values()
+            if not equal:
+                mine.append(name)
+    found = {name for part in ranks.gather(mine) for name in part}
+    wrong = [name for name in common if name in found]
     if wrong:
         what = {
             "weights": "the high-precision weights it was exported from",
@@ -112,6 +124,6 @@ def _check_base(
         other = "deployed" if chain_from == "weights" else "weights"
         raise CheckpointError(
             f"chain_from={chain_from!r} says that this stage began with {what}, but {len(wrong)} of "
-            f"{len(names)} base weights differ from those of {parent} ({', '.join(wrong[:3])}). Pass the "
-            f"base that training really began with, or chain_from={other!r}."
+            f"{len(names)} base weights differ from those of {deployed.path} ({', '.join(wrong[:3])}). Pass "
+            f"the base that training really began with, or chain_from={other!r}."
         )

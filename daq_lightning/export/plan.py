@@ -90,6 +90,11 @@ class ExportPlan:
         """Everything that the files will hold, in order."""
         return [spec for tensor in self.tensors for spec in tensor.stored.values()]
 
+    @property
+    def stored_together(self) -> list[list[TensorSpec]]:
+        """The same, tensor by tensor: what is stored of one goes into one file."""
+        return [list(tensor.stored.values()) for tensor in self.tensors]
+
     def table(self) -> str:
         """The plan as text, one line per tensor, then a summary and the notes."""
         width = max((len(tensor.spec.name) for tensor in self.tensors), default=0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from daq_lightning.checkpoint.adapter import AdapterFolder, read_adapter
 from daq_lightning.checkpoint.folder import companion_files
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.checkpoint.tensor_file import CheckpointError, LazyTensors, TensorSpec, spec_of
+from daq_lightning.checkpoint.tensor_file import CheckpointError, LazyTensors, TensorSpec, spec_in
 from daq_lightning.model.architecture import Architecture
 from daq_lightning.model.from_folder import FolderModel
 from daq_lightning.model.outline import Outline
@@ -201,11 +201,6 @@ def described(weights: Mapping[str, Tensor], names: Iterable[str] | None = None)
         with contextlib.suppress(KeyError):  # `name in weights` might read the tensor
             held[name] = weights[name]
     return held
-
-
-def spec_in(weights: Mapping[str, Tensor], name: str) -> TensorSpec:
-    """dtype and shape of a tensor of `described` weights."""
-    return weights.spec(name) if isinstance(weights, LazyTensors) else spec_of(name, weights[name])
 
 
 def _check_complete(checkpoint: Checkpoint, outline: Outline) -> None:

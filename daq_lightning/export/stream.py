@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -21,14 +21,16 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.buffers import Buffers
 from daq_lightning.checkpoint.reader import Checkpoint
+from daq_lightning.checkpoint.tensor_file import LazyTensors
 from daq_lightning.export.progress import with_progress
+from daq_lightning.export.ranks import ALONE, Agreement, Ranks
 from daq_lightning.numerics.backends.heap import return_freed_memory
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job
-    from daq_lightning.export.plan import ExportPlan, TensorPlan
+    from daq_lightning.export.plan import TensorPlan
+    from daq_lightning.export.work import Round, Work
 
-_BATCH = 64 << 20  # bytes of weights that are searched together
 _AHEAD = 2  # pairs that are being read or wait to be taken
 
 
@@ -47,75 +49,102 @@ class Pair(NamedTuple):
 
 
 Batch: TypeAlias = tuple[Pair, ...]
+Read: TypeAlias = Callable[[], Tensor | None]
 
 
 def stream(
-    job: Job, *, device: str | torch.device | None = None, progress: bool = False
+    job: Job,
+    work: Work,
+    ranks: Ranks = ALONE,
+    agreement: Agreement | None = None,
+    *,
+    device: str | torch.device | None = None,
+    progress: bool = False,
 ) -> Generator[Batch, None, None]:
-    """The tensors of a job in batches: experts of one layer and shape together, everything else by itself.
+    """The tensors of a job that this rank exports, in batches.
+
+    All ranks go through the rounds of the work together, since in a sharded model each weight is read by all
+    of them; what goes wrong on one ends the stream of all.
 
     Args:
         job: What is exported; its weights and bases are read once each.
+        work: What each rank does.
+        ranks: Who works.
+        agreement: Of the ranks; None makes one.
         device: Where pairs are moved to; None leaves each where it lies.
-        progress: Whether to show how far it is.
+        progress: Whether to show how far all ranks are, on rank 0.
     """
-    batches = batches_of(job.plan, together=job.settings.search.alpha_scope == "group")
-    order = [plan for batch in batches for plan in batch]
-    with contextlib.closing(_read_ahead(job, order)) as pairs:
-        for batch in with_progress(batches, _size) if progress else batches:
-            yield tuple(_on_device(next(pairs), device) for _ in batch)
+    agreement = Agreement(ranks) if agreement is None else agreement
+    shown = with_progress(work.rounds, _size) if progress and ranks.rank == 0 else work.rounds
+    with contextlib.closing(_ReadAhead(job, work, ranks)) as ahead:
+        for turn in shown:
+            pairs: list[Pair] = []
+            for _ in range(ahead.asked_in(turn)):
+                with agreement.attempt():
+                    pair = ahead.take()
+                    if pair is not None:
+                        pairs.append(_on_device(pair, device))
+            if pairs and not agreement.failed:
+                yield tuple(pairs)
+            agreement.settle()
 
 
-def batches_of(plan: ExportPlan, *, together: bool) -> list[tuple[TensorPlan, ...]]:
-    """What is searched together, up to a bounded size.
-
-    Args:
-        plan: Of the export.
-        together: Whether weights may share a search, which alphas of a whole layer forbid.
-    """
-    batches: list[list[TensorPlan]] = []
-    open_batches: dict[tuple[str, tuple[int, ...]], list[TensorPlan]] = {}
-    for tensor in plan.tensors:
-        layer, found, _ = tensor.spec.name.rpartition(".experts.")
-        if not (together and tensor.quantize and tensor.role == "expert" and found):
-            batches.append([tensor])
-            continue
-        batch = open_batches.setdefault((layer, tensor.spec.shape), [])
-        if not batch or (len(batch) + 1) * tensor.spec.nbytes > _BATCH:
-            batch = open_batches[layer, tensor.spec.shape] = []
-            batches.append(batch)
-        batch.append(tensor)
-    return [tuple(batch) for batch in batches]
-
-
-def _read_ahead(job: Job, order: Sequence[TensorPlan]) -> Generator[Pair, None, None]:
+class _ReadAhead:
     """Pairs in order. What lies in a folder is read ahead; what lives in memory is taken when due."""
-    buffers = Buffers()
-    pool = ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
 
-    def ask(mapping: Mapping[str, Tensor], name: str) -> Callable[[], Tensor]:
-        if isinstance(mapping, Checkpoint):
-            return pool.submit(mapping.read, name, buffers).result
-        return partial(mapping.__getitem__, name)
+    def __init__(self, job: Job, work: Work, ranks: Ranks) -> None:
+        self._job, self._rank = job, ranks.rank
+        self._shared = any(
+            isinstance(mapping, LazyTensors) and mapping.collective
+            for mapping in (job.source.weights, job.base)
+        )
+        self._steps = (step for turn in work.rounds for step in self._steps_in(turn))
+        self._ahead: deque[tuple[TensorPlan, Read, Read]] = deque()
+        self._buffers = Buffers()
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
 
-    ahead: deque[tuple[TensorPlan, Callable[[], Tensor], Callable[[], Tensor] | None]] = deque()
-    try:
-        for plan in order:
-            base_name = job.base_names.get(plan.spec.name)
-            base = None if base_name is None else ask(job.base, base_name)
-            ahead.append((plan, ask(job.source.weights, plan.spec.name), base))
-            if len(ahead) == _AHEAD:
-                yield _take(*ahead.popleft())
-        while ahead:
-            yield _take(*ahead.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)
-        buffers.close()
+    def asked_in(self, turn: Round) -> int:
+        """How many pairs this rank has to take in a round: its own, and those it helps to read."""
+        return sum(1 for _ in self._steps_in(turn))
+
+    def take(self) -> Pair | None:
+        """The next pair, if this rank is the one that exports it."""
+        while len(self._ahead) < _AHEAD and (step := next(self._steps, None)) is not None:
+            owner, plan = step
+            base_name = self._job.base_names.get(plan.spec.name)
+            base = _nothing if base_name is None else self._ask(self._job.base, base_name, owner)
+            self._ahead.append((plan, self._ask(self._job.source.weights, plan.spec.name, owner), base))
+        plan, read_weight, read_base = self._ahead.popleft()
+        try:
+            weight = read_weight()
+        finally:  # the others read the base together with this rank, whatever became of the weight
+            base = read_base()
+        return None if weight is None else Pair(plan, weight, base)
+
+    def close(self) -> None:
+        """Ends the threads and lets the buffers go."""
+        self._pool.shutdown(cancel_futures=True)
+        self._ahead.clear()
+        self._buffers.close()
         return_freed_memory()
 
+    def _steps_in(self, turn: Round) -> Iterator[tuple[int, TensorPlan]]:
+        for owner, batch in enumerate(turn):
+            if self._shared or owner == self._rank:
+                yield from ((owner, plan) for plan in batch)
 
-def _take(plan: TensorPlan, weight: Callable[[], Tensor], base: Callable[[], Tensor] | None) -> Pair:
-    return Pair(plan, weight(), None if base is None else base())
+    def _ask(self, mapping: Mapping[str, Tensor], name: str, owner: int) -> Read:
+        if isinstance(mapping, LazyTensors) and mapping.collective:
+            return partial(mapping.on, name, owner)
+        if owner != self._rank:
+            return _nothing
+        if isinstance(mapping, Checkpoint):
+            return self._pool.submit(mapping.read, name, self._buffers).result
+        return partial(mapping.__getitem__, name)
+
+
+def _nothing() -> None:
+    return None
 
 
 def _on_device(pair: Pair, device: str | torch.device | None) -> Pair:
@@ -123,5 +152,5 @@ def _on_device(pair: Pair, device: str | torch.device | None) -> Pair:
     return pair._replace(weight=weight, base=None if pair.base is None else pair.base.to(weight.device))
 
 
-def _size(batch: tuple[TensorPlan, ...]) -> int:
-    return sum(spec.nbytes for plan in batch for spec in plan.stored.values())
+def _size(turn: Round) -> int:
+    return sum(spec.nbytes for batch in turn for plan in batch for spec in plan.stored.values())

@@ -56,7 +56,7 @@ class Architecture:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         once = {name for name, _ in self.model.named_parameters()}
         return Outline(
-            model=type(self.model).__name__,
+            model=class_of(self.model).__name__,
             is_transformers=self.is_transformers,
             parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
             copies=tuple(name for name in parameters if name not in once),
@@ -133,9 +133,9 @@ class Architecture:
             odd = set(self._conversion.revert(meta)) ^ set(result)
             if odd:
                 raise CheckpointError(
-                    f"{type(self.model).__name__}: the checkpoint form of {', '.join(sorted(odd)[:4])} is "
-                    "made from several tensors at once, which cannot be exported one at a time. Save the "
-                    "model with save_pretrained and export that folder."
+                    f"{class_of(self.model).__name__}: the checkpoint form of "
+                    f"{', '.join(sorted(odd)[:4])} is made from several tensors at once, which cannot be "
+                    "exported one at a time. Save the model with save_pretrained and export that folder."
                 )
         return result
 
@@ -199,6 +199,15 @@ class _Conversion:
             return revert_weight_conversion(self._model, tensors)  # type: ignore[arg-type]
         finally:
             self._model._weight_conversions = used  # type: ignore[assignment]
+
+
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The class that a model was made from; FSDP2 gives a sharded one a class of its own."""
+
+    def of_fsdp(kind: type) -> bool:
+        return any(base.__name__ == "FSDPModule" for base in kind.__mro__)
+
+    return next(kind for kind in type(model).__mro__ if not of_fsdp(kind))
 
 
 def _dequantizes(conversion: Any) -> bool:

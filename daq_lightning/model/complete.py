@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from daq_lightning.model.architecture import Architecture
+from daq_lightning.model.architecture import Architecture, class_of
 from daq_lightning.model.live import LiveModel
 from daq_lightning.model.outline import Outline
 
@@ -37,7 +37,7 @@ def check_complete(model: LiveModel) -> None:
         foreign = [key for key in model.keys.values() if key not in reference.tensors]
         instead = f" It has {_listed(foreign)} instead." if foreign else ""
         raise ValueError(
-            f"The export would lack {_listed(missing)}, which the {type(model.model).__name__} of its "
+            f"The export would lack {_listed(missing)}, which the {class_of(model.model).__name__} of its "
             f"config.json has and readers would leave at random values.{instead} Expected a model with the "
             "layers and names that its config describes: put the original layers back before the export, or "
             "merge what was added into them."
@@ -68,7 +68,7 @@ def _built_from_config(model: nn.Module) -> Outline | None:
         # some models draw random numbers on the CPU when they are built: those of the training stay what they
         # were
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            kind: Any = type(model)
+            kind: Any = class_of(model)
             built = kind._from_config(config, attn_implementation="eager")
             return Architecture(built).outline({})
     except Exception:

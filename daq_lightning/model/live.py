@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from daq_lightning.checkpoint.tensor_file import LazyTensors, TensorSpec, spec_of
-from daq_lightning.model.adapters.merged import find_adapters
+from daq_lightning.checkpoint.tensor_file import LazyTensors, Renamed, TensorSpec, spec_of
+from daq_lightning.model.adapters.merged import AdaptedTensors, find_adapters
 from daq_lightning.model.adapters.save import save_adapter
-from daq_lightning.model.architecture import Architecture
+from daq_lightning.model.architecture import Architecture, class_of
 from daq_lightning.model.computed import ComputedTensors, find_computed
 from daq_lightning.model.saved_state import adapters_in, check_adapters, in_full
+from daq_lightning.model.sharded import Placeholder, is_sharded, sharded_state, tensor_on
 
 
 def find_model(module: nn.Module, path: str | None) -> tuple[str, nn.Module]:
@@ -68,6 +70,7 @@ class LiveModel:
         specs: The same with dtypes and shapes; nothing is computed.
         keys: Checkpoint name -> memory name.
         architecture: The modules.
+        sharded: Whether no rank has the whole model: reading a weight is work for all ranks, by `on`.
 
     Raises:
         ValueError: As for `find_model`.
@@ -86,6 +89,9 @@ class LiveModel:
         self._name, found = find_model(module, path)
         self._found = found
         self._state = None if state is None else _inside(state, self._name)
+        own = sharded_state(found)
+        self.sharded = any(map(is_sharded, own.values()))
+        _check_sharded(found, own)
         self.adapters = find_adapters(found, self._state)
         computed = find_computed(found)
         if self.adapters is not None:
@@ -99,28 +105,25 @@ class LiveModel:
             tensors = self.adapters.weights if merge else self.adapters.base
             outlines, identities = self.adapters.outlines, self.adapters.identities
             if not merge:
-                outlines = {
-                    name: outline if name in self.adapters.displaced else tensors[name].to("meta")
-                    for name, outline in outlines.items()
-                }
+                outlines = self.adapters.frozen
         else:
             self.model = found
-            own = live_tensors(found)
             check_adapters(found, self._state or {})
             tensors = ComputedTensors(own if self._state is None else in_full(own, self._state), computed)
             outlines = {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
                 for name, tensor in tensors.items()
             }
-            identities = {
-                name: id(computed[name].module if name in computed else own[name]) for name in tensors
-            }
+            identities = {name: id(getattr(own.get(name), "parameter", own.get(name))) for name in tensors}
+            identities |= {name: id(weight.module) for name, weight in computed.items() if name in tensors}
         self.architecture = Architecture(self.model)
         saved = self.architecture.saved(outlines, identities)
         self.keys = {name: key for name, (key, _) in saved.items()}
         specs = {name: spec_of(name, outline) for name, (_, outline) in saved.items()}
         self.specs = tuple(specs.values())
-        self.weights = LiveWeights(tensors, self.keys, self.architecture, specs)
+        self.weights = LiveWeights(
+            tensors, self.keys, self.architecture, specs, collective=self.sharded and state is None
+        )
 
     def saved(self, state: Mapping[str, Tensor]) -> LiveWeights:
         """The weights that a saved state of the LightningModule holds, under the names of this model.
@@ -137,16 +140,29 @@ class LiveModel:
             return LiveModel(self._module, self._path, state, merge=self._merge).weights
         return self.view(_inside(inside, self.adapters.path))
 
-    def view(self, tensors: Mapping[str, Tensor]) -> LiveWeights:
-        """Other tensors in memory names, such as a base, under checkpoint names."""
-        return LiveWeights(tensors, self.keys, self.architecture)
+    def view(self, tensors: Mapping[str, Tensor], *, collective: bool = False) -> LiveWeights:
+        """Other tensors in memory names, such as a base, under checkpoint names.
+
+        Args:
+            tensors: Memory name -> tensor.
+            collective: Whether they are sharded.
+        """
+        specs = {spec.name: spec for spec in self.specs} if collective else None
+        return LiveWeights(tensors, self.keys, self.architecture, specs, collective=collective)
+
+    def gather_adapters(self) -> None:
+        """Reads the adapters that `copy_files` is to write, where they are sharded. A collective."""
+        if self.sharded and self.adapters is not None and not self._merge and self._state is None:
+            state = self._found.state_dict()
+            whole = ((name, tensor_on(state[name], None)) for name in adapters_in(state))
+            self._state = {name: tensor for name, tensor in whole if tensor is not None}
 
     def config(self) -> dict[str, Any] | None:
         """Content of config.json; None for a model that has none."""
         if not self.architecture.is_transformers:
             return None
         config = json.loads(self.model.config.to_json_string())  # type: ignore[union-attr, operator]
-        return config | {"architectures": [type(self.model).__name__]}
+        return config | {"architectures": [class_of(self.model).__name__]}
 
     def copy_files(self, folder: Path, *owners: object) -> None:
         """Saves generation config and tokenizer, and adapters that are not merged, in a subfolder `adapter`.
@@ -180,6 +196,7 @@ class LiveWeights(LazyTensors):
         names: Checkpoint name -> memory name, see `Architecture.saved`.
         architecture: Splits a tensor in memory into those of the checkpoint.
         specs: Descriptions of tensors that have to be computed; None where all are at hand.
+        collective: Whether the tensors are sharded, and read by `on`.
     """
 
     def __init__(
@@ -188,9 +205,14 @@ class LiveWeights(LazyTensors):
         names: Mapping[str, str],
         architecture: Architecture,
         specs: Mapping[str, TensorSpec] | None = None,
+        *,
+        collective: bool = False,
     ) -> None:
         self._tensors, self._names, self._architecture, self._specs = tensors, names, architecture, specs
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self.collective = collective
+        self._final = {key: name for name, key in names.items()}
+        self._given: dict[int, str] = {}  # rank -> memory name of the stack that it got last
 
     def __getitem__(self, name: str) -> Tensor:
         key = self._names[name]
@@ -199,6 +221,22 @@ class LiveWeights(LazyTensors):
         if self._last[0] != key:
             self._last = (key, self._architecture.split(key, self._tensors[key].detach()))
         return self._last[1][name]
+
+    def on(self, name: str, owner: int) -> Tensor | None:
+        """See `LazyTensors`. The slices of a stack come out of one gathering."""
+        key = self._names[name]
+        if key == name or self._given.get(owner) != key:
+            whole = _on(self._tensors, key, owner)
+            if key == name:
+                return whole
+            self._given[owner] = key
+            if whole is not None:
+                self._last = (key, self._architecture.split(key, whole))
+        here = self._last[1].get(name) if self._last[0] == key and dist.get_rank() == owner else None
+        if self._final[key] == name:  # nobody asks for this stack again
+            self._given = {rank: other for rank, other in self._given.items() if other != key}
+            self._last = ("", {}) if self._last[0] == key else self._last
+        return here
 
     def __contains__(self, name: object) -> bool:
         return name in self._names and self._names[name] in self._tensors  # type: ignore[index]
@@ -214,18 +252,33 @@ class LiveWeights(LazyTensors):
         return spec_of(name, self[name]) if self._specs is None else self._specs[name]
 
 
-def live_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of a module under their names: references, not copies."""
-    return {
-        name: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor)
-    }
+def _on(tensors: Mapping[str, Any], key: str, owner: int) -> Tensor | None:
+    return tensors.on(key, owner) if isinstance(tensors, AdaptedTensors) else tensor_on(tensors[key], owner)
 
 
-def _inside(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """The tensors of a submodule under the names they have inside it."""
+def _check_sharded(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuses what cannot be computed out of shards."""
+    peft = any(type(part).__module__.startswith("peft.") for part in model.modules())
+    if peft and any(isinstance(tensor, Placeholder) for tensor in state.values()):
+        raise ValueError(
+            "PEFT adapters in a model that FSDP1 or DeepSpeed ZeRO-3 sharded cannot be merged: train with "
+            "ModelParallelStrategy (FSDP2), or with ZeRO-2, or save the adapter and run `daq-lightning "
+            "quantize POST --adapter FOLDER`."
+        )
+    computed = find_computed(model)
+    if computed and any(map(is_sharded, state.values())):
+        raise ValueError(
+            f"{next(iter(computed))} is parametrized (weight norm or the like) in a sharded model, where it "
+            "cannot be computed. Remove the parametrization first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations."
+        )
+
+
+def _inside(state: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
+    """The tensors of a submodule under the names they have inside it; lazy ones stay so."""
     prefix = f"{name}." if name else ""
+    if isinstance(state, LazyTensors):
+        return Renamed(state, {key.removeprefix(prefix): key for key in state if key.startswith(prefix)})
     return {
         key.removeprefix(prefix): value
         for key, value in state.items()

@@ -89,9 +89,3 @@ def check_adapters(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 def adapters_in(state: Mapping[str, Tensor]) -> list[str]:
     """The names in a state that belong to PEFT adapters and trained copies."""
     return [name for name in state if name_without_peft(name) is None]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor, detached; a DTensor is gathered, in which all ranks take part."""
-    full_tensor = getattr(tensor, "full_tensor", None)
-    return tensor.detach() if full_tensor is None else full_tensor().detach()

@@ -66,6 +66,38 @@ class TensorReport:
     dequantized: DeltaStats | None = None
     without_base: str = ""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Its entry in `daq_report.json`, under its name."""
+        sides = {
+            side: _with_sums(stats)
+            for side in ("searched", "dequantized", "absmax", "root")
+            if (stats := getattr(self, side)) is not None
+        }
+        return {
+            "scheme": self.scheme,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "alpha": dict(self.alpha),
+            **sides,
+            **({"without_base": self.without_base} if self.without_base else {}),
+        }
+
+    @classmethod
+    def from_dict(cls, name: str, entry: Mapping[str, Any]) -> TensorReport:
+        """The tensor of an entry, as `to_dict` wrote it."""
+        return cls(
+            name=name,
+            shape=tuple(entry["shape"]),
+            dtype=entry["dtype"],
+            scheme=entry["scheme"],
+            alpha=entry["alpha"],
+            searched=_stats_from(entry["searched"]["sums"]),
+            absmax=_stats_from(entry["absmax"]["sums"]),
+            root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
+            dequantized=_stats_from(entry["dequantized"]["sums"]) if "dequantized" in entry else None,
+            without_base=entry.get("without_base", ""),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
@@ -118,24 +150,7 @@ class ExportReport:
             "search": dict(self.search),
             "totals": {side: _with_sums(self.totals(side)) for side in self._sides()},
             "notes": list(self.notes),
-            "tensors": {
-                tensor.name: {
-                    "scheme": tensor.scheme,
-                    "shape": list(tensor.shape),
-                    "dtype": tensor.dtype,
-                    "alpha": dict(tensor.alpha),
-                    "searched": _with_sums(tensor.searched),
-                    **(
-                        {"dequantized": _with_sums(tensor.dequantized)}
-                        if tensor.dequantized is not None
-                        else {}
-                    ),
-                    "absmax": _with_sums(tensor.absmax),
-                    **({"root": _with_sums(tensor.root)} if tensor.root is not None else {}),
-                    **({"without_base": tensor.without_base} if tensor.without_base else {}),
-                }
-                for tensor in self.tensors
-            },
+            "tensors": {tensor.name: tensor.to_dict() for tensor in self.tensors},
             "kept": dict(self.kept),
         }
 
@@ -161,7 +176,7 @@ class ExportReport:
             path=str(file.parent),
             scheme=content["scheme"],
             search=content["search"],
-            tensors=tuple(_tensor_from(name, entry) for name, entry in content["tensors"].items()),
+            tensors=tuple(TensorReport.from_dict(name, entry) for name, entry in content["tensors"].items()),
             kept=content["kept"],
             notes=tuple(content["notes"]),
             dtype=content.get("dtype", "bfloat16"),
@@ -230,21 +245,6 @@ def _with_sums(stats: DeltaStats) -> dict[str, Any]:
         key: value if math.isfinite(value) else None for key, value in figures(stats).items()
     }
     return values | {"sums": {name: value.item() for name, value in stats._asdict().items()}}
-
-
-def _tensor_from(name: str, entry: Mapping[str, Any]) -> TensorReport:
-    return TensorReport(
-        name=name,
-        shape=tuple(entry["shape"]),
-        dtype=entry["dtype"],
-        scheme=entry["scheme"],
-        alpha=entry["alpha"],
-        searched=_stats_from(entry["searched"]["sums"]),
-        absmax=_stats_from(entry["absmax"]["sums"]),
-        root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
-        dequantized=_stats_from(entry["dequantized"]["sums"]) if "dequantized" in entry else None,
-        without_base=entry.get("without_base", ""),
-    )
 
 
 def _stats_from(sums: Mapping[str, float]) -> DeltaStats:

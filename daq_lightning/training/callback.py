@@ -1,20 +1,19 @@
 """The Lightning callback: when to take the base, when to export. No arithmetic happens here.
 
-    on_fit_start   find the model, plan the export, take the base      (errors before the first step)
-    checkpoint     with export_on="checkpoint": after each file that ModelCheckpoint writes, of the same
-    weights on_train_end   search and write `dirpath/step=<n>/`                 (the last hook with the
-    weights on the device) on_fit_end     raise what went wrong in an export                   (after
-    Lightning has saved its own checkpoints)
+    on_fit_start   find the model, plan the export, take the base     errors before the first step
+    checkpoint     export_on="checkpoint": after each file of ModelCheckpoint, the same weights
+    on_train_end   search and write `dirpath/step=<n>/`               the weights are on the device
+    on_fit_end     raise what went wrong in an export                 Lightning's checkpoints are saved
 
 Parameters, random numbers, gradients and modes of the model are only read: training is bit-identical with and
 without the callback. A failed export never stops a run: its error surfaces when training is over and saved.
+All ranks take part in all of this but `on_exception`.
 
 Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, triggers).
 """
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,17 +24,18 @@ from typing_extensions import override
 from daq_lightning.checkpoint.destination import check_destination
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.schemes import SchemeName
+from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging
-from daq_lightning.training.published import PublishedExports, warn_of_nothing
-from daq_lightning.training.ranks import agreed, raise_at_end, raise_on_all
+from daq_lightning.training.published import PublishedExports, raise_at_end, warn_of_nothing
 from daq_lightning.training.resume import states_in
-from daq_lightning.training.run import Run, RunSettings
+from daq_lightning.training.run import Run
+from daq_lightning.training.run_settings import RunSettings
 from daq_lightning.training.saves import saved_by_model_checkpoint, unwatch, watch
 from daq_lightning.training.schedule import ExportOn, Moment, Schedule, Which
-from daq_lightning.training.strategies import check_strategy
+from daq_lightning.training.strategies import check_strategy, restores_late
 
 
 class DeltaAwareQuantization(PublishedExports, Callback):
@@ -44,39 +44,35 @@ class DeltaAwareQuantization(PublishedExports, Callback):
     Args:
         dirpath: Folder of the exports; each is `dirpath/<filename>/`.
         base: The weights before training: "auto", "snapshot", "memory", a Hugging Face folder, or a Lightning
-            `.ckpt` file. See `daq_lightning.training.base`.
+            `.ckpt`, file or folder. See `daq_lightning.training.base`.
         scheme: "FP8_BLOCK" (128 x 128), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel, 16-bit
             activations), or "auto": blocks where all sizes are multiples of 128, else channels.
         metric: What the scale search maximizes: "hybrid", "cosine", "sign" or "mse".
         alpha_range: Range of the multiples of the absmax scale that are tried.
-        search: Full settings of the search, instead of `metric` and `alpha_range`.
+        search: All settings of the search, instead of these two.
         ignore: Modules to keep in high precision: full names, or regular expressions after `re:`.
         module: Name of the submodule to export; None finds the one `PreTrainedModel`.
         scale_format: None, or "ue8m0" for scales that are powers of two.
         export_on: "train_end", or "checkpoint": whenever ModelCheckpoint saves, the same weights.
-        every_n_train_steps: Also export every so many optimizer steps.
-        every_n_epochs: Also export every so many epochs.
-        which: What the export at the end of training holds: the "last" weights, or the "best" checkpoint of
-            the first ModelCheckpoint that has a monitor.
+        every_n_train_steps, every_n_epochs: Also export every so many optimizer steps, or epochs.
+        which: What is exported at the end: the "last" weights, or the "best" checkpoint of the first
+            ModelCheckpoint with a monitor.
         keep_last: How many exports of this run to keep; None keeps all.
-        filename: Name of an export, as ModelCheckpoint's: "{epoch}-{step}-{val_loss:.2f}". A metric that was
-            not logged yet is 0, a slash in the name of one becomes an underscore.
-        merge_adapters: Whether PEFT adapters are merged into the export. If not, the export holds the frozen
-            model, and its subfolder `adapter` the adapters, as PEFT and servers load them.
+        filename: Name of an export, as ModelCheckpoint's: "{epoch}-{step}-{val_loss:.2f}"; a metric that was
+            not logged yet is 0, a slash an underscore.
+        merge_adapters: Whether PEFT adapters are merged; else the export holds the frozen model, and its
+            subfolder `adapter` the adapters, as PEFT and servers load them.
         reference: "initial": every export is measured against the base. "previous_checkpoint": against the
             weights of the export before it, which keeps the update small in a long run.
         parent: Folder of the export that this run goes on from, as the next stage of a chain.
         chain_from: With a parent: whether the run began with its high-precision "weights" or with its
             "deployed", dequantized ones. It is checked, never guessed.
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
-        missing_base: What to do with a weight that the base lacks or has in another shape: "error", or
-            "absmax" to quantize it without a search.
+        missing_base: A weight that the base lacks or has in another shape is an "error", or gets a plain
+            "absmax" scale.
 
-    With WeightAveraging, every export holds the averaged weights, as ModelCheckpoint's files do.
-
-    Attributes:
-        schedule: When it exports, and under which name.
-        moment: What `should_export` is asked about: "step", "epoch", "checkpoint" or "end".
+    With WeightAveraging, every export holds the averaged weights, as ModelCheckpoint's files do. `schedule`
+    says when it exports, under which name; `moment` what `should_export` is asked about.
 
     Raises:
         MisconfigurationException: Settings that contradict each other, a strategy whose weights cannot be
@@ -141,6 +137,7 @@ class DeltaAwareQuantization(PublishedExports, Callback):
             schedule=self.schedule,
         )
         self._run: Run | None = None
+        self._ranks: Ranks = ALONE
         self._place: int | None = None  # among the callbacks of this class in the Trainer
         self._state: dict[str, Any] | None = None
         self._states: list[dict[str, Any]] = []
@@ -182,9 +179,10 @@ class DeltaAwareQuantization(PublishedExports, Callback):
         self._place = [one for one in callbacks if isinstance(one, DeltaAwareQuantization)].index(self)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        check_strategy(trainer.strategy)
+        check_strategy(trainer, self._settings, alone=self._export_on_exception)
         check_savers(trainer, self.schedule)
-        raise_on_all(trainer, lambda: check_destination(Path(self._settings.dirpath) / "step=0"))
+        self._ranks = Ranks.all()
+        self._ranks.first(lambda: check_destination(Path(self._settings.dirpath) / "step=0"))
         place_after_averaging(trainer, self)
 
     @override
@@ -195,15 +193,15 @@ class DeltaAwareQuantization(PublishedExports, Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._published.begin(trainer)
-        raise_on_all(trainer, lambda: self._prepare(trainer, pl_module))
-        if self.schedule.export_on == "checkpoint" and trainer.is_global_zero:
-            watch(
-                trainer, before=partial(self._before_save, trainer), after=partial(self._after_save, trainer)
-            )
+        if not restores_late(trainer):
+            self._prepare(trainer, pl_module)
 
     @override
+    @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes where a resumed run begins."""
+        """Prepares where weights come this late, as in sharded strategies, and notes where a run begins."""
+        if restores_late(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._prepare(trainer, pl_module)
         self._last_step = trainer.global_step
 
     @override
@@ -219,11 +217,10 @@ class DeltaAwareQuantization(PublishedExports, Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports every `every_n_epochs` epochs."""
         self._consider("epoch", trainer)
-        self._published.synchronize(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the last weights. An error is kept until Lightning has saved its own checkpoints."""
+        """Exports the last weights."""
         if self.schedule.which == "last":
             self._consider("end", trainer)
 
@@ -233,26 +230,29 @@ class DeltaAwareQuantization(PublishedExports, Callback):
         run = self._run
         if run is not None and self.schedule.which == "best" and self._is_time("end", trainer):
             run.export_best()
-        self._published.synchronize(trainer)
         if run is not None and not self.exports and run.error is None:
             warn_of_nothing(type(self).__name__)
-        error = agreed(trainer, None if run is None else run.error)
         self._release(trainer)
-        raise_at_end(error)
+        raise_at_end(None if run is None else run.error)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Frees the base; exports only with `export_on_exception`, and never hides the error."""
-        if self._export_on_exception and self._run is not None and self._run.step != trainer.global_step:
-            self._run.export(averaged_state(trainer))
+        """Frees the base; exports only with `export_on_exception`, and never hides the error.
+
+        Other ranks may not come here: nothing waits for them, and rank 0 exports alone.
+        """
+        run = self._run if self._export_on_exception and trainer.is_global_zero else None
+        if run is not None and run.step != trainer.global_step:
+            run.ranks = ALONE
+            run.export(averaged_state(trainer))
         self._release(trainer)
 
     def should_export(self, trainer: Trainer) -> bool:
         """Whether to export now: a policy that subclasses may override. By default, what the arguments say.
 
-        It is asked on rank 0 alone, so it must not wait for other ranks: after every optimizer step
-        (`self.moment` is "step"), every epoch ("epoch"), every file of ModelCheckpoint ("checkpoint", with
-        export_on="checkpoint"), and training ("end"); not again at a step whose weights are exported already.
+        It is asked after every optimizer step (`self.moment` is "step"), every epoch ("epoch"), every file of
+        ModelCheckpoint ("checkpoint", with export_on="checkpoint"), and training ("end"); not again at a step
+        whose weights are exported already. Of several ranks the first decides, and must not wait for others.
 
         Example:
             >>> class WhenItImproves(DeltaAwareQuantization):
@@ -261,18 +261,23 @@ class DeltaAwareQuantization(PublishedExports, Callback):
         """
         return self.schedule.due(self.moment, trainer)
 
-    # what the hooks call; only rank 0 has a run
-
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run = Run(trainer, pl_module, self._settings, self._published, self._states, self._place)
+        self._run = Run(
+            trainer, pl_module, self._settings, self._published, self._states, self._place, self._ranks
+        )
         self._state, self._states = self._run.state, []
+        if self.schedule.export_on == "checkpoint":
+            watch(trainer, before=self._before_save, after=self._after_save)
 
     def _is_time(self, moment: Moment, trainer: Trainer) -> bool:
         self.moment = moment
-        return self._run is not None and self._run.step != trainer.global_step and self.should_export(trainer)
+        if self._run is None or self._run.step == trainer.global_step:
+            return False
+        if type(self).should_export is DeltaAwareQuantization.should_export:  # the same on all ranks
+            return self.should_export(trainer)
+        return self._ranks.first(lambda: self.should_export(trainer))
 
     def _consider(self, moment: Moment, trainer: Trainer) -> None:
-        """Exports the weights as a checkpoint would hold them now, if it is time."""
         if self._run is not None and self._is_time(moment, trainer):
             self._run.export(averaged_state(trainer))
 
@@ -282,11 +287,8 @@ class DeltaAwareQuantization(PublishedExports, Callback):
 
     def _after_save(self, trainer: Trainer, path: Path, content: dict[str, Any]) -> None:
         """Exports what was saved; not again for the `last.ckpt` beside it."""
-        if (
-            self._run is not None
-            and saved_by_model_checkpoint(trainer, path)
-            and self._is_time("checkpoint", trainer)
-        ):
+        if saved_by_model_checkpoint(trainer, path) and self._is_time("checkpoint", trainer):
+            assert self._run is not None
             self._run.export(content["state_dict"], checkpoint=path)
 
     def _release(self, trainer: Trainer) -> None:
@@ -294,3 +296,5 @@ class DeltaAwareQuantization(PublishedExports, Callback):
             self._run.remove_unused_base()
         self._run = None
         unwatch(trainer)
+        self._ranks.close()
+        self._ranks = ALONE

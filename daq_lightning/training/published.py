@@ -1,11 +1,11 @@
 """What the exports of a run gave, for everyone who asks: metrics, report, folders.
 
-Rank 0 exports, and others want to know:
+All ranks have the report of an export, and the same figures. Others want to know them too:
 
 | who | how | when |
 | --- | --- | --- |
-| loggers, `trainer.callback_metrics` | rank 0 tells them | with each export |
-| the other ranks | a broadcast | at the end of each epoch, and of training |
+| `trainer.callback_metrics` | every rank tells its own | with each export |
+| loggers | rank 0 tells them | with each export |
 | the process that started the ranks (`ddp_spawn`) | a file in the folder for temporary files | when it asks |
 
 A process that starts ranks hands them copies of the callbacks, runs none of the hooks, and gets nothing back
@@ -18,6 +18,7 @@ Source: lightning 2.6 `_MultiProcessingLauncher._recover_results_in_main_process
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,7 +50,6 @@ class Published:
         report: Report of the last export.
         record: The file that tells the process that started the ranks.
         in_worker: Whether this process is such a rank.
-        unsent: Whether the other ranks do not know it yet.
     """
 
     exports: list[Path] = field(default_factory=list)
@@ -57,7 +57,6 @@ class Published:
     report: ExportReport | None = None
     record: Path = field(default_factory=_new_record, compare=False)
     in_worker: bool = field(default=False, compare=False)
-    unsent: bool = field(default=False, compare=False)
 
     def begin(self, trainer: Trainer) -> None:
         """A fit begins, on every rank."""
@@ -65,33 +64,24 @@ class Published:
         self.in_worker = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
     def publish(self, trainer: Trainer, report: ExportReport, exports: list[Path]) -> None:
-        """Tells of an export what this process can tell; on rank 0.
+        """Tells of an export; on every rank.
 
         Args:
             trainer: Whose metrics and loggers are told.
             report: Of the export.
             exports: All that are kept; the list may change later.
         """
-        self.report, self.exports, self.metrics, self.unsent = report, exports, metrics_of(report), True
+        self.report, self.exports, self.metrics = report, exports, metrics_of(report)
         warn_if_unchanged(report)
         share(trainer, self.metrics)
+        if not trainer.is_global_zero:
+            return
         numbers = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)
         if self.in_worker:
             content = {"exports": [str(path.absolute()) for path in exports], "metrics": self.metrics}
             replace_json(self.record, content)
-
-    def synchronize(self, trainer: Trainer) -> None:
-        """Tells all ranks what rank 0 knows. A collective."""
-        news = None
-        if trainer.is_global_zero and self.unsent:
-            news = Published(list(self.exports), self.metrics, self.report, self.record)
-        news = trainer.strategy.broadcast(news)
-        self.unsent = False
-        if news is not None and not trainer.is_global_zero:
-            self.exports, self.metrics, self.report = news.exports, news.metrics, news.report
-            share(trainer, self.metrics)
 
     def known(self) -> Published:
         """Itself, in a process that started ranks with what they left for it."""
@@ -108,8 +98,7 @@ class Published:
 class PublishedExports:
     """What users read of a callback that exports.
 
-    The same on every rank, from the end of the epoch on, and after the fit in the process that started the
-    ranks.
+    The same on every rank, and after the fit in the process that started the ranks.
     """
 
     def __init__(self) -> None:
@@ -136,7 +125,7 @@ def metrics_of(report: ExportReport) -> dict[str, float]:
     """The metrics of the written scales ("daq/...") and of plain absmax scales ("daq/absmax_...")."""
     metrics: dict[str, float] = {}
     for side, prefix in (("searched", "daq/"), ("absmax", "daq/absmax_")):
-        collection = delta_metrics(prefix=prefix, sync=False)  # rank 0 exports, alone
+        collection = delta_metrics(prefix=prefix, sync=False)  # each rank has the sums of all
         collection.update(report.totals(side))  # type: ignore[arg-type]
         metrics |= {name: float(value) for name, value in collection.compute().items()}
     return metrics
@@ -168,3 +157,12 @@ def warn_of_nothing(name: str) -> None:
         f"{name} exported nothing: no export was due before training ended (no training steps, as in a "
         "resumed run that was finished; no file of ModelCheckpoint; should_export said no)."
     )
+
+
+def raise_at_end(error: Exception | None) -> None:
+    """Raises what went wrong in an export, after all that Lightning does at the end of training."""
+    if error is None:
+        return
+    if sys.version_info >= (3, 11):
+        error.add_note("Training itself has finished: the checkpoints that Lightning wrote are complete.")
+    raise error

@@ -1,19 +1,19 @@
-"""The exports of one fit, on the rank that makes them: its base, where it belongs, and what was written.
+"""The exports of one fit, made by all its ranks: their base, where they belong, and what was written.
 
     Run(...)       plan, base and lineage            raises: nothing was trained yet
     run.export     one export of the weights as they are, of a saved state, or of the best checkpoint
     run.error      the first thing that went wrong in one, kept until training is over
 
-There are no collectives here. When to export is the callback's affair.
+Every rank has a run, and they do everything together: an error of one is an error of all. When to export is
+the callback's affair.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -22,75 +22,25 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from daq_lightning.checkpoint.destination import check_inputs
-from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
-from daq_lightning.export.job import Job, prepare
-from daq_lightning.export.plan import plan_export
+from daq_lightning.checkpoint.manifest import Lineage
+from daq_lightning.checkpoint.writer import plan_shards
+from daq_lightning.export.job import Job, parts_of, prepare
+from daq_lightning.export.plan import ExportPlan, plan_export
+from daq_lightning.export.ranks import Ranks
 from daq_lightning.export.run import run
-from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
+from daq_lightning.export.work import deal, dealt
 from daq_lightning.model.complete import check_complete
 from daq_lightning.model.live import LiveModel, find_model
 from daq_lightning.training import settings_check as check
-from daq_lightning.training.base import (
-    Base,
-    BaseRequest,
-    read_lightning_checkpoint,
-    resolve_base,
-    take_snapshot,
-)
+from daq_lightning.training.base import read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.claims import free_name, remove_own
 from daq_lightning.training.other_callbacks import best_saver
 from daq_lightning.training.published import Published
+from daq_lightning.training.references import Base, BaseRequest
 from daq_lightning.training.resume import own_state, reference_of
-from daq_lightning.training.schedule import Kept, Schedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What a run exports, where to, against what; the fields are arguments of `DeltaAwareQuantization`."""
-
-    dirpath: str
-    base: str
-    module: str | None
-    reference: Literal["initial", "previous_checkpoint"]
-    merge_adapters: bool
-    parent: str | None
-    chain_from: ChainFrom | None
-    choices: ExportSettings
-    schedule: Schedule
-
-    def __post_init__(self) -> None:
-        named = self.module is None or isinstance(self.module, str)
-        check.require(named, "module", self.module, "None or a str, the name of a submodule")
-        check.choice("reference", self.reference, ("initial", "previous_checkpoint"))
-        check.flag("merge_adapters", self.merge_adapters)
-        base = check.path("base", self.base, "'auto', 'snapshot', 'memory' or a path")
-        places = {
-            "dirpath": check.local_path("dirpath", self.dirpath, "a path, such as 'exports'"),
-            "base": base,
-            "parent": check.chain(self.parent, self.chain_from, base),
-        }
-        for name, value in places.items():  # with `~` as the user's home
-            object.__setattr__(self, name, value)
-
-    def description(self, model: str | None, place: int | None) -> dict[str, Any]:
-        """What a resumed run knows its callback by, in primitives; see `resume.py`.
-
-        Args:
-            model: Name of the model in the LightningModule.
-            place: Number of the callback among those of its class in the Trainer.
-        """
-        return {
-            "model": model,
-            "place": place,
-            "dirpath": self.dirpath,
-            "base": self.base,
-            "reference": self.reference,
-            "merge_adapters": self.merge_adapters,
-            "scheme": self.choices.scheme,
-            "settings": repr(self.choices),
-            **dataclasses.asdict(self.schedule),
-        }
+from daq_lightning.training.run_settings import RunSettings
+from daq_lightning.training.schedule import Kept
 
 
 class Run:
@@ -103,8 +53,10 @@ class Run:
         published: Is told of every export.
         states: The states of callbacks in the checkpoint that the run resumes from.
         place: Number of the callback among those of its class in the Trainer.
+        ranks: The processes of the fit.
 
     Attributes:
+        ranks: Who exports. A rank that is left alone, by an exception, exports alone what it has whole.
         base: The weights that exports are measured against.
         state: The reference to the base, in primitives, for training checkpoints.
         step: The step whose weights were exported last, or -1.
@@ -123,29 +75,35 @@ class Run:
         published: Published,
         states: list[dict[str, Any]],
         place: int | None,
+        ranks: Ranks,
     ) -> None:
         self._trainer, self._module, self._settings, self._published = trainer, module, settings, published
+        self.ranks = ranks
         self._kept = Kept(settings.schedule.keep_last)
         self._retaken: Base | None = None
         self.step = -1
         self.error: Exception | None = None
-        with check.as_misconfiguration():
-            model_name, _ = find_model(module, settings.module)
-        model = self._model(None)
-        with check.as_misconfiguration():
-            check_complete(model)
-        source = self._source(model)
-        plan = plan_export(source.specs, source.outline, settings.choices)
+        model_name, model, source, plan = ranks.together(self._planned)
+        self._sharded = model.sharded
+        self._check_sharded()
+        ranks.check_equal("The plan of the export", lambda: parts_of(plan, settings.choices))
         names = tuple(tensor.spec.name for tensor in plan.quantized)
         resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path is not None else None
         own = settings.description(model=model_name, place=place)
         state = own_state(states, own) if resumed_from else None
         where, saved = reference_of(state, settings.base, names)
         dirpath = Path(settings.dirpath).absolute()
+        shards = plan_shards(plan.stored_together, settings.choices.max_shard_bytes)
+        parts = dealt(plan, shards, deal(shards, ranks.size), ranks)
         request = BaseRequest(
-            base=where, names=names, dirpath=dirpath, resumed_from=resumed_from, saved=saved
+            base=where,
+            names=names,
+            parts=tuple(tuple(tensor.spec.name for tensor in part if tensor.quantize) for part in parts),
+            dirpath=dirpath,
+            resumed_from=resumed_from,
+            saved=saved,
         )
-        self.base = resolve_base(request, model)
+        self.base = resolve_base(request, model, ranks)
         root = (state or {}).get("root") or self.base.path
         try:
             self._job: Job = prepare(
@@ -156,8 +114,9 @@ class Run:
                 lineage=Lineage(base_kind=self.base.kind, base_path=self.base.path, root=root),
                 parent=settings.parent,
                 chain_from=settings.chain_from,
+                ranks=ranks,
             )
-            check_inputs(dirpath / "step=0", self._job.inputs())
+            ranks.together(lambda: check_inputs(dirpath / "step=0", self._job.inputs()))
         except Exception:
             self.remove_unused_base()
             raise
@@ -172,25 +131,31 @@ class Run:
         """One export and all that follows it; an error is kept for the end of training.
 
         Args:
-            state: A saved `state_dict` of the LightningModule; None exports the weights as they are.
+            state: A saved `state_dict` of the LightningModule; None exports the weights as they are, which
+                is what a sharded model does in any case.
             checkpoint: The file that holds the same weights.
         """
         try:
-            self._write(self._model(state), checkpoint)
+            model = self.ranks.together(lambda: self._model(None if self._sharded else state))
+            self._write(model, checkpoint)
         except Exception as error:
             self.keep(error)
 
     def export_best(self) -> None:
         """One export of the file that ModelCheckpoint holds for the best."""
-        saver = best_saver(self._trainer)
-        path = "" if saver is None else saver.best_model_path
-        try:
+
+        def best() -> tuple[str, Mapping[str, Any]]:
+            saver = best_saver(self._trainer)
+            path = "" if saver is None else saver.best_model_path
             if not path:
                 raise MisconfigurationException(
                     "which='best' exports the best checkpoint of ModelCheckpoint, but it saved none in this "
                     "run: check how often it saves, or use which='last'."
                 )
-            state = read_lightning_checkpoint(path)
+            return path, read_lightning_checkpoint(path)
+
+        try:
+            path, state = self.ranks.together(best)
         except Exception as error:
             self.keep(error)
         else:
@@ -208,7 +173,8 @@ class Run:
         if self._settings.reference == "initial":
             return
         try:
-            self._retaken = self._snapshot(self._model(content["state_dict"]))
+            kept = None if self._sharded else content["state_dict"]
+            self._retaken = self._snapshot(self.ranks.together(lambda: self._model(kept)))
             state = content.get("callbacks", {}).get(state_key)
             if state is not None:
                 state["base"] = self._retaken.state()
@@ -219,7 +185,8 @@ class Run:
         """Removes a snapshot of this run that nothing needs: no step, no export, no checkpoint to come."""
         others = self._trainer.callbacks  # type: ignore[attr-defined]
         saves = any(isinstance(other, OnExceptionCheckpoint) for other in others)
-        if self.base.created and not self._kept.exports and not saves and self._trainer.global_step == 0:
+        unused = self.base.created and not self._kept.exports and not saves
+        if unused and self._trainer.global_step == 0 and self._trainer.is_global_zero:
             remove_own(Path(self.base.path))
 
     def keep(self, error: Exception) -> None:
@@ -234,13 +201,17 @@ class Run:
         training: dict[str, Any] = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
         if checkpoint is not None:
             training["checkpoint"] = str(checkpoint.absolute())
-        job = self._job.after_training(self._source(model), training)
-        with free_name(Path(settings.dirpath) / settings.schedule.name(trainer)) as out:
+        model.gather_adapters()
+        job = self.ranks.together(lambda: self._job.after_training(self._source(model), training))
+        with contextlib.ExitStack() as stack:
+            name = Path(settings.dirpath) / settings.schedule.name(trainer)
+            out = self.ranks.first(lambda: stack.enter_context(free_name(name)))
             report = run(
                 job,
                 out,
                 device=trainer.strategy.root_device,
                 progress=isinstance(bar, TQDMProgressBar) and bar.is_enabled,
+                ranks=self.ranks,
             )
         self._kept.exports.append(out)
         self.step = trainer.global_step
@@ -250,7 +221,24 @@ class Run:
             self.base = self._retaken or self._snapshot(model)
             self._job = self._job.against(self.base.weights, kind=self.base.kind, path=self.base.path)
             self.state["base"] = self.base.state()
-        self._kept.forget_old()
+        self._kept.forget_old(remove=trainer.is_global_zero)
+
+    def _planned(self) -> tuple[str, LiveModel, Source, ExportPlan]:
+        """What this rank has, and what happens to it."""
+        with check.as_misconfiguration():
+            name, _ = find_model(self._module, self._settings.module)
+        model = self._model(None)
+        with check.as_misconfiguration():
+            check_complete(model)
+        source = self._source(model)
+        return name, model, source, plan_export(source.specs, source.outline, self._settings.choices)
+
+    def _check_sharded(self) -> None:
+        if self._sharded and self._settings.schedule.which == "best":
+            raise MisconfigurationException(
+                "which='best' exports a checkpoint file, and a sharded model is exported from its ranks: use "
+                "export_on='checkpoint', which exports what ModelCheckpoint saves when it saves it."
+            )
 
     def _model(self, state: Mapping[str, Any] | None) -> LiveModel:
         """The model as it is, or with the weights of a saved state."""
@@ -274,7 +262,7 @@ class Run:
     def _snapshot(self, model: LiveModel) -> Base:
         folder = Path(self._settings.dirpath).absolute() / f"base-step={self._trainer.global_step}"
         names = [tensor.spec.name for tensor in self._job.plan.quantized]
-        base = take_snapshot(model.weights, names, folder, own=self._kept.snapshots)
+        base = take_snapshot(model.weights, names, folder, self.ranks, own=self._kept.snapshots)
         if base.created:
             self._kept.snapshots.append(Path(base.path))
         return base

@@ -115,10 +115,16 @@ class Kept:
     exports: list[Path] = field(default_factory=list)
     snapshots: list[Path] = field(default_factory=list)
 
-    def forget_old(self) -> None:
-        """Removes what is beyond `keep_last`."""
+    def forget_old(self, *, remove: bool = True) -> None:
+        """Removes what is beyond `keep_last`.
+
+        Args:
+            remove: Whether this process removes the folders too, or another one does.
+        """
         if self.keep_last is None:
             return
         for folders, count in ((self.exports, self.keep_last), (self.snapshots, self.keep_last + 1)):
             while len(folders) > count:
-                remove_own(folders.pop(0))
+                folder = folders.pop(0)
+                if remove:
+                    remove_own(folder)

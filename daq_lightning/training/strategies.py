@@ -1,39 +1,82 @@
-"""Which strategies of the Trainer keep whole weights in every process, on a device that can search them."""
+"""Which strategies of the Trainer are exported from, and what they cannot do.
+
+| strategy | weights |
+| --- | --- |
+| single device, DDP, DeepSpeed ZeRO-1 and 2 | whole on every rank |
+| ModelParallelStrategy (FSDP2, tensor parallel), FSDP, DeepSpeed ZeRO-3 | sharded, see `model/sharded.py` |
+| XLA | refused |
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
     SingleDeviceStrategy,
     SingleDeviceXLAStrategy,
-    Strategy,
     XLAStrategy,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+if TYPE_CHECKING:
+    from daq_lightning.training.run import RunSettings
 
-def check_strategy(strategy: Strategy) -> None:
-    """Refuses a strategy whose weights cannot be read, and Apple's GPUs.
+_SHARDED = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
+
+
+def check_strategy(trainer: Trainer, settings: RunSettings, *, alone: bool = False) -> None:
+    """Refuses a strategy whose weights cannot be read, and what one of its ranks cannot do by itself.
+
+    Args:
+        trainer: With its strategy and callbacks.
+        settings: Of the exports.
+        alone: Whether rank 0 is to export after an exception, when it cannot wait for the others.
 
     Raises:
-        MisconfigurationException: Anything but a single CPU or CUDA GPU, or DDP.
+        MisconfigurationException: XLA, a strategy that is not known, or Apple's GPUs; an export after an
+            exception of what no rank has whole; averages of a sharded model, which Lightning does not keep.
     """
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
     # some of these are a DDPStrategy, so they come first
-    if isinstance(strategy, (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)):
-        why = "whose weights are placeholders, or lie on a device that is not read from here"
-    elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        why = "which does not keep whole weights in one process"
-    elif strategy.root_device.type == "mps":
+    if isinstance(strategy, (XLAStrategy, SingleDeviceXLAStrategy)):
+        _refuse(name, "whose weights lie on a device that is not read from here")
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, *_SHARDED)):
+        _refuse(name, "which is not known to keep its weights in a way that is read here")
+    if strategy.root_device.type == "mps":
         raise MisconfigurationException(
             "DeltaAwareQuantization needs float64, which Apple's GPUs (MPS) do not have: train with "
             "Trainer(accelerator='cpu'), or save the trained model as a Hugging Face folder and run "
             "`daq-lightning quantize`."
         )
-    else:
-        return
+    sharded = isinstance(strategy, _SHARDED)
+    if alone and (sharded or (trainer.world_size > 1 and settings.base == "memory")):
+        what = f"{name} shards the model" if sharded else "base='memory' is shared out"
+        raise MisconfigurationException(
+            f"export_on_exception=True exports from rank 0 alone, and {what}: no rank has all of it. Leave "
+            "it out and add Lightning's OnExceptionCheckpoint, or use DDP with a base in a folder."
+        )
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if sharded and any(isinstance(other, WeightAveraging) for other in callbacks):
+        raise MisconfigurationException(
+            f"WeightAveraging does not average the weights of {name}, which are sharded: leave it out, or "
+            "train with DDP."
+        )
+
+
+def _refuse(name: str, why: str) -> None:
     raise MisconfigurationException(
-        f"DeltaAwareQuantization reads whole weights and does not support {type(strategy).__name__}, {why}. "
-        "Train on a single CPU or GPU or with DDP; or save the trained model as a Hugging Face folder and "
-        "run `daq-lightning quantize`."
+        f"DeltaAwareQuantization does not support {name}, {why}. Train on a single CPU or GPU, with DDP, or "
+        "with ModelParallelStrategy; or save the trained model as a Hugging Face folder and run "
+        "`daq-lightning quantize`."
     )
+
+
+def restores_late(trainer: Trainer) -> bool:
+    """Whether a resumed run loads its weights only after `on_fit_start`, not saying before that it is one."""
+    return trainer.strategy.restore_checkpoint_after_setup

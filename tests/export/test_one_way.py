@@ -12,12 +12,15 @@ import torch
 from daq_lightning import CheckpointError, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.checkpoint import buffers as buffers_module
 from daq_lightning.checkpoint.tensor_file import TensorEntry
+from daq_lightning.checkpoint.writer import plan_shards
 from daq_lightning.export import plan as plan_module
 from daq_lightning.export.job import prepare
+from daq_lightning.export.ranks import ALONE
 from daq_lightning.export.run import run
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.export.stream import stream
+from daq_lightning.export.work import share_out
 
 QUICK = ScaleSearch(n_coarse=2, n_fine=0)
 
@@ -83,7 +86,8 @@ def test_every_pair_holds_a_weight_and_its_own_base(tmp_path):
     weights, bases = load_checkpoint(post), load_checkpoint(base)
     job = prepare(Source.from_folder(post), bases, ExportSettings(search=QUICK))
     seen = []
-    for batch in stream(job):
+    work = share_out(job.plan, plan_shards(job.plan.stored_together), ALONE, together=True)
+    for batch in stream(job, work):
         for plan, weight, reference in batch:
             seen.append(plan.spec.name)
             assert torch.equal(weight, weights[plan.spec.name])

@@ -387,12 +387,12 @@ class TestFindsAdapters:
             for layer in model.base_model.model.model.layers:
                 fully_shard(layer, mesh=mesh)
             found = find_adapters(model)
-            assert isinstance(found.base[Q], DTensor)
+            assert isinstance(model.base_model.model.get_submodule(Q.removesuffix(".weight")).weight, DTensor)
             assert torch.equal(found.weights[Q], expected)
+            assert torch.equal(found.weights.on(Q, 0), expected)
+            assert found.weights.on(Q, 1) is None
             save_adapter(model, tmp_path / "adapter")
-            assert torch.equal(
-                read_adapter(tmp_path / "adapter").merged(Q, found.base[Q].full_tensor()), expected
-            )
+            assert torch.equal(read_adapter(tmp_path / "adapter").merged(Q, found.base[Q]), expected)
         finally:
             torch.distributed.destroy_process_group()
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import lightning.pytorch.strategies as strategies
 import pytest
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live import Tuning
 
@@ -27,26 +28,52 @@ def set_up(folder, kind: type) -> None:
     callback.setup(trainer, Tuning(), "fit")  # type: ignore[arg-type]
 
 
-REFUSED = [
-    strategies.DeepSpeedStrategy, OwnDeepSpeed, strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy,
-    strategies.FSDPStrategy, strategies.ModelParallelStrategy,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_strategies_without_whole_weights_are_refused_by_name(tmp_path, kind):
+@pytest.mark.parametrize("kind", [strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy])
+def test_strategies_whose_weights_are_not_read_are_refused_by_name(tmp_path, kind):
     with pytest.raises(MisconfigurationException, match=f"does not support {kind.__name__}") as caught:
         set_up(tmp_path, kind)
     advice = str(caught.value).split(kind.__name__, 1)[1]
-    assert not re.search("FSDP|ModelParallel|DeepSpeed|XLA", advice)
+    assert not re.search("XLA", advice)
     assert not (tmp_path / "exports").exists()
 
 
-@pytest.mark.parametrize("kind", [strategies.DDPStrategy, strategies.SingleDeviceStrategy])
+def trainer_of(kind: type, device: str = "cpu", *callbacks):
+    """A Trainer under a strategy that was not constructed."""
+    strategy = type(kind.__name__, (kind,), {"root_device": torch.device(device)})
+    return SimpleNamespace(strategy=strategy.__new__(strategy), callbacks=callbacks, world_size=2)
+
+
+SETTINGS = DeltaAwareQuantization()._settings
+IN_MEMORY = DeltaAwareQuantization(base="memory")._settings
+SHARDED = [
+    strategies.FSDPStrategy, strategies.ModelParallelStrategy, strategies.DeepSpeedStrategy, OwnDeepSpeed,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [strategies.DDPStrategy, strategies.SingleDeviceStrategy, *SHARDED])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_strategies_with_whole_weights_are_accepted(kind, device):
-    on_device = type(kind.__name__, (kind,), {"root_device": torch.device(device)})
-    check_strategy(on_device.__new__(on_device))
+def test_strategies_whose_weights_are_read_are_accepted(kind, device):
+    check_strategy(trainer_of(kind, device), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "why"),
+    [
+        *((kind, SETTINGS, f"{kind.__name__} shards the model") for kind in SHARDED),
+        (strategies.DDPStrategy, IN_MEMORY, "base='memory' is shared out"),
+    ],
+)
+def test_an_export_that_one_rank_cannot_make_alone_is_refused(kind, settings, why):
+    with pytest.raises(MisconfigurationException, match=f"export_on_exception=True.*{why}"):
+        check_strategy(trainer_of(kind), settings, alone=True)
+    check_strategy(trainer_of(kind), settings)
+    check_strategy(trainer_of(strategies.DDPStrategy), SETTINGS, alone=True)
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_averages_of_a_sharded_model_are_refused(kind):
+    with pytest.raises(MisconfigurationException, match=f"WeightAveraging .* {kind.__name__}"):
+        check_strategy(trainer_of(kind, "cpu", WeightAveraging()), SETTINGS)
 
 
 def test_apples_gpus_which_have_no_float64_are_refused_in_setup(tmp_path):

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,12 @@ from daq_lightning.model.adapters.tree import (
     unwrap,
     walk,
 )
-from daq_lightning.model.saved_state import Values, whole
+from daq_lightning.model.saved_state import Values
+from daq_lightning.model.sharded import tensor_on
 from daq_lightning.numerics.lora import LoraFactors, merge_lora, merge_lora_bias, merge_lora_experts
 
+Gather: TypeAlias = Callable[[Tensor], Tensor | None]
+"""Makes a tensor of the model whole; gives None on a rank that does not get it."""
 _UNTIE = (
     "Train them as one with LoraConfig(ensure_weight_tying=True); or untie the model before adding adapters "
     "(tie_word_embeddings=False in its config, the output layer a clone of the embedding); or export the "
@@ -57,13 +60,14 @@ class AdaptedWeights:
 
     Attributes:
         weights: What the model computes with: merged in float32 where LoRA adapts it (on the device of the
-            weight), the trained copy as it is for `modules_to_save`, else the tensor of `base`. A merged
-            weight whose parts are DTensors is gathered: all ranks ask for the same names in the same order.
+            weight), the trained copy as it is for `modules_to_save`, else the tensor of `base`. What is
+            sharded is gathered: all ranks ask for the same names in the same order.
         base: The frozen tensors, without a copy. Raises ValueError for `displaced` names.
         model: The model that the names refer to, such as the `PreTrainedModel`.
         path: Name of the model with its adapters in the module that was searched; empty for that module
             itself.
         outlines: The dtypes and shapes of `weights`, as tensors on the meta device: nothing is computed.
+        frozen: The same of `base`; of a displaced name, that of the trained tensor.
         identities: Equal for names of one tensor in memory (tied weights).
         adapted: Names whose tensor in `weights` differs from that in `base`.
         displaced: Names whose tensor in memory is not the base: left trainable (`bias="all"`, unfrozen
@@ -71,11 +75,12 @@ class AdaptedWeights:
             come from elsewhere.
     """
 
-    weights: Mapping[str, Tensor]
-    base: Mapping[str, Tensor]
+    weights: AdaptedTensors
+    base: AdaptedTensors
     model: nn.Module
     path: str
     outlines: Mapping[str, Tensor]
+    frozen: Mapping[str, Tensor]
     identities: Mapping[str, int]
     adapted: tuple[str, ...]
     displaced: tuple[str, ...]
@@ -120,31 +125,40 @@ def find_adapters(module: nn.Module, state: Mapping[str, Tensor] | None = None) 
         if (reason := _displacement(name, slot, configs)) is not None
     }
 
-    def base(name: str, slot: Slot) -> Tensor:
+    def base(name: str, slot: Slot, gather: Gather) -> Tensor | None:
         if name in displaced:
             raise ValueError(displaced[name])
-        return values(slot.owner, slot.key)
+        return gather(values(slot.owner, slot.key))
 
     return AdaptedWeights(
-        weights=_Lazy(slots, partial(_merged, values)),
-        base=_Lazy(slots, base),
+        weights=AdaptedTensors(slots, partial(_merged, values)),
+        base=AdaptedTensors(slots, base),
         model=unwrap(root),
         path=next(path for path, part in module.named_modules() if part is root),
         outlines={name: _outline(slot) for name, slot in slots.items()},
+        frozen={
+            name: _outline(slot) if name in displaced else _like(slot.tensor) for name, slot in slots.items()
+        },
         identities={name: id(slot.tensor) for name, slot in slots.items()},
         adapted=adapted,
         displaced=tuple(displaced),
     )
 
 
-class _Lazy(Mapping[str, Tensor]):
-    """Slots read on access."""
+class AdaptedTensors(Mapping[str, Tensor]):
+    """Slots read on access; of a sharded model, `on` is the way to read them."""
 
-    def __init__(self, slots: Mapping[str, Slot], read: Callable[[str, Slot], Tensor]) -> None:
+    def __init__(self, slots: Mapping[str, Slot], read: Callable[[str, Slot, Gather], Tensor | None]) -> None:
         self._slots, self._read = slots, read
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._read(name, self._slots[name])
+        tensor = self._read(name, self._slots[name], lambda part: tensor_on(part, None))
+        assert tensor is not None
+        return tensor
+
+    def on(self, name: str, owner: int) -> Tensor | None:
+        """The tensor on one rank, None on the others: a collective, see `tensor_on`."""
+        return self._read(name, self._slots[name], lambda part: tensor_on(part, owner))
 
     def __contains__(self, name: object) -> bool:
         return name in self._slots
@@ -159,48 +173,51 @@ class _Lazy(Mapping[str, Tensor]):
 def _outline(slot: Slot) -> Tensor:
     tensor = getattr(*slot.copy) if slot.copy is not None else slot.tensor
     merged = slot.copy is None and bool(slot.adapters)
-    return torch.empty(tensor.shape, dtype=torch.float32 if merged else tensor.dtype, device="meta")
+    return _like(tensor, torch.float32 if merged else None)
+
+
+def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
 
 
 @torch.no_grad()
-def _merged(values: Values, name: str, slot: Slot) -> Tensor:
+def _merged(values: Values, name: str, slot: Slot, gather: Gather) -> Tensor | None:
+    """The weight that the model computes with; None where `gather` gives nothing, on the other ranks."""
     if slot.copy is not None:
-        return values(*slot.copy)
-    weight = values(slot.owner, slot.key)
-    if not slot.adapters:
-        return weight
+        return gather(values(*slot.copy))
     for layer, _ in slot.adapters:
         check_state(name, layer)
-    weight = whole(weight)
+    weight = gather(values(slot.owner, slot.key))
     if slot.key == "bias":
-        return merge_lora_bias(
-            weight, [(whole(values(layer.lora_B[a], "bias")), layer.scaling[a]) for layer, a in slot.adapters]
-        )
-    adapters = [_factors(values, layer, adapter) for layer, adapter in slot.adapters]
+        biases = [(gather(values(layer.lora_B[a], "bias")), layer.scaling[a]) for layer, a in slot.adapters]
+        if weight is None or not biases:
+            return weight
+        return merge_lora_bias(weight, [(bias, scaling) for bias, scaling in biases if bias is not None])
+    adapters = [_factors(values, layer, adapter, gather) for layer, adapter in slot.adapters]
+    if weight is None or not adapters:
+        return weight
+    here = [factors for factors in adapters if factors is not None]
     layouts = {is_embedding(layer) or bool(layer.fan_in_fan_out) for layer, _ in slot.adapters}
     if len(layouts) > 1:
         raise ValueError(
             f"{name} has adapters for both (in, out) and (out, in) storage: adapt it in one way only."
         )
     if weight.ndim == 3:  # stacked experts: (E, out, in) in transformers unless they say is_transposed
-        return merge_lora_experts(
-            weight, adapters, transposed=not slot.adapters[0][0]._did_swap_in_out_features
-        )
-    return merge_lora(weight, adapters, transposed=layouts.pop())
+        return merge_lora_experts(weight, here, transposed=not slot.adapters[0][0]._did_swap_in_out_features)
+    return merge_lora(weight, here, transposed=layouts.pop())
 
 
-def _factors(values: Values, layer: Any, adapter: str) -> LoraFactors:
+def _factors(values: Values, layer: Any, adapter: str, gather: Gather) -> LoraFactors | None:
     if is_embedding(layer):
         A_RN, B_MR = values(layer.lora_embedding_A, adapter), values(layer.lora_embedding_B, adapter)
     else:
         A_RN, B_MR = values(layer.lora_A[adapter], "weight"), values(layer.lora_B[adapter], "weight")
     dora = type(layer.lora_variant.get(adapter)).__name__ in DORA
-    return LoraFactors(
-        A_RN=whole(A_RN),
-        B_MR=whole(B_MR),
-        scaling=float(layer.scaling[adapter]),
-        magnitude=whole(values(layer.lora_magnitude_vector[adapter], "weight")) if dora else None,
-    )
+    magnitude = gather(values(layer.lora_magnitude_vector[adapter], "weight")) if dora else None
+    A_RN, B_MR = gather(A_RN), gather(B_MR)  # type: ignore[assignment]
+    if A_RN is None or B_MR is None:
+        return None
+    return LoraFactors(A_RN=A_RN, B_MR=B_MR, scaling=float(layer.scaling[adapter]), magnitude=magnitude)
 
 
 def _check_ties(slots: Mapping[str, Slot], values: Values) -> None:
@@ -227,7 +244,11 @@ def _same_update(values: Values, one: Slot, two: Slot) -> bool:
     for (layer, adapter), (other, other_adapter) in zip(one.adapters, two.adapters, strict=True):
         if layer is other and adapter == other_adapter:
             continue
-        pairs = [_factors(values, layer, adapter), _factors(values, other, other_adapter)]
+        pairs = [
+            factors
+            for one_layer, one_adapter in ((layer, adapter), (other, other_adapter))
+            if (factors := _factors(values, one_layer, one_adapter, lambda part: tensor_on(part, None)))
+        ]
         if any(factors.magnitude is not None for factors in pairs) or pairs[0].scaling != pairs[1].scaling:
             return False
         if is_embedding(layer) == is_embedding(other):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from daq_lightning.checkpoint.adapter_config import PREFIX, WEIGHTS, moves_base
 from daq_lightning.checkpoint.tensor_file import write_tensors
 from daq_lightning.model.adapters.tree import is_a, unwrap
-from daq_lightning.model.saved_state import whole
+from daq_lightning.model.sharded import tensor_on
 
 
 def save_adapter(
@@ -71,7 +71,7 @@ def save_adapter(
             _check_scaling(layer, name)
         adapter = get_peft_model_state_dict(holder, values, adapter_name=name, save_embedding_layers=False)
         prefix = "" if is_a(holder, "PeftModel", "PeftMixedModel") else PREFIX
-        tensors = {prefix + key: whole(tensor).cpu() for key, tensor in adapter.items()}
+        tensors = {prefix + key: _whole(tensor) for key, tensor in adapter.items()}
         target = Path(folder) if len(active) == 1 else Path(folder) / name
         folders.append(target)
         if write:
@@ -79,6 +79,12 @@ def save_adapter(
             write_tensors(target / WEIGHTS, tensors)
             _saved_config(holder, name).save_pretrained(str(target))
     return tuple(folders)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    whole = tensor_on(tensor, None)
+    assert whole is not None
+    return whole.cpu()
 
 
 def _holds_adapters(module: nn.Module) -> bool:

@@ -1,0 +1,125 @@
+"""What an export says of itself: the report's lines of a batch, its notes, and config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from daq_lightning.checkpoint.manifest import KEPT
+from daq_lightning.numerics.backends import delta_stats
+from daq_lightning.numerics.objectives import DeltaStats
+from daq_lightning.numerics.search.stages import SearchResult
+from daq_lightning.report.figures import ALPHA_STATISTICS, Side, TensorReport, alpha_statistics
+
+if TYPE_CHECKING:
+    from daq_lightning.export.job import Job
+    from daq_lightning.export.stream import Batch, Pair
+
+
+def batch_reports(job: Job, batch: Batch, results: Sequence[SearchResult]) -> list[TensorReport]:
+    """The lines of a batch in the report. All that they say leaves the device in one transfer."""
+    sides = [_sides(job, pair, result) for pair, result in zip(batch, results, strict=True)]
+    parts: list[Tensor] = []
+    for result, of_tensor in zip(results, sides, strict=True):
+        parts += [alpha_statistics(result.alpha), *(stats.packed() for stats in of_tensor.values())]
+    arrived = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
+    reports = []
+    for pair, of_tensor in zip(batch, sides, strict=True):
+        alpha: dict[str, float] = dict(zip(ALPHA_STATISTICS, map(float, next(arrived).tolist()), strict=True))
+        sums = {side: DeltaStats.unpacked(next(arrived)) for side in of_tensor}
+        fits = bool(sums["dequantized"].delta_q_sq.isfinite())
+        reports.append(
+            TensorReport(
+                name=pair.plan.spec.name,
+                shape=pair.plan.spec.shape,
+                dtype=str(pair.weight.dtype).removeprefix("torch."),
+                scheme=job.plan.layout.scheme.name,
+                alpha=alpha,
+                searched=sums["searched"],
+                absmax=sums["absmax"],
+                root=sums.get("root"),
+                dequantized=sums["dequantized"] if fits else None,
+                without_base=job.without_base.get(pair.plan.spec.name, ""),
+            )
+        )
+    return reports
+
+
+def _sides(job: Job, pair: Pair, result: SearchResult) -> dict[Side, DeltaStats]:
+    """The sums of one tensor, on its device."""
+    assert result.dequantized_stats is not None
+    sides: dict[Side, DeltaStats] = {
+        "searched": result.stats.total(),
+        "absmax": result.absmax_stats.total(),
+        "dequantized": result.dequantized_stats.total(),
+    }
+    root = _since_root(job, pair, result.scale)
+    if root is not None:
+        sides["root"] = root
+    return sides
+
+
+def _since_root(job: Job, pair: Pair, scale: Tensor) -> DeltaStats | None:
+    """Sums of the written scales against the base of the chain's first stage, where that is at hand."""
+    name = pair.plan.spec.name
+    if job.root is None or name not in job.root:
+        return None
+    root = as_searched(job.root[name]).to(pair.weight.device)
+    if root.shape != pair.weight.shape:
+        return None
+    layout = job.plan.layout
+    scale_G1 = scale.reshape(-1, 1)
+    stats = delta_stats(as_searched(pair.weight), root, scale_G1, layout.granularity, layout.scheme.format)
+    return stats.total().map(lambda field: field[0])
+
+
+def notes_of(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
+    """What a reader of the report has to know: no change at all, weights without a base, and casts."""
+    measured = [report.searched for name, report in reports.items() if name not in job.without_base]
+    notes = []
+    if measured and not any(bool(stats.n_changed) for stats in measured):
+        notes.append(
+            f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?"
+        )
+    notes += [f"{name}: plain absmax scale, because {problem}." for name, problem in job.without_base.items()]
+    notes += [
+        f"{name}: to a reader that dequantizes to {str(job.plan.dtype).removeprefix('torch.')} some of its "
+        "values are infinite: serve it with FP8 kernels, or keep it (ignore)."
+        for name, report in reports.items()
+        if report.dequantized is None
+    ]
+    kept = [tensor for tensor in job.plan.tensors if not tensor.quantize]
+    cast = [tensor for tensor in kept if tensor.stored[KEPT].dtype != tensor.spec.dtype]
+    if cast:
+        notes.append(
+            f"{len(cast)} kept tensors were cast from {str(cast[0].spec.dtype).removeprefix('torch.')} to "
+            f"{str(job.plan.dtype).removeprefix('torch.')}, which FP8 readers need."
+        )
+    return notes
+
+
+def config_of(job: Job) -> dict[str, Any]:
+    """config.json of the export: the model's own, in the dtype of the kept tensors, and how it is
+    quantized."""
+    assert job.source.config is not None
+
+    def with_dtype(level: Mapping[str, Any], top: bool) -> dict[str, Any]:
+        result = {
+            key: with_dtype(value, False) if isinstance(value, Mapping) and key.endswith("_config") else value
+            for key, value in level.items()
+            if key not in ("dtype", "torch_dtype", "quantization_config")
+        }
+        if top or "dtype" in level or "torch_dtype" in level:
+            result["dtype"] = str(job.plan.dtype).removeprefix("torch.")
+        return result
+
+    quantization = job.plan.layout.quantization_config(job.plan.ignore)
+    return with_dtype(job.source.config, True) | {"quantization_config": quantization}
+
+
+def as_searched(tensor: Tensor) -> Tensor:
+    """A weight in the dtype in which it is searched and measured: float64 as float32, any other as it is."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor

@@ -1,0 +1,292 @@
+"""Fits of one tiny model under every strategy, for the tests of exports by several ranks.
+
+A training step changes each weight by an amount that depends on its name, its place and the step alone, so
+that all strategies end with the same bits, and their exports can be compared byte for byte.
+
+    python sharded_runs.py SCENARIO STRATEGY FOLDER     one rank; LOCAL_RANK and WORLD_SIZE say which
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from live import Tuning, data, make_trainer, tiny_llama
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from daq_lightning import DeltaAwareQuantization
+
+STRATEGIES = ["ddp2", "fsdp2", "tp2", "ddp4", "fsdp4", "fsdp2tp2"]
+SHARD = 60_000  # bytes: several files for each rank, and an odd number of them
+
+
+def model(lora: bool) -> nn.Module:
+    made: nn.Module = tiny_llama(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(5)
+        made = get_peft_model(made, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))  # type: ignore[arg-type]
+    return made
+
+
+class Steps(Tuning):
+    """Moves weights by fixed amounts instead of following gradients."""
+
+    def __init__(self, lora: bool = False, meta: bool = False) -> None:
+        super().__init__(model=nn.Identity())
+        self.lora, self.meta = lora, meta
+
+    def configure_model(self) -> None:
+        if not isinstance(self.model, nn.Identity):
+            return
+        self.model = model(self.lora)
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is None:
+            return
+        whole = self.model.state_dict()
+        buffers = dict(self.model.named_buffers())
+        if self.meta:
+            self.model = self.model.to("meta")
+        inner = self.model.base_model.model if self.lora else self.model
+        data_mesh, tensor_mesh = mesh["data_parallel"], mesh["tensor_parallel"]
+        if tensor_mesh.size() > 1:
+            columns, rows = ColwiseParallel(), RowwiseParallel()
+            plan = {
+                "self_attn.k_proj": columns, "self_attn.v_proj": columns, "self_attn.o_proj": rows,
+                "mlp.gate_proj": columns, "mlp.up_proj": columns,
+                "self_attn.q_proj.base_layer": columns, "self_attn.q_proj.lora_B.default": columns,
+                "mlp.down_proj.base_layer": rows, "mlp.down_proj.lora_A.default": rows,
+            }  # fmt: skip
+            if not self.lora:
+                adapted = {"self_attn.q_proj": columns, "mlp.down_proj": rows}
+                plan = {name: style for name, style in plan.items() if "_proj." not in name} | adapted
+            for layer in inner.model.layers:
+                parallelize_module(layer, tensor_mesh, plan)
+        if data_mesh.size() > 1:
+            for layer in inner.model.layers:
+                fully_shard(layer, mesh=data_mesh)
+            fully_shard(self.model, mesh=data_mesh)
+        if self.meta:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+            self.model.to_empty(device="cpu")
+            for name, buffer in buffers.items():
+                self.model.get_buffer(name).copy_(buffer)
+            set_model_state_dict(self.model, whole, options=StateDictOptions(full_state_dict=True))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = (parameter for parameter in self.parameters() if parameter.requires_grad)
+        return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, foreach=False)
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        super().optimizer_step(*arguments, **options)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad:
+                    parameter.add_(self.amount(name, parameter))
+
+    def amount(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        start = zlib.crc32(name.replace("_orig_mod.", "").encode()) % 1000 + self.trainer.global_step
+        change = 2e-3 * torch.sin(0.37 * torch.arange(like.numel()) + start).reshape(like.shape)
+        if not isinstance(like, DTensor):
+            return change
+        return distribute_tensor(
+            change, like.device_mesh, [Replicate()] * like.device_mesh.ndim
+        ).redistribute(placements=like.placements)
+
+
+def strategy(name: str) -> tuple[Any, int]:
+    """The strategy of a name, and how many ranks it has."""
+    if name == "single":
+        return "auto", 1
+    if name.startswith("ddp"):
+        return DDPStrategy(process_group_backend="gloo"), int(name[3:])
+    sizes = {"fsdp2": (2, 1), "tp2": (1, 2), "fsdp4": (4, 1), "fsdp2tp2": (2, 2)}
+    rows, columns = sizes[name]
+    kind = ModelParallelStrategy(
+        data_parallel_size=rows, tensor_parallel_size=columns, process_group_backend="gloo"
+    )
+    return kind, rows * columns
+
+
+def quantization(folder: Path, **settings: Any) -> DeltaAwareQuantization:
+    """The callback, with small files."""
+    callback = DeltaAwareQuantization(dirpath=str(folder / "exports"), **settings)
+    choices = dataclasses.replace(callback._settings.choices, max_shard_bytes=SHARD)
+    callback._settings = dataclasses.replace(callback._settings, choices=choices)
+    return callback
+
+
+def fit(
+    folder: Path,
+    kind: str,
+    *callbacks: L.Callback,
+    lora: bool = False,
+    meta: bool = False,
+    ckpt: Path | None = None,
+    **changes: Any,
+) -> L.Trainer:
+    L.seed_everything(3, verbose=False)
+    chosen, devices = strategy(kind)
+    settings: dict[str, Any] = {"max_epochs": 1, "max_steps": -1, "use_distributed_sampler": False}
+    trainer = make_trainer(folder, *callbacks, strategy=chosen, devices=devices, **(settings | changes))
+    trainer.fit(Steps(lora, meta), data(4), ckpt_path=ckpt)
+    return trainer
+
+
+def saver(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(dirpath=folder / "checkpoints", save_top_k=-1, filename="{step}", every_n_epochs=1)
+
+
+def everything(folder: Path, kind: str) -> None:
+    """Full and LoRA, at once and resumed, with the figures of each rank."""
+    for lora in (False, True):
+        whole, parts = (folder / f"{'lora' if lora else 'full'}-{how}" for how in ("whole", "parts"))
+        callback = quantization(whole, export_on="checkpoint")
+        trainer = fit(whole, kind, saver(whole), callback, lora=lora, meta=not lora, max_epochs=2)
+        note(folder, f"lora={lora}", callback, trainer)
+        fit(parts, kind, saver(parts), quantization(parts, export_on="checkpoint"), lora=lora)
+        fit(
+            parts, kind, saver(parts), quantization(parts, export_on="checkpoint"), lora=lora,
+            ckpt=parts / "checkpoints" / "step=2.ckpt", max_epochs=2,
+        )  # fmt: skip
+
+
+def failing(folder: Path, kind: str) -> None:
+    """The first export fails on rank 1 alone; the run goes on, and the second is made."""
+    from daq_lightning.export import run as module
+
+    original, calls = module.search_batch, []
+
+    def search(*arguments: Any, **options: Any) -> Any:
+        calls.append(0)
+        if rank() == 1 and len(calls) == 2:
+            raise OSError("the disk of rank 1 is gone")
+        return original(*arguments, **options)
+
+    module.search_batch = search  # type: ignore[assignment]
+    callback = quantization(folder, every_n_train_steps=2)
+    said = ""
+    try:
+        fit(folder, kind, callback, max_epochs=2)
+    except OSError as error:
+        said = str(error)
+    content = {"said": said, "exports": [path.name for path in callback.exports]}
+    (folder / f"rank{rank()}.json").write_text(json.dumps(content))
+
+
+def identical(folder: Path, kind: str) -> None:
+    """Training by gradients, with and without the callback: the same weights and random numbers?"""
+    Steps.amount = lambda self, name, like: torch.zeros_like(like)  # type: ignore[method-assign]
+    Steps.configure_optimizers = Tuning.configure_optimizers  # type: ignore[method-assign]
+    states = []
+    for callbacks in ([], [quantization(folder, every_n_train_steps=1)]):
+        trainer = fit(folder, kind, *callbacks, use_distributed_sampler=True, max_epochs=2)
+        state = {
+            name: p.to_local() if isinstance(p, DTensor) else p
+            for name, p in trainer.lightning_module.state_dict().items()
+        }
+        optimizer = trainer.optimizers[0].state_dict()["state"]
+        moments = [
+            value.to_local() if isinstance(value, DTensor) else value
+            for entry in optimizer.values()
+            for value in entry.values()
+        ]
+        states.append((state, moments, torch.get_rng_state()))
+    (one, moments, random), (two, other_moments, other_random) = states
+    assert trainer.callbacks[0].exports  # type: ignore[attr-defined]
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.equal(a, b) for a, b in zip(moments, other_moments, strict=True))
+    assert len(moments) > 10
+    assert torch.equal(random, other_random)
+    assert any(bool(moment.any()) for moment in moments)
+
+
+def note(folder: Path, name: str, callback: DeltaAwareQuantization, trainer: L.Trainer) -> None:
+    """Writes what a user reads on this rank."""
+    shared = {key: float(value) for key, value in trainer.callback_metrics.items() if "daq/" in key}
+    assert callback.report is not None
+    content = {
+        "exports": [path.name for path in callback.exports],
+        "metrics": callback.metrics,
+        "trainer": shared,
+        "tensors": callback.report.to_dict()["tensors"],
+    }
+    (folder / f"{name}-rank{rank()}.json").write_text(json.dumps(content))
+
+
+def rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def launch(
+    script: str,
+    arguments: list[str],
+    world: int,
+    timeout: float = 280,
+    kill: Callable[[list[subprocess.Popen[str]]], None] | None = None,
+) -> list[tuple[int, str]]:
+    """Starts the ranks of a script, each in a process group of its own; exit code and output of each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for local in range(world):
+        environment = {
+            "LOCAL_RANK": str(local), "NODE_RANK": "0", "RANK": str(local), "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        if world == 1:
+            environment = {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *([script] if script.endswith(".py") else ["-m", script]), *arguments]
+        processes.append(
+            subprocess.Popen(
+                command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, start_new_session=True,
+            )
+        )  # fmt: skip
+    end = time.monotonic() + timeout
+    if kill is not None:
+        kill(processes)
+    results = []
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=max(1.0, end - time.monotonic()))
+            results.append((process.returncode, output))
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)
+        shown = "\n".join(process.communicate()[0][-3000:] for process in processes)
+        raise AssertionError(f"a rank did not end within {timeout} s:\n{shown}") from None
+    return results
+
+
+def finish() -> None:
+    """Ends the threads of gloo: one that lets go of its last message when Python ends aborts the process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    scenario, kind, place = sys.argv[1:]
+    {"everything": everything, "failing": failing, "identical": identical}[scenario](Path(place), kind)
+    finish()

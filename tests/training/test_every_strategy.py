@@ -1,0 +1,56 @@
+"""Every strategy, one process and several: the same files, the same figures, on every rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import sharded_runs
+from live import folder_bytes
+from sharded_runs import STRATEGIES
+
+pytestmark = pytest.mark.slow
+SCRIPT = sharded_runs.__file__
+
+
+def launched(kind: str, folder: Path, scenario: str = "everything") -> Path:
+    folder.mkdir(exist_ok=True)
+    arguments = [scenario, kind, str(folder)]
+    for code, output in sharded_runs.launch(SCRIPT, arguments, sharded_runs.strategy(kind)[1]):
+        assert code == 0, output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Path:
+    return launched("single", tmp_path_factory.mktemp("runs") / "single")
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_all_strategies_write_the_same_files_and_report_the_same_figures(single, tmp_path, kind):
+    found = launched(kind, tmp_path / kind)
+    for run in ("full-whole", "full-parts", "lora-whole", "lora-parts"):
+        expected, got = (folder_bytes(place / run / "exports") for place in (single, found))
+        assert set(got) == set(expected)
+        assert [name for name in expected if got[name] != expected[name]] == []
+        assert len([name for name in got if name.startswith("step=4/model-")]) > 4
+    for lora in (False, True):
+        expected = json.loads((single / f"lora={lora}-rank0.json").read_text())
+        for rank in range(sharded_runs.strategy(kind)[1]):
+            assert json.loads((found / f"lora={lora}-rank{rank}.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("kind", ["ddp2", "fsdp2"])
+def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, kind):
+    launched(kind, tmp_path, "identical")
+
+
+@pytest.mark.parametrize("kind", ["ddp2", "fsdp2"])
+def test_an_error_of_one_rank_never_stops_a_run_and_surfaces_at_its_end_on_all(tmp_path, kind):
+    launched(kind, tmp_path, "failing")
+    for rank in range(2):
+        said = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert said == {"said": "the disk of rank 1 is gone", "exports": ["step=4"]}
+    assert sorted(path.name for path in (tmp_path / "exports").glob("step=*")) == ["step=4"]
+    assert not list((tmp_path / "exports").glob(".step*"))
