@@ -17,9 +17,9 @@ For each token, with p the probabilities of the reference, q those of the model,
 
 The error of the ratio is that of llama.cpp, which takes it from var(nll) + var(nll_ref) - 2 cov: the variance
 of the difference, summed here as such and so without its cancellation. An error is one standard error if
-tokens were independent; they are not quite. llama.cpp rounds the reference to 16 bit and leaves out entries
-with log p <= -16, so its KLD may fall below 0; here nothing is rounded. Its percentiles are exact, these
-within 0.1 % (see `histogram`).
+tokens were independent, which they are not quite; of a single token it is NaN. llama.cpp rounds the reference
+to 16 bit and leaves out entries with log p <= -16, so its KLD may fall below 0; here nothing is rounded. Its
+percentiles are exact, these within 0.1 % (see `histogram`).
 
 Sources: llama.cpp, tools/perplexity (KL divergence mode); arXiv 2407.09141 (flips).
 """
@@ -121,7 +121,7 @@ class Flips(NamedTuple):
     flipped_wrong: Tensor
 
 
-def compare(
+def compare_logits(
     logits: Tensor, reference_logits: Tensor, target: Tensor | None = None, mask: Tensor | None = None
 ) -> DivergenceStats:
     """Sums over the tokens of a batch.
@@ -141,9 +141,9 @@ def compare(
 
     Example:
         >>> reference, model = torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        >>> stats = compare(model, reference, target=torch.tensor([0, 0]))
-        >>> round(float(kl_divergence(stats).kld_mean), 4), float(top_agreement(stats).same_top)
-        (0.2646, 0.5)
+        >>> stats = compare_logits(model, reference, target=torch.tensor([0, 0]))
+        >>> round(float(kl_divergence_to_reference(stats).kld_mean), 4)
+        0.2646
     """
     models = {"logits": logits, "reference_logits": reference_logits}
     kld, same_top, *true = by_token(_two_models, models, target, mask)
@@ -169,21 +169,21 @@ def compare(
     )
 
 
-def kl_divergence(stats: DivergenceStats) -> KLDivergence:
+def kl_divergence_to_reference(stats: DivergenceStats) -> KLDivergence:
     """Mean, error, quantiles (within 0.1 %) and maximum (exact) of the KLD, in nats a token."""
     mean, error = _mean_and_error(stats.kld, stats.kld_sq, stats.n)
     median, p99, p999 = (quantile(stats.kld_bins, at, stats.kld_max) for at in (0.5, 0.99, 0.999))
     return KLDivergence(mean, error, median, p99, p999, torch.where(stats.n > 0, stats.kld_max, torch.nan))
 
 
-def perplexities(stats: DivergenceStats) -> Perplexities:
+def perplexity_ratio(stats: DivergenceStats) -> Perplexities:
     """Perplexity of both models, their ratio and its error; NaN without targets."""
     mean, error = _mean_and_error(stats.nll_delta, stats.nll_delta_sq, stats.n_target)
     nll, ratio = stats.nll / stats.n_target, mean.exp()
     return Perplexities(nll.exp(), (nll - mean).exp(), ratio, ratio * error)
 
 
-def delta_p(stats: DivergenceStats) -> DeltaP:
+def true_token_delta_p(stats: DivergenceStats) -> DeltaP:
     """Mean and RMS of the change in the probability of the true token; NaN without targets."""
     mean, error = _mean_and_error(stats.delta_p, stats.delta_p_sq, stats.n_target)
     square, square_error = _mean_and_error(stats.delta_p_sq, stats.delta_p_4, stats.n_target)
@@ -194,13 +194,13 @@ def delta_p(stats: DivergenceStats) -> DeltaP:
     return DeltaP(mean, error, rms, rms_error)
 
 
-def top_agreement(stats: DivergenceStats) -> TopAgreement:
+def top_token_agreement(stats: DivergenceStats) -> TopAgreement:
     """Share of tokens with the same top, and its error."""
     share = stats.same_top.double() / stats.n
     return TopAgreement(share, (share * (1 - share) / (stats.n - 1)).sqrt())
 
 
-def flips(stats: DivergenceStats) -> Flips:
+def answer_flips(stats: DivergenceStats) -> Flips:
     """Shares of tokens that became right, or wrong, on top; NaN without targets."""
     right, wrong = (count.double() / stats.n_target for count in (stats.flipped_right, stats.flipped_wrong))
     return Flips(right + wrong, right, wrong)

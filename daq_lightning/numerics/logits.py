@@ -4,7 +4,7 @@ A batch of logits of a large vocabulary is large (4096 tokens of 150,000 entries
 figures of a model want float64. So tokens are taken in pieces of a few million logits, and of each token only
 a few numbers stay. Logits and log-probabilities are both welcome: a softmax turns both into the same.
 
-Legend: T tokens that count, V entries of the vocabulary, D leading dimensions.
+Legend: T tokens that count, V entries of the vocabulary, D leading dimensions, F figures of a token.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 
 IGNORED = -100
 """The target of a token that does not count, as in `torch.nn.functional.cross_entropy`."""
-PIECE = 2**22
-"""Logits of one model that are looked at at once: 32 MiB in float64."""
+PIECE = 2**21
+"""Logits of one model that are looked at at once: 16 MiB in float64, a dozen times for all that is made of
+them."""
 
 Figures = Callable[[list[Tensor], Tensor | None], list[Tensor]]
 """Makes of a piece's logits, one float64 (T, V) a model, and its targets (T,) numbers a token, each (T,)."""
@@ -59,15 +60,20 @@ def by_token(
         _check_targets(target[tuple(places_TD.T)], shape[-1])
 
     pieces = [tuple(places.T) for places in places_TD.split(max(1, PIECE // shape[-1]))]
-    found, finite = [], []
+    found_FT, done = torch.empty(0, len(places_TD), dtype=torch.float64, device=first.device), 0
     for at in pieces:
         piece = [logits[at].double() for logits in models.values()]  # a copy of the piece, never of the whole
-        found.append(figures(piece, None if target is None else target[at]))
+        columns = figures(piece, None if target is None else target[at])
         # a sum is finite if all its terms are, and takes a tenth of the time of isfinite
-        finite.append(torch.stack([logits.sum(-1).isfinite().all() for logits in piece]))
-    if not torch.stack(finite).all():
+        columns += [logits.sum(-1).isfinite() for logits in piece]
+        if not len(found_FT):
+            found_FT = found_FT.new_empty(len(columns), len(places_TD))
+        # written in place: small tensors left between large ones would keep an allocator from reusing memory
+        found_FT[:, done : done + len(at[0])] = torch.stack([column.double() for column in columns])
+        done += len(at[0])
+    if not found_FT[-len(models) :].all():
         _refuse_not_finite(models, pieces, len(places_TD))
-    return [torch.cat(columns) for columns in zip(*found, strict=True)]
+    return list(found_FT[: -len(models)])
 
 
 def _one_shape(models: Mapping[str, Tensor], target: Tensor | None, mask: Tensor | None) -> torch.Size:

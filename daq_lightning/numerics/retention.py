@@ -1,7 +1,7 @@
 """What a quantized model kept of its training, on tokens: a direction, where a divergence is only a volume.
 
-Three models look at the same tokens: base (before training), post (after it), model (post, quantized). For
-each token, with b, p, q their probabilities and <x, y> = sum_v p_v x_v y_v:
+Three models look at the same tokens: base (before training), post (after it: the reference) and model (post,
+quantized). For each token, with b, p, q their probabilities and <x, y> = sum_v p_v x_v y_v:
 
     update = log p - log b,    error = log q - log p       both less their mean under p
     gain   = 1 + sum <update, error> / sum <update, update>        sums over all tokens
@@ -117,7 +117,7 @@ def compare_update(
 
     Example:
         >>> base, post = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-        >>> figures = retention(compare_update(base + 1.5 * (post - base), post, base))
+        >>> figures = update_retention(compare_update(base + 1.5 * (post - base), post, base))
         >>> [round(float(value), 4) for value in (figures.top_kept, figures.update_gain, figures.update_kept)]
         [1.0, 1.5, 0.5]
     """
@@ -140,7 +140,7 @@ def compare_update(
     )
 
 
-def retention(stats: RetentionStats) -> Retention:
+def update_retention(stats: RetentionStats) -> Retention:
     """Shares of tops, strength of the update, and the two parts of the divergence."""
     elsewhere = stats.n_changed - stats.kept - stats.reverted
     kept, reverted, elsewhere = (

@@ -1,6 +1,8 @@
 """The table of a model beside a reference is that of NumPy, scipy and llama.cpp, for any pieces and masks."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,15 +11,16 @@ import torchmetrics
 from scipy.special import log_softmax, rel_entr
 from sklearn.metrics import accuracy_score
 
+from daq_lightning.numerics import divergence
 from daq_lightning.numerics import logits as module
 from daq_lightning.numerics.divergence import (
     DivergenceStats,
-    compare,
-    delta_p,
-    flips,
-    kl_divergence,
-    perplexities,
-    top_agreement,
+    answer_flips,
+    compare_logits,
+    kl_divergence_to_reference,
+    perplexity_ratio,
+    top_token_agreement,
+    true_token_delta_p,
 )
 
 
@@ -35,7 +38,13 @@ def case(tokens=300, entries=37, noise=0.1, seed=0):
 
 
 def figures(stats):
-    tables = (kl_divergence, perplexities, delta_p, top_agreement, flips)
+    tables = (
+        kl_divergence_to_reference,
+        perplexity_ratio,
+        true_token_delta_p,
+        top_token_agreement,
+        answer_flips,
+    )
     return {key: float(value) for table in tables for key, value in table(stats)._asdict().items()}
 
 
@@ -84,6 +93,10 @@ def in_numpy(logits):
     return log_softmax(logits.double().numpy(), -1)
 
 
+def assert_equal(found, expected):
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
 def assert_same_table(found, expected, rel=1e-9, width=1 / 1024):
     assert list(found) == list(expected)
     for key, value in expected.items():
@@ -95,7 +108,7 @@ def assert_same_table(found, expected, rel=1e-9, width=1 / 1024):
 def test_the_table_is_that_of_llama_cpp(noise):
     logits, reference, target = case(noise=noise)
     expected = llama_cpp(in_numpy(logits), in_numpy(reference), target.numpy())
-    assert_same_table(figures(compare(logits, reference, target)), expected, rel=1e-7)
+    assert_same_table(figures(compare_logits(logits, reference, target)), expected, rel=1e-7)
 
 
 def test_the_table_on_values_that_llama_cpp_stored():
@@ -106,7 +119,7 @@ def test_the_table_on_values_that_llama_cpp_stored():
     step = (log_p.max(-1)[:, None] - low) / 65535
     stored = step * np.round((np.maximum(log_p, low) - low) / step) + low
     expected = llama_cpp(in_numpy(logits), stored, target.numpy())
-    found = figures(compare(logits, torch.from_numpy(stored), target))
+    found = figures(compare_logits(logits, torch.from_numpy(stored), target))
     assert 0 < abs(found["kld_mean"] - expected["kld_mean"]) < 1e-4
     assert_same_table(found, expected, rel=2e-3, width=5e-3)
 
@@ -125,12 +138,12 @@ def test_the_table_on_values_that_llama_cpp_stored():
 def test_the_error_of_same_top_is_the_published_one(same_top, error, tokens):
     zero = DivergenceStats.zero(torch.device("cpu"))
     stats = zero._replace(n=torch.tensor(tokens), same_top=torch.tensor(round(same_top * tokens)))
-    assert round(float(top_agreement(stats).same_top_error), 5) == error
+    assert round(float(top_token_agreement(stats).same_top_error), 5) == error
 
 
 def test_the_divergence_is_that_of_scipy_and_torchmetrics():
     logits, reference, _ = case()
-    found = float(kl_divergence(compare(logits, reference)).kld_mean)
+    found = float(kl_divergence_to_reference(compare_logits(logits, reference)).kld_mean)
     p, q = np.exp(in_numpy(reference)), np.exp(in_numpy(logits))
     assert found == pytest.approx(rel_entr(p, q).sum(-1).mean(), rel=1e-12)
     theirs = torchmetrics.KLDivergence(log_prob=True)
@@ -140,7 +153,7 @@ def test_the_divergence_is_that_of_scipy_and_torchmetrics():
 
 def test_flips_are_what_an_accuracy_cancels():
     logits, reference, target = case(noise=1.0)
-    table = flips(compare(logits, reference, target))
+    table = answer_flips(compare_logits(logits, reference, target))
     gained = accuracy_score(target, logits.argmax(-1)) - accuracy_score(target, reference.argmax(-1))
     assert float(table.flipped_right - table.flipped_wrong) == pytest.approx(gained, abs=1e-12)
     assert float(table.flips) > abs(gained) > 0
@@ -148,12 +161,12 @@ def test_flips_are_what_an_accuracy_cancels():
 
 def test_equal_models_have_a_table_of_zeros_and_ones():
     _, reference, target = case()
-    found = figures(compare(reference, reference + 3.0, target))  # a softmax does not see the 3
+    found = figures(compare_logits(reference, reference + 3.0, target))  # a softmax does not see the 3
     ones = {"perplexity_ratio", "same_top"}
     for key in found.keys() - {"perplexity", "reference_perplexity"}:
         assert found[key] == pytest.approx(float(key in ones), abs=1e-6), key
     assert found["kld_max"] < 1e-12
-    same = figures(compare(reference, reference, target))
+    same = figures(compare_logits(reference, reference, target))
     assert {same[key] for key in ("kld_max", "kld_p999", "delta_p_rms", "delta_p_rms_error")} == {0.0}
 
 
@@ -164,9 +177,8 @@ def test_tiny_divergences_are_not_lost_in_rounding():
     shift[:, 0] = 1e-5
     p = torch.softmax(reference, -1)[:, 0]
     expected = (p * (1 - p) * 1e-10 / 2).mean()
-    assert float(kl_divergence(compare(reference + shift, reference)).kld_mean) == pytest.approx(
-        float(expected), rel=1e-3
-    )
+    table = kl_divergence_to_reference(compare_logits(reference + shift, reference))
+    assert float(table.kld_mean) == pytest.approx(float(expected), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -174,13 +186,13 @@ def test_any_dtype_is_looked_at_in_float64(dtype):
     logits, reference, target = case()
     logits, reference = logits.to(dtype), reference.to(dtype)
     expected = llama_cpp(in_numpy(logits), in_numpy(reference), target.numpy())
-    assert_same_table(figures(compare(logits, reference, target)), expected, rel=1e-7)
+    assert_same_table(figures(compare_logits(logits, reference, target)), expected, rel=1e-7)
 
 
 def test_log_probabilities_give_the_same_as_logits():
     logits, reference, target = case()
-    found = figures(compare(torch.log_softmax(logits.double(), -1), reference.log_softmax(-1), target))
-    assert_same_table(found, figures(compare(logits, reference, target)), rel=1e-4)
+    found = figures(compare_logits(torch.log_softmax(logits.double(), -1), reference.log_softmax(-1), target))
+    assert_same_table(found, figures(compare_logits(logits, reference, target)), rel=1e-4)
 
 
 # --- tokens ---
@@ -189,18 +201,16 @@ def test_log_probabilities_give_the_same_as_logits():
 @pytest.mark.parametrize("shape", [(300,), (3, 100), (2, 3, 50)])
 def test_any_leading_shape_is_a_list_of_tokens(shape):
     logits, reference, target = case()
-    found = compare(logits.view(*shape, -1), reference.view(*shape, -1), target.view(shape))
-    expected = compare(logits, reference, target)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    found = compare_logits(logits.view(*shape, -1), reference.view(*shape, -1), target.view(shape))
+    expected = compare_logits(logits, reference, target)
+    assert_equal(found, expected)
 
 
 def test_a_single_token_needs_no_leading_dimension():
     logits, reference, target = case()
-    found = compare(logits[0], reference[0], target[0], torch.tensor(True))
-    assert all(
-        torch.equal(*pair) for pair in zip(found, compare(logits[:1], reference[:1], target[:1]), strict=True)
-    )
-    assert int(compare(logits[0], reference[0], mask=torch.tensor(False)).n) == 0
+    found = compare_logits(logits[0], reference[0], target[0], torch.tensor(True))
+    assert_equal(found, compare_logits(logits[:1], reference[:1], target[:1]))
+    assert int(compare_logits(logits[0], reference[0], mask=torch.tensor(False)).n) == 0
 
 
 def test_masked_and_ignored_tokens_count_nowhere_whatever_they_hold():
@@ -209,44 +219,63 @@ def test_masked_and_ignored_tokens_count_nowhere_whatever_they_hold():
     mask[::3] = 0
     target[1::3] = -100
     logits[::3], reference[1::3] = torch.nan, torch.inf
-    found = compare(
+    found = compare_logits(
         logits.view(3, 100, -1), reference.view(3, 100, -1), target.view(3, 100), mask.view(3, 100)
     )
-    expected = compare(logits[2::3], reference[2::3], target[2::3])
+    expected = compare_logits(logits[2::3], reference[2::3], target[2::3])
     assert int(found.n) == int(found.n_target) == 100
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert_equal(found, expected)
 
 
 def test_pieces_are_small_and_change_nothing(monkeypatch):
     logits, reference, target = case()
-    whole = compare(logits, reference, target)
+    whole = compare_logits(logits, reference, target)
     seen = []
 
     def spy(models, targets):
         seen.append(models[0].numel())
         return two_models(models, targets)
 
-    from daq_lightning.numerics import divergence
-
     two_models = divergence._two_models
     monkeypatch.setattr(module, "PIECE", 7 * 37 + 5)
     monkeypatch.setattr(divergence, "_two_models", spy)
-    assert all(torch.equal(*pair) for pair in zip(compare(logits, reference, target), whole, strict=True))
+    assert_equal(compare_logits(logits, reference, target), whole)
     assert max(seen) == 7 * 37
     assert sum(seen) == 300 * 37
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_tokens():
+    # in a process of its own: a peak never falls. All logits of a model in float64 would be 240 MiB here, and
+    # a dozen such are made; a piece is 16 MiB
+    code = """if True:
+        import resource, torch
+        from daq_lightning.numerics.retention import compare_update
+        logits = torch.zeros(240, 2**17, dtype=torch.bfloat16)
+        logits[:, ::7] = 1
+        base = torch.flip(logits, (1,))
+        compare_update(logits[:1], logits[:1], base[:1])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        compare_update(logits[:, 1:], logits[:, 1:], base[:, 1:])
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert int(run.stdout) < 400
 
 
 def test_the_first_of_equals_is_the_top():
     logits = torch.tensor([[1.0, 1.0, 0.0]])
     reference = torch.tensor([[1.0, 0.0, 0.0]])
-    assert int(compare(logits, reference).same_top) == 1
-    assert int(compare(logits.flip(-1), reference).same_top) == 0
+    assert int(compare_logits(logits, reference).same_top) == 1
+    assert int(compare_logits(logits.flip(-1), reference).same_top) == 0
 
 
 def test_no_token_gives_nan_and_no_target_only_a_divergence():
     logits, reference, _ = case()
-    assert all(map(math.isnan, figures(compare(logits[:0], reference[:0])).values()))
-    found = figures(compare(logits, reference))
+    assert all(map(math.isnan, figures(compare_logits(logits[:0], reference[:0])).values()))
+    found = figures(compare_logits(logits, reference))
     known = {key for key, value in found.items() if not math.isnan(value)}
     assert known == {key for key in found if key.startswith(("kld", "same_top"))}
 
@@ -265,7 +294,7 @@ def test_logits_that_are_not_finite_are_refused_with_how_many_and_where(which, v
         ValueError,
         match=rf"^{which} has 3 NaN or infinite values in 2 of 12 tokens, the first at index \(1, 2\)",
     ):
-        compare(**broken)
+        compare_logits(**broken)
 
 
 @pytest.mark.parametrize(
@@ -284,4 +313,4 @@ def test_logits_that_are_not_finite_are_refused_with_how_many_and_where(which, v
 def test_what_does_not_fit_is_refused_with_what_came(change, message):
     logits, reference, target = case(tokens=5)
     with pytest.raises(ValueError, match=message):
-        compare(**({"logits": logits, "reference_logits": reference, "target": target} | change))
+        compare_logits(**({"logits": logits, "reference_logits": reference, "target": target} | change))

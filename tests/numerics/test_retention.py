@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.special import log_softmax, rel_entr
 
-from daq_lightning.numerics.retention import RetentionStats, compare_update, retention
+from daq_lightning.numerics.retention import RetentionStats, compare_update, update_retention
 
 
 def case(strength=1.0, noise=0.1, update=0.5, tokens=400, entries=31, seed=0):
@@ -20,7 +20,7 @@ def case(strength=1.0, noise=0.1, update=0.5, tokens=400, entries=31, seed=0):
 
 
 def figures(*models, **arguments):
-    found = retention(compare_update(*models, **arguments))
+    found = update_retention(compare_update(*models, **arguments))
     return {key: float(value) for key, value in found._asdict().items()}
 
 
