@@ -8,8 +8,10 @@ Logits are (..., V), of any floating dtype, or log-probabilities; targets (...) 
 same places, -100 where a token counts nowhere; nothing is shifted. The states are the additive sums of
 `daq_lightning.numerics.divergence` and `.retention`, so a value is that of all tokens together, over batches
 and ranks. Counts and the histogram are int64, hence the same for every split of the tokens; sums are float64,
-where 1e9 of them lose at most seven of sixteen digits and in practice three. Each class has a function of the
-same name there: `kl_divergence_to_reference(compare_logits(logits, reference_logits))` needs no class.
+which over 1e9 tokens keep ten digits even if tokens come one by one (the bound is 1e9 2^-53: seven).
+
+Each class has a function of its name, without state:
+`kl_divergence_to_reference(compare_logits(logits, reference_logits))`.
 
 Sources: llama.cpp, tools/perplexity (KL divergence mode); arXiv 2407.09141 (flips); the retention is this
 project's.
