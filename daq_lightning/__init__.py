@@ -16,41 +16,77 @@ if TYPE_CHECKING:
     from daq_lightning.metrics import DeltaCosineSimilarity as DeltaCosineSimilarity
     from daq_lightning.metrics import DeltaGain as DeltaGain
     from daq_lightning.metrics import DeltaMeanSquaredError as DeltaMeanSquaredError
+    from daq_lightning.metrics import DeltaNoise as DeltaNoise
+    from daq_lightning.metrics import DeltaNorm as DeltaNorm
+    from daq_lightning.metrics import PreservationByMagnitude as PreservationByMagnitude
     from daq_lightning.metrics import SignPreservationRate as SignPreservationRate
     from daq_lightning.metrics import delta_metrics as delta_metrics
+    from daq_lightning.numerics.divergence import answer_flips as answer_flips
+    from daq_lightning.numerics.divergence import compare_logits as compare_logits
+    from daq_lightning.numerics.divergence import kl_divergence_to_reference as kl_divergence_to_reference
+    from daq_lightning.numerics.divergence import perplexity_ratio as perplexity_ratio
+    from daq_lightning.numerics.divergence import top_token_agreement as top_token_agreement
+    from daq_lightning.numerics.divergence import true_token_delta_p as true_token_delta_p
     from daq_lightning.numerics.formats import PerBlock as PerBlock
     from daq_lightning.numerics.formats import PerChannel as PerChannel
     from daq_lightning.numerics.formats import PerTensor as PerTensor
     from daq_lightning.numerics.quantize import absmax_scale as absmax_scale
     from daq_lightning.numerics.quantize import dequantize as dequantize
     from daq_lightning.numerics.quantize import quantize as quantize
+    from daq_lightning.numerics.retention import compare_update as compare_update
+    from daq_lightning.numerics.retention import update_retention as update_retention
     from daq_lightning.numerics.search.search import search_scale as search_scale
     from daq_lightning.numerics.search.settings import ScaleSearch as ScaleSearch
     from daq_lightning.numerics.search.stages import SearchResult as SearchResult
     from daq_lightning.report.figures import ExportReport as ExportReport
+    from daq_lightning.report.model_figures import AnswerFlips as AnswerFlips
+    from daq_lightning.report.model_figures import KLDivergenceToReference as KLDivergenceToReference
+    from daq_lightning.report.model_figures import PerplexityRatio as PerplexityRatio
+    from daq_lightning.report.model_figures import TopTokenAgreement as TopTokenAgreement
+    from daq_lightning.report.model_figures import TrueTokenDeltaP as TrueTokenDeltaP
+    from daq_lightning.report.model_figures import UpdateRetention as UpdateRetention
+    from daq_lightning.report.model_figures import model_metrics as model_metrics
     from daq_lightning.training.callback import DeltaAwareQuantization as DeltaAwareQuantization
 
 __all__ = [
+    "AnswerFlips",
     "Chain",
     "CheckpointError",
     "DeltaAwareQuantization",
     "DeltaCosineSimilarity",
     "DeltaGain",
     "DeltaMeanSquaredError",
+    "DeltaNoise",
+    "DeltaNorm",
     "ExportReport",
+    "KLDivergenceToReference",
     "PerBlock",
     "PerChannel",
     "PerTensor",
+    "PerplexityRatio",
+    "PreservationByMagnitude",
     "ScaleSearch",
     "SearchResult",
     "SignPreservationRate",
+    "TopTokenAgreement",
+    "TrueTokenDeltaP",
+    "UpdateRetention",
     "absmax_scale",
+    "answer_flips",
+    "compare_logits",
+    "compare_update",
     "delta_metrics",
     "dequantize",
     "export_checkpoint",
+    "kl_divergence_to_reference",
     "load_checkpoint",
+    "model_metrics",
+    "perplexity_ratio",
     "quantize",
     "search_scale",
+    "top_token_agreement",
+    "true_token_delta_p",
+    "update_retention",
 ]
 __version__ = "0.1.0"
 
@@ -68,6 +104,17 @@ _HOMES = {
     "DeltaMeanSquaredError": "daq_lightning.metrics",
     "SignPreservationRate": "daq_lightning.metrics",
     "delta_metrics": "daq_lightning.metrics",
+    "DeltaNoise": "daq_lightning.metrics",
+    "DeltaNorm": "daq_lightning.metrics",
+    "PreservationByMagnitude": "daq_lightning.metrics",
+    "answer_flips": "daq_lightning.numerics.divergence",
+    "compare_logits": "daq_lightning.numerics.divergence",
+    "kl_divergence_to_reference": "daq_lightning.numerics.divergence",
+    "perplexity_ratio": "daq_lightning.numerics.divergence",
+    "top_token_agreement": "daq_lightning.numerics.divergence",
+    "true_token_delta_p": "daq_lightning.numerics.divergence",
+    "compare_update": "daq_lightning.numerics.retention",
+    "update_retention": "daq_lightning.numerics.retention",
     "PerBlock": "daq_lightning.numerics.formats",
     "PerChannel": "daq_lightning.numerics.formats",
     "PerTensor": "daq_lightning.numerics.formats",
@@ -78,6 +125,13 @@ _HOMES = {
     "SearchResult": "daq_lightning.numerics.search.stages",
     "search_scale": "daq_lightning.numerics.search.search",
     "ExportReport": "daq_lightning.report.figures",
+    "AnswerFlips": "daq_lightning.report.model_figures",
+    "KLDivergenceToReference": "daq_lightning.report.model_figures",
+    "PerplexityRatio": "daq_lightning.report.model_figures",
+    "TopTokenAgreement": "daq_lightning.report.model_figures",
+    "TrueTokenDeltaP": "daq_lightning.report.model_figures",
+    "UpdateRetention": "daq_lightning.report.model_figures",
+    "model_metrics": "daq_lightning.report.model_figures",
 }
 
 

@@ -72,6 +72,7 @@ def numerics_job(name: str) -> None:
         absmax_scale,
         delta_metrics,
         dequantize,
+        model_metrics,
         quantize,
         search_scale,
     )
@@ -89,6 +90,7 @@ def numerics_job(name: str) -> None:
     tied, tied_base = torch.tensor([[448 * 512, 5.3]]), torch.tensor([[0.0, 5.0]])
     symmetric = ScaleSearch(metric="sign", alpha_min=0.54, alpha_max=1.46, n_coarse=2, n_fine=0)
     empty = torch.zeros(0, 4)
+    target = torch.arange(70)
     searches = [
         ScaleSearch(metric="cosine"),
         ScaleSearch.dense(16),
@@ -136,6 +138,9 @@ def numerics_job(name: str) -> None:
         metrics = delta_metrics()
         metrics.update(base, weight, base.flip(0))
         yield "metrics", list(metrics.compute().values())
+        tokens = model_metrics(base=True)
+        tokens.update(logits=weight, reference_logits=weight.flip(0), base_logits=base, target=target)
+        yield "tokens", list(tokens.compute().values())
 
     expected = list(results())
     with default(name):

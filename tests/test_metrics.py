@@ -21,6 +21,9 @@ from daq_lightning.metrics import (
     DeltaCosineSimilarity,
     DeltaGain,
     DeltaMeanSquaredError,
+    DeltaNoise,
+    DeltaNorm,
+    PreservationByMagnitude,
     SignPreservationRate,
     delta_metrics,
 )
@@ -28,8 +31,15 @@ from daq_lightning.numerics.formats import PerBlock
 from daq_lightning.numerics.objectives import DeltaStats, measure
 from daq_lightning.numerics.search.search import search_scale
 
-CLASSES = [SignPreservationRate, DeltaCosineSimilarity, DeltaGain, DeltaMeanSquaredError]
-KEYS = dict(zip(("sign_rate", "cosine", "gain", "mse"), CLASSES, strict=True))
+CLASSES = [
+    SignPreservationRate,
+    DeltaCosineSimilarity,
+    DeltaGain,
+    DeltaMeanSquaredError,
+    DeltaNorm,
+    DeltaNoise,
+]
+KEYS = dict(zip(("sign_rate", "cosine", "gain", "mse", "norm", "noise"), CLASSES, strict=True))
 
 
 def case(rows=12, seed=0):
@@ -52,6 +62,8 @@ def oracle(quantized, weight, base):
         DeltaMeanSquaredError: mean_squared_error(
             weight.double().numpy().ravel(), quantized.double().numpy().ravel()
         ),
+        DeltaNorm: np.linalg.norm(delta),
+        DeltaNoise: np.mean((delta == 0) & (delta_q != 0)),
     }
 
 
@@ -139,6 +151,8 @@ def test_a_weight_that_did_not_change_has_defined_values():
         "cosine": 1.0,
         "gain": 1.0,
         "mse": 0.0,
+        "norm": 0.0,
+        "noise": 0.0,
     }
 
 
@@ -147,7 +161,7 @@ def test_a_weight_that_did_not_change_has_defined_values():
 
 def test_the_collection_updates_shared_sums_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(module, "measure", lambda *tensors: calls.append(0) or measure(*tensors))
+    monkeypatch.setattr(module.objectives, "measure", lambda *tensors: calls.append(0) or measure(*tensors))
     metrics = delta_metrics()
     for count, batch in enumerate(thirds(case()), start=1):
         metrics.update(*batch)
@@ -182,6 +196,77 @@ def test_the_collection_forwards_batches_and_takes_sums():
     assert float(metrics.compute()["daq/mse"]) == pytest.approx(
         oracle(*case())[DeltaMeanSquaredError], rel=1e-12
     )
+
+
+# --- shares, reductions, bins ---
+
+
+def test_noise_flips_and_losses_are_what_the_sign_rate_lacks():
+    metrics = delta_metrics()
+    metrics.update(*case())
+    stats, values = metrics["gain"].stats, metrics.compute()
+    rest = values["sign_rate"] + values["noise"] + (stats.flipped + stats.lost).double() / stats.n
+    assert float(rest) == pytest.approx(1, abs=1e-15)
+    assert float(values["noise"]) > 0
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_mean_over_tensors_weighs_small_and_large_alike(kind):
+    metric = kind(reduction="tensor_mean")
+    batches = thirds(case())
+    for batch in batches:
+        metric.update(*batch)
+    mean = np.mean([oracle(*batch)[kind] for batch in batches])
+    assert float(metric.compute()) == pytest.approx(mean, rel=1e-12)
+    assert float(metric.compute()) != pytest.approx(oracle(*case())[kind], rel=1e-6)  # the pooled value
+    first, second = (kind(reduction="tensor_mean") for _ in range(2))
+    first(*batches[0])
+    for batch in batches[1:]:
+        second(*batch)
+    first.merge_state(second)
+    assert float(first.compute()) == pytest.approx(mean, rel=1e-12)
+
+
+def test_the_mean_over_tensors_leaves_out_tensors_without_a_value():
+    metrics = delta_metrics(reduction="tensor_mean")
+    metrics.update(torch.tensor([1.5]), torch.tensor([2.0]), torch.tensor([1.0]))
+    metrics.update(torch.tensor([1.5]), torch.tensor([1.0]), torch.tensor([1.0]))  # gain of nothing: NaN
+    assert float(metrics.compute()["gain"]) == 0.5
+    assert float(metrics.compute()["sign_rate"]) == 0.5
+    with pytest.raises(ValueError, match='"pooled" or "tensor_mean", got \'mean\''):
+        DeltaGain(reduction="mean")
+
+
+def test_preservation_by_magnitude_counts_what_numpy_counts():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.zeros(400)
+    weight = 10 ** (-6 + 4 * torch.rand(400, generator=generator)) * torch.randn(400, generator=generator)
+    weight[:40] = 0
+    weight[40:43] = torch.tensor([1e-5, -1e-4, 1e-3])  # on the edges, as float32 has them
+    quantized = (weight * 2**13).round() / 2**13 + 1e-3 * (torch.rand(400, generator=generator) < 0.1)
+    metric = PreservationByMagnitude()
+    for rows in (slice(0, 100), slice(100, None)):
+        metric.update(quantized[rows], weight[rows], base[rows])
+    size = np.abs(weight.numpy())
+    kept = np.sign(weight.numpy()) == np.sign(quantized.numpy())
+    bins = [size == 0] + [
+        (size > 0) & (size >= np.float32(low)) & (size < np.float32(high))
+        for low, high in [(0, 1e-5), (1e-5, 1e-4), (1e-4, 1e-3), (1e-3, np.inf)]
+    ]
+    values = metric.compute()
+    assert list(values) == [
+        "preserved_unchanged",
+        "preserved_below_1e-5",
+        "preserved_1e-5_to_1e-4",
+        "preserved_1e-4_to_1e-3",
+        "preserved_from_1e-3",
+    ]
+    assert [float(value) for value in values.values()] == [kept[chosen].mean() for chosen in bins]
+    whole = measure(weight, base, quantized)
+    assert (int(metric.stats.n.sum()), int(metric.stats.preserved.sum())) == (400, int(whole.sign_equal))
+    metric.reset()
+    metric.update(torch.ones(1), torch.ones(1), torch.zeros(1))
+    assert [math.isnan(value) for value in metric.compute().values()] == [True] * 4 + [False]
 
 
 # --- casts, copies, devices ---
@@ -275,10 +360,10 @@ def test_gradients_flow_exactly_where_the_flag_says(kind):
 
 
 def test_the_flags_of_the_contract():
-    assert [kind.higher_is_better for kind in CLASSES] == [True, True, None, False]
-    assert [kind.full_state_update for kind in CLASSES] == [False] * 4
+    assert [kind.higher_is_better for kind in CLASSES] == [True, True, None, False, None, False]
+    assert [kind.full_state_update for kind in CLASSES] == [False] * 6
     bounds = [(kind.plot_lower_bound, kind.plot_upper_bound) for kind in CLASSES]
-    assert bounds == [(0.0, 1.0), (-1.0, 1.0), (None, None), (0.0, None)]
+    assert bounds == [(0.0, 1.0), (-1.0, 1.0), (None, None), (0.0, None), (0.0, None), (0.0, 1.0)]
 
 
 def test_a_clean_run_warns_of_nothing():

@@ -31,6 +31,8 @@ from torch import Tensor
 from daq_lightning.numerics.search.settings import METRICS, Metric
 
 _COUNTS = 6  # the first fields of DeltaStats; the others are sums
+MAGNITUDES = (0.0, 1e-5, 1e-4, 1e-3)
+"""Lower edges of the bins of |delta|, in units of the weight; the last one has no upper edge."""
 
 
 class DeltaStats(NamedTuple):
@@ -77,6 +79,11 @@ class DeltaStats(NamedTuple):
         return torch.stack([field.double() for field in self])
 
     @classmethod
+    def zero(cls, device: torch.device) -> DeltaStats:
+        """The sums over nothing, of shape ()."""
+        return cls.unpacked(torch.zeros(len(cls._fields), dtype=torch.float64, device=device))
+
+    @classmethod
     def unpacked(cls, packed: Tensor) -> DeltaStats:
         """The sums that `packed` packed: counts int64, sums float64."""
         return cls(*packed[:_COUNTS].long(), *packed[_COUNTS:])
@@ -103,6 +110,18 @@ def gain(stats: DeltaStats) -> Tensor:
 def mse(stats: DeltaStats) -> Tensor:
     """Mean squared error of the weight, equally of the delta (Eq. 6 and 7), in squared weight units."""
     return stats.error_sq.double() / stats.n
+
+
+def norm(stats: DeltaStats) -> Tensor:
+    """Length of the update, |delta|, in units of the weight."""
+    return stats.delta_sq.double().sqrt()
+
+
+def noise(stats: DeltaStats) -> Tensor:
+    """Share of all elements with delta = 0 and delta_q != 0, in [0, 1]: with the shares flipped and lost it
+    is what the sign rate lacks to 1."""
+    unmoved = stats.sign_equal - stats.preserved  # delta = 0 and delta_q = 0
+    return (stats.n - stats.n_changed - unmoved).double() / stats.n
 
 
 def score(stats: DeltaStats, metric: Metric, *, tau: float = 0.01) -> Tensor:
@@ -154,12 +173,47 @@ def measure(weight: Tensor, base: Tensor, dequantized: Tensor) -> DeltaStats:
     Raises:
         ValueError: The shapes differ.
     """
-    if not weight.shape == base.shape == dequantized.shape:
-        raise ValueError(
-            "weight, base and dequantized must have one shape, got "
-            f"{tuple(weight.shape)}, {tuple(base.shape)} and {tuple(dequantized.shape)}."
-        )
+    _one_shape(weight, base, dequantized)
     return sums(weight.float().flatten(), base.float().flatten(), dequantized.float().flatten())
+
+
+class MagnitudeStats(NamedTuple):
+    """Additive counts by |delta|, one for each bin of `MAGNITUDES`; int64 of shape (5,)."""
+
+    n: Tensor
+    """Elements of the bin."""
+    preserved: Tensor
+    """Those whose delta_q has the sign of delta, where sign(0) = 0."""
+
+    @classmethod
+    def zero(cls, device: torch.device) -> MagnitudeStats:
+        """The counts over nothing."""
+        counts = torch.zeros(1 + len(MAGNITUDES), dtype=torch.int64, device=device)
+        return cls(counts, counts.clone())
+
+
+def measure_by_magnitude(weight: Tensor, base: Tensor, dequantized: Tensor) -> MagnitudeStats:
+    """Whose sign survives, by the size of the update: unchanged elements, then the bins of `MAGNITUDES`.
+
+    Args:
+        weight: The fine-tuned weight, any floating dtype.
+        base: The weight before fine-tuning.
+        dequantized: What a reader of the quantized file computes.
+
+    Returns:
+        `MagnitudeStats`; both counts summed over bins are `n` and `sign_equal` of `measure`.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _one_shape(weight, base, dequantized)
+    weight, base, dequantized = (tensor.float().flatten() for tensor in (weight, base, dequantized))
+    sign, sign_q = _sign_of_difference(weight, base), _sign_of_difference(dequantized, base)
+    edges = torch.tensor(MAGNITUDES[1:], dtype=torch.float32, device=weight.device)
+    bins = 1 + torch.bucketize((weight - base).abs(), edges, right=True)
+    bins = torch.where(sign == 0, 0, bins)
+    counts = [torch.bincount(which, minlength=1 + len(MAGNITUDES)) for which in (bins, bins[sign_q == sign])]
+    return MagnitudeStats(*counts)
 
 
 def sums(weight: Tensor, base: Tensor, dequantized: Tensor) -> DeltaStats:
@@ -189,6 +243,14 @@ def sums(weight: Tensor, base: Tensor, dequantized: Tensor) -> DeltaStats:
         delta_q_sq=total(delta_q.square()),
         error_sq=total(error.square()),
     )
+
+
+def _one_shape(weight: Tensor, base: Tensor, dequantized: Tensor) -> None:
+    if not weight.shape == base.shape == dequantized.shape:
+        raise ValueError(
+            "weight, base and dequantized must have one shape, got "
+            f"{tuple(weight.shape)}, {tuple(base.shape)} and {tuple(dequantized.shape)}."
+        )
 
 
 def _sign_of_difference(left: Tensor, right: Tensor) -> Tensor:
