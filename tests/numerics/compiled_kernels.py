@@ -41,6 +41,7 @@ class Variant(NamedTuple):
     granularity: PerBlock | PerChannel = PerBlock(128, 128)
     aligned: bool = True  # addresses and sizes are multiples of 16
     shape: tuple[int, int] = (144, 4112)
+    dense: int = 0  # candidates of a dense search, instead of the paper's
 
 
 class Compiled(NamedTuple):
@@ -58,6 +59,9 @@ VARIANTS = [
     Variant(aligned=False),
     Variant(granularity=PerChannel()),
     Variant(granularity=PerBlock(16, 16)),
+    Variant(dense=127),
+    Variant(dense=127, aligned=False),
+    Variant(dense=127, granularity=PerBlock(16, 16)),
     Variant(shape=(1, 1)),  # Triton makes constants of ones
 ]
 
@@ -103,11 +107,13 @@ def compiled(name: str, target: int, dtype: str, variant: Variant) -> Compiled:
     }
     with mock.patch.multiple(cuda, **changes), mock.patch.object(driver, "_active", _Device(target)):
         if name == "search_kernel":
+            metric, dense = variant.metric, variant.dense
+            search = ScaleSearch.dense(dense, metric=metric) if dense else ScaleSearch(metric=metric)
             task = Task(
                 weight=weight,
                 base=weight,
                 granularity=variant.granularity,
-                search=ScaleSearch(metric=variant.metric),
+                search=search,
                 format=FP8_E4M3,
                 scale_format="float32",
                 reader_dtype=reader,
@@ -134,8 +140,8 @@ def _needs(cubin: bytes) -> tuple[int, int]:
 
 
 def variants(name: str) -> list[Variant]:
-    """Those that differ for a kernel: only a search has a metric."""
-    return [v for v in VARIANTS if name == "search_kernel" or v.metric == "hybrid"]
+    """Those that differ for a kernel: only a search has a metric and a number of candidates."""
+    return [v for v in VARIANTS if name == "search_kernel" or (v.metric == "hybrid" and not v.dense)]
 
 
 def row(name: str, target: int, dtype: str) -> str:

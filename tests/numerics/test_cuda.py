@@ -182,7 +182,8 @@ def test_what_one_kernel_cannot_search_goes_in_steps(device, monkeypatch):
     assert fits((2, 1 << 15), ScaleSearch())
     assert not fits((2, (1 << 15) + 1), ScaleSearch())
     assert not fits((2, 50), layer)
-    assert not fits((2, 50), ScaleSearch.dense(2000))
+    assert fits((2, 50), ScaleSearch.dense(127))
+    assert not fits((2, 50), ScaleSearch.dense(128))
     steps, ran = cuda.search_in_steps, []
     monkeypatch.setattr(cuda, "search_in_steps", lambda *arguments: ran.append(1) or steps(*arguments))
     weight, base = mixed_pair((4, 50), torch.float32)

@@ -35,7 +35,7 @@ from daq_lightning.numerics.tiling import group_sizes
 
 _CHUNK = 1 << 15  # elements that a program owns: 128 KiB of weight and base in bfloat16
 _TILE, _A_THREAD = 2048, 8  # elements that a program, and one of its threads, hold at a time
-_CANDIDATES = 1 << 10  # of a stage that is decided in registers
+_CANDIDATES = 1 << 7  # of a stage that is decided in registers; more would be spilled
 _OUTPUTS = 1 << 24  # regions times candidates whose sums are held at a time, 24 bytes each
 # magnitudes whose products float32 holds; a weight with others goes to `reference`
 _SMALL, _LARGE = 2.0**-50, 2.0**50
