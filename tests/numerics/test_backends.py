@@ -1,7 +1,6 @@
 """All backends give the same sums: counts bit for bit, float sums to 2e-6, and their codes are
 `quantize`'s."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -266,40 +265,3 @@ def test_the_warning_of_the_slow_reference_points_at_the_line_of_the_user(tmp_pa
 def test_triton_is_imported_only_when_used():
     code = "import sys, daq_lightning.numerics.search.search; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-TRITON_IN_ITS_INTERPRETER = """
-import torch
-from test_backends import FP8_E4M3, PerBlock, PerChannel, PerTensor, assert_same, candidates, pair
-from toy_format import E5M2
-from daq_lightning.numerics.backends import cuda, reference
-
-cases = [
-    ((1, 1), torch.bfloat16, PerBlock(128, 128), 1.0),
-    ((20, 140), torch.bfloat16, PerBlock(128, 128), 1.0),
-    ((5, 40), torch.float16, PerBlock(2, 30), 1.0),
-    ((2, 1300), torch.float32, PerChannel(), 1.0),
-    ((9, 130), torch.float32, PerTensor(), 1.0),
-    ((3, 20), torch.float32, PerChannel(), 1e-30),
-]
-for shape, dtype, granularity, magnitude in cases:
-    for fmt in (FP8_E4M3, E5M2):
-        weight, base = pair(shape, dtype, magnitude)
-        scale_GK = candidates(weight, granularity, 3)
-        expected = reference.delta_stats(weight, base, scale_GK, granularity, fmt)
-        assert_same(cuda.delta_stats(weight, base, scale_GK, granularity, fmt), expected)
-        for reader in (torch.bfloat16, torch.float16):
-            expected = reference.delta_stats(weight, base, scale_GK, granularity, fmt, reader)
-            assert_same(cuda.delta_stats(weight, base, scale_GK, granularity, fmt, reader), expected)
-large, zero = torch.tensor([[65519.0, 1.0], [65520.0, 1.0], [2.0e6, 1.0]]), torch.zeros(3, 2)
-stats = cuda.delta_stats(large, zero, large[:, :1] / 256, PerChannel(), FP8_E4M3, torch.float16)
-assert stats.delta_q_sq.isinf().flatten().tolist() == [False, True, True]
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_triton_kernel_in_its_interpreter(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    done = subprocess.run([sys.executable, "-c", TRITON_IN_ITS_INTERPRETER], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]

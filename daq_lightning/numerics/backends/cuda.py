@@ -1,46 +1,83 @@
-"""The CUDA backend: a kernel in Triton whose programs hold a tile in registers and try all candidates on it.
+"""The CUDA backend: kernels in Triton, as functions of tensors.
 
-    x = clamp(w * (1 / s), -max, max),  q = round(x) * s      the hardware's cast, or else arithmetic
-    q rounded once more                                       for a reader in 16 bit
-    counts and products of w - b, q - b and q - w             in float32 within a tile, float64 across tiles
+| source | what it does |
+| --- | --- |
+| cuda_sums.py | the sums of given candidates |
+| cuda_search.py | a whole search, one program a group |
 
-A program is one warp with a tile of 1,024 elements, so sums never leave the warp. Tiles are cut from the
-weight in place, without a copy; offsets are 64 bits wide. Triton is imported with this module and nowhere
-else. What is not measured against all candidates (absmax, codes) is left to torch.
+A program reads its weights from memory once, and from the cache beside its processor for all further
+candidates; offsets are 64 bits wide. Where a group is too large for that, where the layer has one alpha, or
+where products leave float32, the search goes step by step. Triton is imported by these modules and nowhere
+else. What is not measured against all candidates (absmax and codes of a search in steps) is left to torch.
 
-The reciprocals of the scales are computed by torch, as in `quantize`; a division in Triton need not round
-correctly.
-
-Legend: M out, N in, G groups, T tiles of a group, K candidates.
+Legend: M out, N in, G groups, C chunks of a group, R regions (G times C), K candidates.
 """
 
 from __future__ import annotations
 
-import math
+# pyright: reportMissingImports=false, reportCallIssue=false, reportIndexIssue=false
 import os
+from typing import NamedTuple
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
 from torch import Tensor
 
 from daq_lightning.numerics.backends import reference
+from daq_lightning.numerics.backends.cuda_search import search_kernel
+from daq_lightning.numerics.backends.cuda_sums import LAUNCH, Grid, delta_stats_kernel
 from daq_lightning.numerics.formats import Format, Granularity
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.quantize import absmax, quantize
+from daq_lightning.numerics.search.grid import coarse, fine_steps
 from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, search_in_steps
 from daq_lightning.numerics.tiling import group_sizes
 
-_TILE = 1024  # elements: 32 of weight and 32 of base in the registers of each thread
-_OUTPUTS = 1 << 24  # tiles times candidates whose sums are held at a time, 24 bytes each
+_CHUNK = 1 << 15  # elements that a program owns: 128 KiB of weight and base in bfloat16
+_TILE, _A_THREAD = 2048, 8  # elements that a program, and one of its threads, hold at a time
+_CANDIDATES = 1 << 7  # of a stage that is decided in registers; more would be spilled
+_OUTPUTS = 1 << 24  # regions times candidates whose sums are held at a time, 24 bytes each
 # magnitudes whose products float32 holds; a weight with others goes to `reference`
 _SMALL, _LARGE = 2.0**-50, 2.0**50
-# the interpreter and older devices have no float8 cast that rounds as the hardware's does
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+class Cut(NamedTuple):
+    """How a weight is cut: into cells, a cell into chunks, and a chunk into tiles."""
+
+    rows: int
+    cols: int
+    chunk_rows: int
+    chunk_cols: int
+    tile_rows: int
+    tile_cols: int
+
+    @classmethod
+    def of(cls, shape_MN: tuple[int, int], granularity: Granularity) -> Cut:
+        """Of a weight of this shape; blocks may be larger than it."""
+        rows, cols = map(min, granularity.cell(shape_MN), shape_MN)
+        chunk_cols = min(cols, _CHUNK)
+        chunk_rows = min(rows, max(1, _CHUNK // chunk_cols))
+        tile_cols = min(triton.next_power_of_2(chunk_cols), _TILE)
+        tile_rows = min(triton.next_power_of_2(chunk_rows), _TILE // tile_cols)
+        return cls(rows, cols, chunk_rows, chunk_cols, tile_rows, tile_cols)
+
+    @property
+    def chunks(self) -> int:
+        """Of a cell."""
+        return triton.cdiv(self.rows, self.chunk_rows) * triton.cdiv(self.cols, self.chunk_cols)
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return max(1, self.tile_rows * self.tile_cols // (32 * _A_THREAD))
+
+
 def search(task: Task) -> SearchResult:
-    """See `daq_lightning.numerics.backends.Backend`."""
+    """See `daq_lightning.numerics.backends.Backend`: in one kernel where each group fits the cache."""
+    found = _search_in_cache(task) if fits_cache(task) else None
+    if found is not None:
+        return found
     return search_in_steps(task, Kernels(absmax=absmax, delta_stats=delta_stats, quantize=quantize))
 
 
@@ -53,162 +90,157 @@ def delta_stats(
     reader_dtype: torch.dtype | None = None,
 ) -> DeltaStats:
     """See `daq_lightning.numerics.backends.delta_stats`."""
-    m, n = weight_MN.shape
-    rows, cols = granularity.cell((m, n))
-    tile_cols = min(triton.next_power_of_2(cols), _TILE)
-    tile_rows = _TILE // tile_cols
-    tiles_across, tiles_down = triton.cdiv(cols, tile_cols), triton.cdiv(rows, tile_rows)
-    tiles, (groups, candidates) = tiles_across * tiles_down, scale_GK.shape
-    weight_MN, base_MN = (x if x.stride(1) == 1 else x.contiguous() for x in (weight_MN, base_MN))
+    shape_MN, device = (weight_MN.shape[0], weight_MN.shape[1]), weight_MN.device
+    cut = Cut.of(shape_MN, granularity)
+    chunks, (groups, candidates) = cut.chunks, scale_GK.shape
+    inputs_MN = _rows(weight_MN), _rows(base_MN)
     scale_GK = scale_GK.contiguous()
-    reciprocal_GK = scale_GK.reciprocal()
-    sizes_G = group_sizes((m, n), granularity, weight_MN.device)
+    sizes_G = group_sizes(shape_MN, granularity, device)
     parts = []
-    step = max(1, _OUTPUTS // (tiles * candidates))
+    step = max(1, _OUTPUTS // (chunks * candidates))
     for first in range(0, groups, step):
         count = min(step, groups - first)
-        counts = weight_MN.new_empty(3, count, tiles, candidates, dtype=torch.int32)
-        totals = weight_MN.new_empty(3, count, tiles, candidates, dtype=torch.float32)
-        of_tiles = weight_MN.new_empty(4, count, tiles, dtype=torch.float32)
-        _kernel[(count * tiles,)](  # pyright: ignore[reportIndexIssue]
-            weight_MN,
-            base_MN,
+        counts = torch.empty(3, count, chunks, candidates, dtype=torch.int32, device=device)
+        totals = torch.empty(3, count, chunks, candidates, dtype=torch.float32, device=device)
+        changed_GC = torch.empty(count, chunks, dtype=torch.int32, device=device)
+        of_regions = torch.empty(3, count, chunks, dtype=torch.float32, device=device)
+        delta_stats_kernel[(count * chunks,)](
+            *inputs_MN,
+            *(matrix.stride(0) for matrix in inputs_MN),
             scale_GK,
-            reciprocal_GK,
             counts,
             totals,
-            of_tiles,
-            m,
-            n,
-            weight_MN.stride(0),
-            base_MN.stride(0),
+            changed_GC,
+            of_regions,
+            *shape_MN,
+            *cut[:4],
             first,
-            count,
             candidates,
-            rows,
-            cols,
-            triton.cdiv(n, cols),
-            tiles_across,
-            tiles,
-            TILE_ROWS=tile_rows,
-            TILE_COLS=tile_cols,
-            MAX=fmt.max,
-            MIN_NORMAL=math.frexp(fmt.min_normal)[1] - 1 + 127,  # its biased exponent in float32
-            MANTISSA_BITS=fmt.mantissa_bits,
-            HARDWARE_CAST=fmt.dtype_name == "float8_e4m3fn" and _hardware_cast(weight_MN.device),
-            READER="" if reader_dtype is None else str(reader_dtype),
-            num_warps=1,  # pyright: ignore[reportCallIssue]
-            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]  (q - b is 0 exactly where q == b)
+            READER=_reader(reader_dtype),
+            GRID=Grid.of(fmt, _capability(device)),
+            ROWS=cut.tile_rows,
+            COLS=cut.tile_cols,
+            num_warps=cut.warps,
+            **LAUNCH,
         )
-        changed_GT, delta_sq_GT, smallest_GT, largest_GT = of_tiles
-        low, high = scale_GK[first : first + count].aminmax()
-        fits = (torch.minimum(smallest_GT.min(), low) > _SMALL) & (
-            torch.maximum(largest_GT.max(), high) < _LARGE
-        )
-        if not bool(fits):
+        if not _fits_float32(of_regions, *scale_GK[first : first + count].aminmax()):
             return reference.delta_stats(weight_MN, base_MN, scale_GK, granularity, fmt, reader_dtype)
-        preserved, lost, both_zero = counts.sum(2, dtype=torch.int64)
-        dot, delta_q_sq, error_sq = totals.sum(2, dtype=torch.float64)
-        changed = changed_GT.sum(1, dtype=torch.float64).long()[:, None].expand(count, candidates)
-        delta_sq = delta_sq_GT.sum(1, dtype=torch.float64)[:, None].expand(count, candidates)
-        sizes = sizes_G[first : first + count, None].expand(count, candidates)
-        filled = tiles * tile_rows * tile_cols - sizes  # zeros over zeros
+        shape_GK = (count, candidates)
         parts.append(
-            DeltaStats(
-                n=sizes,
-                n_changed=changed,
-                sign_equal=preserved + both_zero - filled,
-                preserved=preserved,
-                flipped=changed - preserved - lost,
-                lost=lost,
-                dot=dot,
-                delta_sq=delta_sq,
-                delta_q_sq=delta_q_sq,
-                error_sq=error_sq,
+            _stats(
+                sizes_G[first : first + count, None].expand(shape_GK),
+                changed_GC.sum(1, dtype=torch.int64)[:, None].expand(shape_GK),
+                of_regions[0].sum(1, dtype=torch.float64)[:, None].expand(shape_GK),
+                counts.sum(2, dtype=torch.int64),
+                totals.sum(2, dtype=torch.float64),
             )
         )
     return DeltaStats(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
-def _hardware_cast(device: torch.device) -> bool:
-    return not _INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+def fits_cache(task: Task) -> bool:
+    """Whether every group is searched by itself and fits the cache, and its candidates the registers."""
+    candidates = max(task.search.n_coarse + 1, task.search.n_fine)
+    chunks = Cut.of(task.shape, task.granularity).chunks
+    return task.search.alpha_scope == "group" and chunks == 1 and candidates <= _CANDIDATES
 
 
-@triton.jit
-def _round(x, MIN_NORMAL: tl.constexpr, MANTISSA_BITS: tl.constexpr, HARDWARE_CAST: tl.constexpr):
-    """Nearest value of the format, ties to even, of values within its range."""
-    if HARDWARE_CAST:
-        return x.to(tl.float8e4nv).to(tl.float32)
-    # adding 1.5 * 2^(e + 23 - bits), where 2^e is the binade of x (at least that of the smallest normal
-    # number), leaves no bits below 2^(e - bits)
-    binade = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, MIN_NORMAL << 23)
-    magic = (binade + (((23 - MANTISSA_BITS) << 23) | (1 << 22))).to(tl.float32, bitcast=True)
-    return (x + magic) - magic
+def _search_in_cache(task: Task) -> SearchResult | None:
+    """The search of every group by itself, coarse to fine; None where products leave float32."""
+    device, stages = task.weight.device, task.search
+    cut = Cut.of(task.shape, task.granularity)
+    grid = task.granularity.grid(task.shape)
+    groups, sides = grid[0] * grid[1], 2 if task.reader_dtype is None else 3
+    limits = [stages.tau, stages.alpha_min, stages.alpha_max, stages.radius, 1.0]
+    settings = torch.cat(
+        [torch.tensor(limits, dtype=torch.float64, device="cpu"), coarse(stages), fine_steps(stages)]
+    )
+    inputs_MN = _rows(task.weight), _rows(task.base)
+    scale_G = torch.empty(groups, dtype=torch.float32, device=device)
+    alpha_G = torch.empty(groups, dtype=torch.float64, device=device)
+    changed_G = torch.empty(groups, dtype=torch.int32, device=device)
+    of_groups = torch.empty(3, groups, dtype=torch.float32, device=device)
+    counts = torch.empty(3, sides, groups, dtype=torch.int32, device=device)
+    totals = torch.empty(3, sides, groups, dtype=torch.float32, device=device)
+    codes_MN = torch.empty(task.shape, dtype=torch.uint8, device=device)
+    search_kernel[(groups,)](
+        *inputs_MN,
+        *(matrix.stride(0) for matrix in inputs_MN),
+        settings.to(device),
+        scale_G,
+        alpha_G,
+        changed_G,
+        of_groups,
+        counts,
+        totals,
+        codes_MN,
+        *task.shape,
+        cut.rows,
+        cut.cols,
+        stages.n_coarse,
+        stages.n_fine,
+        METRIC=stages.metric,
+        SCALE_FORMAT=task.scale_format,
+        READER=_reader(task.reader_dtype),
+        GRID=Grid.of(task.format, _capability(device)),
+        ROWS=cut.tile_rows,
+        COLS=cut.tile_cols,
+        K=triton.next_power_of_2(max(stages.n_coarse + 1, stages.n_fine)),
+        num_warps=cut.warps,
+        **LAUNCH,
+    )
+    if not _fits_float32(of_groups):
+        return None
+    sizes_G = group_sizes(task.shape, task.granularity, device)
+    changed_G, delta_sq_G = changed_G.long(), of_groups[0].double()
+    counts, totals = counts.long(), totals.double()
+    stats = [
+        _stats(sizes_G, changed_G, delta_sq_G, counts[:, side], totals[:, side]) for side in range(sides)
+    ]
+    return SearchResult(
+        codes=codes_MN.view(task.format.dtype),
+        scale=scale_G.reshape(grid),
+        alpha=alpha_G.reshape(grid),
+        stats=stats[0],
+        absmax_stats=stats[1],
+        dequantized_stats=None if task.reader_dtype is None else stats[2],
+    )
 
 
-@triton.jit
-def _read(q, READER: tl.constexpr):
-    """What a reader in 16 bit makes of code * scale: nearest, ties to even. See `read_as` in src/sums.h."""
-    if READER == "torch.bfloat16":
-        bits = q.to(tl.int32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    if READER == "torch.float16":
-        q = tl.minimum(tl.maximum(q, -65536.0), 65536.0)
-        rounded = _round(q, 127 - 14, 10, False)  # pyright: ignore[reportArgumentType]
-        return tl.where(tl.abs(rounded) == 65536.0, rounded * float("inf"), rounded)
-    return q
+def _stats(sizes: Tensor, changed: Tensor, delta_sq: Tensor, counts: Tensor, totals: Tensor) -> DeltaStats:
+    """From int64 counts and float64 totals, stacked as `cuda_sums.store_sums` stores them."""
+    sign_equal, preserved, lost = counts
+    dot, delta_q_sq, error_sq = totals
+    return DeltaStats(
+        n=sizes,
+        n_changed=changed,
+        sign_equal=sign_equal,
+        preserved=preserved,
+        flipped=changed - preserved - lost,
+        lost=lost,
+        dot=dot,
+        delta_sq=delta_sq,
+        delta_q_sq=delta_q_sq,
+        error_sq=error_sq,
+    )
 
 
-@triton.jit(do_not_specialize=["first_group", "count", "candidates"])
-def _kernel(
-    weight, base, scale, reciprocal, counts, totals, of_tiles,
-    m, n, weight_stride, base_stride, first_group, count,
-    candidates, rows, cols, grid_cols, tiles_across, tiles,
-    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
-    MAX: tl.constexpr, MIN_NORMAL: tl.constexpr, MANTISSA_BITS: tl.constexpr, HARDWARE_CAST: tl.constexpr,
-    READER: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    group = first_group + program // tiles
-    tile = program % tiles
-    # within the cell, and within the weight: the rest is filled with zeros
-    cell_row = tile // tiles_across * TILE_ROWS + tl.arange(0, TILE_ROWS).to(tl.int64)
-    cell_col = tile % tiles_across * TILE_COLS + tl.arange(0, TILE_COLS).to(tl.int64)
-    row = group // grid_cols * rows + cell_row
-    col = group % grid_cols * cols + cell_col
-    inside = ((cell_row < rows) & (row < m))[:, None] & ((cell_col < cols) & (col < n))[None, :]
-    w = tl.load(weight + row[:, None] * weight_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(base + row[:, None] * base_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    w = tl.reshape(w, (TILE_ROWS * TILE_COLS,))
-    b = tl.reshape(b, (TILE_ROWS * TILE_COLS,))
-    delta = w - b
-    up = w > b
-    down = w < b
-    changed = up | down
-    field = count.to(tl.int64) * tiles
-    tl.store(of_tiles + program, tl.sum(changed.to(tl.float32), 0))
-    tl.store(of_tiles + field + program, tl.sum(delta * delta, 0))
-    tl.store(of_tiles + 2 * field + program, tl.min(tl.where(changed, tl.abs(delta), float("inf")), 0))
-    tl.store(of_tiles + 3 * field + program, tl.max(tl.maximum(tl.abs(delta), tl.abs(w)), 0))
+def _fits_float32(of_regions: Tensor, *scales: Tensor) -> bool:
+    """Whether no product of two differences overflows or vanishes: one look at the device."""
+    _, smallest, largest = of_regions
+    every = torch.stack([smallest.min(), largest.max(), *scales])
+    return bool(((every[::2] > _SMALL) & (every[1::2] < _LARGE)).all())  # NaN is neither
 
-    field = field * candidates
-    for k in range(candidates):
-        s = tl.load(scale + group * candidates + k)
-        r = tl.load(reciprocal + group * candidates + k)
-        x = tl.minimum(tl.maximum(w * r, -MAX), MAX)
-        q = _read(_round(x, MIN_NORMAL, MANTISSA_BITS, HARDWARE_CAST) * s, READER)
-        delta_q = q - b
-        error = q - w
-        # three counts of up to 1,024 in two sums of 32 bits
-        above = q > b
-        equal = q == b
-        preserved = tl.where(above, up.to(tl.int32), tl.where(equal, 0, down.to(tl.int32)))
-        lost = tl.where(equal, tl.where(changed, 1, 65536), 0)
-        packed = tl.sum(lost, 0)
-        out = program * candidates + k
-        tl.store(counts + out, tl.sum(preserved, 0))
-        tl.store(counts + field + out, packed & 65535)  # pyright: ignore[reportOperatorIssue]
-        tl.store(counts + 2 * field + out, packed >> 16)  # pyright: ignore[reportOperatorIssue]
-        tl.store(totals + out, tl.sum(delta * delta_q, 0))
-        tl.store(totals + field + out, tl.sum(delta_q * delta_q, 0))
-        tl.store(totals + 2 * field + out, tl.sum(error * error, 0))
+
+def _rows(weight_MN: Tensor) -> Tensor:
+    """The weight itself if its columns are adjacent, else a contiguous copy."""
+    return weight_MN if weight_MN.stride(1) == 1 else weight_MN.contiguous()
+
+
+def _reader(dtype: torch.dtype | None) -> str:
+    return "" if dtype is None else str(dtype)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a device; (0, 0) in the interpreter, which has no conversion to float8."""
+    return (0, 0) if _INTERPRETED else torch.cuda.get_device_capability(device)
