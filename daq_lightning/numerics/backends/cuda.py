@@ -28,6 +28,7 @@ from daq_lightning.numerics.backends import reference
 from daq_lightning.numerics.formats import Format, Granularity
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.quantize import absmax, quantize
+from daq_lightning.numerics.rounding import blocked, triangular
 from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, search_in_steps
 from daq_lightning.numerics.tiling import group_sizes
 
@@ -37,6 +38,10 @@ _OUTPUTS = 1 << 24  # tiles times candidates whose sums are held at a time, 24 b
 _SMALL, _LARGE = 2.0**-50, 2.0**50
 # the interpreter and older devices have no float8 cast that rounds as the hardware's does
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# both as they are: matrix products
+unit_upper, walk = triangular.unit_upper, blocked.walk
 
 
 def search(task: Task) -> SearchResult:
