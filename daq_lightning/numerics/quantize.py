@@ -132,7 +132,7 @@ def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Fo
         tensor([[5.5000]])
     """
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
-    _check_scale(scale, shape_MN, granularity)
+    check_scale(scale, shape_MN, granularity)
     reciprocal = scale.reciprocal()
     codes_MN = torch.empty(shape_MN, dtype=fmt.dtype, device=weight_MN.device)
     for rows in _row_bands(shape_MN):
@@ -160,7 +160,7 @@ def dequantize(
         ValueError: The scale has another shape than the granularity asks for.
     """
     shape_MN = (codes_MN.shape[0], codes_MN.shape[1])
-    _check_scale(scale, shape_MN, granularity)
+    check_scale(scale, shape_MN, granularity)
     factor = scale.float()
     weight_MN = torch.empty(shape_MN, dtype=dtype, device=codes_MN.device)
     for rows in _row_bands(shape_MN):
@@ -180,7 +180,8 @@ def _row_bands(shape_MN: tuple[int, int]) -> list[slice]:
     return [slice(start, min(start + step, shape_MN[0])) for start in range(0, shape_MN[0], step)]
 
 
-def _check_scale(scale: Tensor, shape_MN: tuple[int, int], granularity: Granularity) -> None:
+def check_scale(scale: Tensor, shape_MN: tuple[int, int], granularity: Granularity) -> None:
+    """Raises ValueError for a scale of another shape than the granularity asks for."""
     expected = granularity.grid(shape_MN)
     if tuple(scale.shape) != expected:
         raise ValueError(

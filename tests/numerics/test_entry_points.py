@@ -43,6 +43,20 @@ def arguments(function: str) -> tuple[list[Any], list[torch.Tensor]]:
         ], kept
     if function == "fold":
         return [array(10, dtype=int64), 10, array(4, dtype=int64), 4, array(3, dtype=int64)], kept
+    if function == "unit_upper":
+        return [
+            *(array(N, N, dtype=float32), array(N, dtype=int64), N, 32, 1),
+            *(array(N, N, dtype=float32), array(N, dtype=float64)),
+        ], kept
+    if function == "walk":
+        sides = [
+            cpu._Side(array(k, dtype=int64), array(k, k, dtype=float32), array(k, dtype=float64))
+            for k in (N, M)
+        ]
+        return [
+            *(matrices[0], plan, fmt, array(GROUPS, dtype=float32), *sides, 1),
+            *(array(M, N, dtype=uint8), array(3, dtype=float64)),
+        ], kept
     search = cpu._Search(0, 0, K, 2, 0.01, 0.5, 2.0, 0.1, array(K, dtype=float64), array(2, dtype=float64), 2)
     found = cpu._Found(
         array(GROUPS, dtype=float32),
@@ -54,7 +68,7 @@ def arguments(function: str) -> tuple[list[Any], list[torch.Tensor]]:
     return [*matrices, plan, fmt, search, 1, found], kept
 
 
-FUNCTIONS = ["absmax", "quantize", "delta_stats", "fold", "search"]
+FUNCTIONS = ["absmax", "quantize", "delta_stats", "fold", "search", "unit_upper", "walk"]
 PLANS = {"m": -1, "n": 0, "cell_rows": 0, "cell_cols": 9, "chunk_rows": 3, "chunk_cols": -(2**63)}
 
 
@@ -64,14 +78,23 @@ def entry_point(function):
 
 def faults(function: str) -> list[tuple[str, str, Any]]:
     """(what, name of the attribute, its wrong value); a number in `what` is the argument's place."""
-    places = {"absmax": [3], "quantize": [3, 5], "delta_stats": [4, 8, 9], "fold": [0, 2, 4], "search": []}[
-        function
-    ]
+    places = {
+        "absmax": [3],
+        "quantize": [3, 5],
+        "delta_stats": [4, 8, 9],
+        "fold": [0, 2, 4],
+        "search": [],
+        "unit_upper": [0, 1, 5, 6],
+        "walk": [3, 7, 8],
+    }[function]
     found: list[tuple[str, str, Any]] = []
     for place in places:
         found += [(str(place), "data", None), (str(place), "bytes", 4), (str(place), "bytes", 0)]
     if function == "fold":
         return [*found, ("1", "", -1), ("1", "", 2**62), ("3", "", 0), ("3", "", 2**62)]
+    if function == "unit_upper":
+        found += [("2", "", value) for value in (0, -1, N + 1, 2**62)]
+        return [*found, ("3", "", 16), ("3", "", 64), ("4", "", 0), ("4", "", 2**40)]
     plan = 2 if function in ("delta_stats", "search") else 1
     for matrix in range(plan):
         found += [(str(matrix), "data", None), (str(matrix), "dtype", 3), (str(matrix), "dtype", -1)]
@@ -83,7 +106,7 @@ def faults(function: str) -> list[tuple[str, str, Any]]:
         found += [(str(matrix), "stride", 2**62)]
     found += [(str(plan), name, value) for name, value in PLANS.items()]
     found += [(str(plan), "m", 2**62), (str(plan), "n", 2**63 - 1)]
-    threads = {"absmax": 2, "quantize": 4, "delta_stats": 7, "search": 5}[function]
+    threads = {"absmax": 2, "quantize": 4, "delta_stats": 7, "search": 5, "walk": 6}[function]
     found += [(str(threads), "", value) for value in (0, -3, 2**40)]
     if function != "absmax":
         for name, value in (("max", 0.0), ("max", float("inf")), ("max", 2.0**-9), ("min_normal", 0.0)):
@@ -93,6 +116,13 @@ def faults(function: str) -> list[tuple[str, str, Any]]:
     if function == "delta_stats":
         found += [("5", "", value) for value in (0, -1, K + 1, 2**60)]
         found += [("6", "", value) for value in (-1, 3)]
+    if function == "walk":
+        for name in ("order", "unit_upper", "diagonal"):
+            found += [
+                (side, f"{name}.{field}", wrong)
+                for side in "45"
+                for field, wrong in (("data", None), ("bytes", 4))
+            ]
     if function == "search":
         for name in ("metric", "scale_format", "reader"):
             found += [("4", name, -1), ("4", name, 4)]
@@ -129,6 +159,17 @@ def test_wrong_arguments_are_refused(function, place, name, value):
     with pytest.raises(RuntimeError, match=f"daq_{function} refused its arguments"):
         entry_point(function)(*given)
     assert all(torch.equal(tensor, copied) for tensor, copied in zip(kept, before, strict=True))
+
+
+@pytest.mark.parametrize(("function", "place"), [("unit_upper", 1), ("walk", 4), ("walk", 5)])
+@pytest.mark.parametrize("index", [-1, 8, 2**62])
+def test_an_order_that_points_outside_is_refused(function, place, index):
+    given, kept = arguments(function)
+    owner = given[place].order if function == "walk" else given[place]
+    [order] = [tensor for tensor in kept if tensor.data_ptr() == owner.data]
+    order[3] = index
+    with pytest.raises(RuntimeError, match="the order"):
+        entry_point(function)(*given)
 
 
 @pytest.mark.parametrize(

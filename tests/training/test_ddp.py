@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def finish() -> None:
-    """Ends Lightning's group: a thread of gloo that lets go of its last message when Python ends aborts it."""
+    """Ends the group: a thread of gloo that lets go of its last message when Python ends aborts the process."""
     import torch.distributed as dist
 
     if dist.is_initialized():

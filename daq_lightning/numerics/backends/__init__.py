@@ -31,6 +31,7 @@ from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.objectives import DeltaStats
 
 if TYPE_CHECKING:
+    from daq_lightning.numerics.rounding.walk import RoundingTask, Walked
     from daq_lightning.numerics.search.stages import SearchResult, Task
 
 _NOT_THE_USER = ("daq_lightning", "torch", "lightning")  # whose frames lie between a warning and its cause
@@ -62,6 +63,14 @@ class Backend(Protocol):
 
     def search(self, task: Task, /) -> SearchResult:
         """The whole search of one weight. Scales are NaN or infinite where the weight is."""
+        ...
+
+    def unit_upper(self, matrix_KK: Tensor, order_K: Tensor, /) -> tuple[Tensor, Tensor]:
+        """See `daq_lightning.numerics.rounding.triangular.unit_upper`; float32 or float64."""
+        ...
+
+    def walk(self, task: RoundingTask, /) -> Walked:
+        """See `daq_lightning.numerics.rounding.definition`."""
         ...
 
 

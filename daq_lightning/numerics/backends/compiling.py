@@ -58,8 +58,8 @@ LEVELS = {
 """Machine, as the system calls it -> the families of a wheel, the fastest first."""
 
 _FOLDER = Path(__file__).with_name("src")
-_HEADERS = ("common.h", "sums.h")
-_SOURCES = ("passes.cpp", "search.cpp")
+_HEADERS = ("common.h", "matmul.h", "sums.h")
+_SOURCES = ("factor.cpp", "passes.cpp", "rounding.cpp", "search.cpp")
 
 
 class CompilerMissingError(RuntimeError):

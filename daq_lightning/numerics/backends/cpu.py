@@ -4,6 +4,8 @@
 | --- | --- |
 | src/passes.cpp | the sums of given candidates; absmax; codes |
 | src/search.cpp | a whole search, group after group in the cache |
+| src/factor.cpp | the factors of a curvature |
+| src/rounding.cpp | rounding with curvature, block after block |
 
 C++ writes where it is told to: every buffer made here states its dtype and device, whatever torch's defaults
 are, and is handed over with its size, which the library checks before it writes.
@@ -23,6 +25,7 @@ from torch import Tensor
 from daq_lightning.numerics.backends.library import Array, array, entry_point
 from daq_lightning.numerics.formats import SCALE_FORMATS, Format, Granularity
 from daq_lightning.numerics.objectives import DeltaStats
+from daq_lightning.numerics.rounding.walk import Factor, RoundingTask, Walked
 from daq_lightning.numerics.search.grid import coarse, fine_steps
 from daq_lightning.numerics.search.settings import METRICS
 from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, search_in_steps
@@ -49,6 +52,10 @@ class _Plan(ctypes.Structure):
 
 class _Format(ctypes.Structure):
     _fields_ = (("max", ctypes.c_double), ("min_normal", ctypes.c_double), ("mantissa_bits", ctypes.c_int64))
+
+
+class _Side(ctypes.Structure):
+    _fields_ = tuple((name, Array) for name in ["order", "unit_upper", "diagonal"])
 
 
 class _Search(ctypes.Structure):
@@ -127,6 +134,45 @@ def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Fo
     return codes_MN.view(fmt.dtype)
 
 
+def unit_upper(matrix_KK: Tensor, order_K: Tensor) -> tuple[Tensor, Tensor]:
+    """See `daq_lightning.numerics.rounding.triangular.unit_upper`."""
+    size, matrix_KK, order_K = len(matrix_KK), matrix_KK.contiguous(), order_K.contiguous()
+    upper_KK = torch.empty(size, size, dtype=torch.float32, device=_CPU)
+    diagonal_K = torch.empty(size, dtype=torch.float64, device=_CPU)
+    _entry_point("unit_upper")(
+        array(matrix_KK),
+        array(order_K),
+        size,
+        8 * matrix_KK.itemsize,
+        torch.get_num_threads(),
+        array(upper_KK),
+        array(diagonal_K),
+    )
+    return upper_KK, diagonal_K
+
+
+def walk(task: RoundingTask) -> Walked:
+    """See `daq_lightning.numerics.rounding.definition`."""
+    plan, _ = _plan(task.weight, task.granularity)
+    codes_MN = torch.empty(task.shape, dtype=torch.uint8, device=_CPU)
+    losses = torch.empty(3, dtype=torch.float64, device=_CPU)
+    weight_MN, scale = _rows(task.weight), task.scale.contiguous()
+    inputs, outputs = _side(task.inputs, task.shape[1]), _side(task.outputs, task.shape[0])
+    _entry_point("walk")(
+        _matrix(weight_MN),
+        plan,
+        _format(task.format),
+        array(scale),
+        _Side(*map(array, inputs)),
+        _Side(*map(array, outputs)),
+        torch.get_num_threads(),
+        array(codes_MN),
+        array(losses),
+    )
+    loss, nearest_loss, part = losses.tolist()
+    return Walked(codes_MN.view(task.format.dtype), loss, nearest_loss / part, part)
+
+
 def fits_cache(weight_MN: Tensor, granularity: Granularity) -> bool:
     """Whether every group fits a processor's cache, so that it can be searched there."""
     return _plan(weight_MN, granularity)[1] == 1
@@ -202,6 +248,14 @@ def _rows(weight_MN: Tensor) -> Tensor:
     return weight_MN if weight_MN.stride(1) == 1 else weight_MN.contiguous()
 
 
+def _side(factor: Factor | None, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order, A and d; an empty A stands for the identity."""
+    if factor is None:
+        ones = torch.ones(size, dtype=torch.float64, device=_CPU)
+        return torch.arange(size, dtype=torch.int64, device=_CPU), ones[:0].float(), ones
+    return factor.order.contiguous(), factor.unit_upper.contiguous(), factor.diagonal.contiguous()
+
+
 def _reader(dtype: torch.dtype | None) -> int:
     return _DTYPES[torch.float32 if dtype is None else dtype]
 
@@ -219,6 +273,8 @@ def _matrix(weight_MN: Tensor) -> _Matrix:
 def _entry_point(name: str) -> Callable[..., None]:
     integer = ctypes.c_int64
     arguments = {
+        "unit_upper": [Array, Array, integer, integer, integer, Array, Array],
+        "walk": [_Matrix, _Plan, _Format, Array, _Side, _Side, integer, Array, Array],
         "absmax": [_Matrix, _Plan, integer, Array],
         "quantize": [_Matrix, _Plan, _Format, Array, integer, Array],
         "delta_stats": [_Matrix, _Matrix, _Plan, _Format, Array, integer, integer, integer, Array, Array],

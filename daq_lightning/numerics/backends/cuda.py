@@ -29,6 +29,7 @@ from daq_lightning.numerics.backends.cuda_sums import LAUNCH, Grid, delta_stats_
 from daq_lightning.numerics.formats import Format, Granularity
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.quantize import absmax, quantize
+from daq_lightning.numerics.rounding import blocked, triangular
 from daq_lightning.numerics.search.grid import coarse, fine_steps
 from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, search_in_steps
 from daq_lightning.numerics.tiling import group_sizes
@@ -40,6 +41,10 @@ _OUTPUTS = 1 << 24  # regions times candidates whose sums are held at a time, 24
 # magnitudes whose products float32 holds; a weight with others goes to `reference`
 _SMALL, _LARGE = 2.0**-50, 2.0**50
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# both as they are: matrix products
+unit_upper, walk = triangular.unit_upper, blocked.walk
 
 
 class Cut(NamedTuple):

@@ -11,10 +11,15 @@ from torch import Tensor
 from daq_lightning.numerics.formats import Format, Granularity
 from daq_lightning.numerics.objectives import DeltaStats, sums
 from daq_lightning.numerics.quantize import absmax, encode, quantize
+from daq_lightning.numerics.rounding import blocked, triangular
 from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, search_in_steps
 from daq_lightning.numerics.tiling import group_sizes, patches, to_groups
 
 _PIECE = 1 << 16  # elements that are held in float32 and float64 at a time
+
+
+# both as they are: matrix products
+unit_upper, walk = triangular.unit_upper, blocked.walk
 
 
 def search(task: Task) -> SearchResult:

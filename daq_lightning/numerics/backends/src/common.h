@@ -177,6 +177,15 @@ struct Check {
         need(count == 0 || (a.data && (uintptr_t)a.data % alignof(T) == 0), what);
     }
 
+    // Indices below K.
+    void order(const Array& a, int64_t K) {
+        array<int64_t>(a, K, "the order");
+        for (int64_t k = 0; !problem && k < K; ++k) {
+            const int64_t index = ((const int64_t*)a.data)[k];
+            need(index >= 0 && index < K, "the order");
+        }
+    }
+
     // Does the work if nothing is wrong. No exception may leave for C.
     template <class Work>
     const char* then(const Work& work) const {

@@ -1,0 +1,1 @@
+"""Rounding that knows the update or the run's curvature, at scales that are fixed before."""
