@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def finish() -> None:
-    """Ends the group: a thread of gloo that lets go of its last message when Python ends aborts the process."""
+    """Ends the group: a thread of gloo that still lets go of a message when Python ends aborts it."""
     import torch.distributed as dist
 
     if dist.is_initialized():
