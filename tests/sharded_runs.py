@@ -8,6 +8,7 @@ that all strategies end with the same bits, and their exports can be compared by
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,12 +26,14 @@ import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from live import Tuning, data, make_trainer, tiny_llama
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from daq_lightning import DeltaAwareQuantization
 
@@ -99,13 +102,19 @@ class Steps(Tuning):
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)
-        with torch.no_grad():
+        flat = self.trainer.strategy.model
+        whole: Any = contextlib.nullcontext()
+        if isinstance(flat, FullyShardedDataParallel):
+            whole = FullyShardedDataParallel.summon_full_params(flat)
+        with torch.no_grad(), whole:
             for name, parameter in self.named_parameters():
                 if parameter.requires_grad:
                     parameter.add_(self.amount(name, parameter))
 
     def amount(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        start = zlib.crc32(name.replace("_orig_mod.", "").encode()) % 1000 + self.trainer.global_step
+        start = (
+            zlib.crc32(name.replace("_fsdp_wrapped_module.", "").encode()) % 1000 + self.trainer.global_step
+        )
         change = 2e-3 * torch.sin(0.37 * torch.arange(like.numel()) + start).reshape(like.shape)
         if not isinstance(like, DTensor):
             return change
@@ -114,10 +123,23 @@ class Steps(Tuning):
         ).redistribute(placements=like.placements)
 
 
+class OnCPU(FSDPStrategy):
+    """FSDP1 on a CPU, which torch can do and Lightning does not ask it for."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        policy = ModuleWrapPolicy({LlamaDecoderLayer})
+        self.model = FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
+        )
+        return self.model
+
+
 def strategy(name: str) -> tuple[Any, int]:
     """The strategy of a name, and how many ranks it has."""
     if name == "single":
         return "auto", 1
+    if name == "fsdp1":
+        return OnCPU(process_group_backend="gloo"), 2
     if name.startswith("ddp"):
         return DDPStrategy(process_group_backend="gloo"), int(name[3:])
     sizes = {"fsdp2": (2, 1), "tp2": (1, 2), "fsdp4": (4, 1), "fsdp2tp2": (2, 2)}
@@ -169,6 +191,60 @@ def everything(folder: Path, kind: str) -> None:
             parts, kind, saver(parts), quantization(parts, export_on="checkpoint"), lora=lora,
             ckpt=parts / "checkpoints" / "step=2.ckpt", max_epochs=2,
         )  # fmt: skip
+
+
+def bases(folder: Path, kind: str) -> None:
+    """Bases of every kind, the best checkpoint, adapters that are not merged, and ranks that differ."""
+    before = folder / "before"
+    fit(before, kind, saver(before))
+    saved = before / "checkpoints" / "step=2.ckpt"
+    fit(folder / "memory", kind, quantization(folder / "memory", base="memory"))
+    fit(folder / "ckpt", kind, quantization(folder / "ckpt", base=str(saved)), max_epochs=2)
+    export = quantization(folder / "folder", base=str(folder / "memory" / "exports" / "step=2"))
+    fit(folder / "folder", kind, export)
+    best = ModelCheckpoint(
+        dirpath=folder / "best" / "checkpoints", monitor="train_loss", save_top_k=1, filename="best"
+    )
+    fit(folder / "best", kind, best, quantization(folder / "best", which="best"), max_epochs=2)
+    apart = quantization(folder / "apart", merge_adapters=False, base=str(export.exports[-1]))
+    fit(folder / "apart", kind, apart, lora=True)
+    if kind != "single":
+        other = quantization(folder / "other", ignore=["re:.*o_proj"] if rank() == 1 else None)
+        said = ""
+        try:
+            fit(folder / "other", kind, other)
+        except ValueError as error:
+            said = str(error)
+        (folder / f"other{rank()}").write_text(said)
+
+
+class Dies(L.Callback):
+    """Rank 1 fails in the middle of a step, while rank 0 waits for its gradients."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 1 and rank() == 1:
+            raise RuntimeError("rank 1 has failed")
+
+
+def left_alone(folder: Path, kind: str) -> None:
+    """Rank 0 exports what it has when the other one is gone, and waits for nobody."""
+    callback = quantization(folder, export_on_exception=True)
+    try:
+        fit(folder, kind, callback, Dies())
+    except Exception as error:
+        (folder / f"said{rank()}").write_text(str(error))
+    os._exit(0)  # of gloo, nothing can be ended in order
+
+
+def without_checkpoints(folder: Path, kind: str) -> None:
+    """Exports alone: Lightning's own checkpoints of FSDP1 crash on a CPU. LoRA is refused under FSDP1."""
+    fit(folder, kind, quantization(folder, every_n_train_steps=2), max_epochs=2)
+    said = ""
+    try:
+        fit(folder, kind, quantization(folder / "lora"), lora=True)
+    except ValueError as error:
+        said = str(error)
+    (folder / f"said{rank()}").write_text(said)
 
 
 def failing(folder: Path, kind: str) -> None:
@@ -288,5 +364,6 @@ def finish() -> None:
 
 if __name__ == "__main__":
     scenario, kind, place = sys.argv[1:]
-    {"everything": everything, "failing": failing, "identical": identical}[scenario](Path(place), kind)
+    known = (everything, bases, failing, identical, without_checkpoints, left_alone)
+    {run.__name__: run for run in known}[scenario](Path(place), kind)
     finish()

@@ -105,8 +105,12 @@ class ShardedFile(LazyTensors):
             yield
         except CheckpointError:
             raise
-        except Exception as error:  # of torch, for files that are cut off or altered
-            what = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        except BaseException as error:  # torch's own is not an Exception
+            failures = getattr(error, "failures", None)
+            if failures is None and not isinstance(error, Exception):
+                raise
+            cause = next(iter(failures.values()))[0] if failures else error
+            what = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:300]
             raise CheckpointError(
                 f"{self._path} cannot be read: {what.rstrip('.')}. Expected a complete checkpoint folder "
                 "that Lightning's Trainer wrote with ModelParallelStrategy or FSDPStrategy."

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.model.outline import Outline, Role
+from daq_lightning.model.placeholders import is_unit, state_names, unwrapped
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
 _HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
@@ -53,14 +54,15 @@ class Architecture:
         Args:
             keys: Checkpoint name -> memory name, of `keys_of` or of `saved`.
         """
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        once = {name for name, _ in self.model.named_parameters()}
+        named = self.model.named_parameters(remove_duplicate=False)
+        parameters = {unwrapped(name): parameter for name, parameter in named}
+        once = {unwrapped(name) for name, _ in self.model.named_parameters()}
         return Outline(
             model=class_of(self.model).__name__,
             is_transformers=self.is_transformers,
             parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
             copies=tuple(name for name in parameters if name not in once),
-            tensors=frozenset(self.model.state_dict()),
+            tensors=frozenset(state_names(self.model)),
             modules=frozenset(self._modules),
             linear_modules=tuple(name for name in self._modules if self._is_linear(name)),
             roles=self._roles(),
@@ -81,7 +83,7 @@ class Architecture:
         renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
         converters = [item for item in mapping if isinstance(item, WeightConverter)]
         known: dict[str, Any] = {
-            name: True for key in self.model.state_dict() if (name := name_without_peft(key)) is not None
+            name: True for key in state_names(self.model) if (name := name_without_peft(key)) is not None
         }
         prefix = self.model.base_model_prefix
         keys = {}
@@ -226,6 +228,7 @@ def name_without_peft(name: str) -> str | None:
 def _clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules under the names they have without PEFT: wrappers give way to what they wrap."""
     for name, module in model.named_modules():
-        clean = name_without_peft(name)
-        if clean is not None and not hasattr(module, "base_layer") and not hasattr(module, "original_module"):
+        clean = name_without_peft(unwrapped(name))
+        wrapper = is_unit(module) or hasattr(module, "base_layer") or hasattr(module, "original_module")
+        if clean is not None and not wrapper:
             yield clean, module

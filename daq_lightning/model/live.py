@@ -20,8 +20,9 @@ from daq_lightning.model.adapters.merged import AdaptedTensors, find_adapters
 from daq_lightning.model.adapters.save import save_adapter
 from daq_lightning.model.architecture import Architecture, class_of
 from daq_lightning.model.computed import ComputedTensors, find_computed
-from daq_lightning.model.saved_state import adapters_in, check_adapters, in_full
-from daq_lightning.model.sharded import Placeholder, is_sharded, sharded_state, tensor_on
+from daq_lightning.model.placeholders import Placeholder
+from daq_lightning.model.saved_state import InFull, adapters_in, check_adapters
+from daq_lightning.model.sharded import is_sharded, sharded_state, tensor_on
 
 
 def find_model(module: nn.Module, path: str | None) -> tuple[str, nn.Module]:
@@ -62,6 +63,7 @@ class LiveModel:
         path: Name of the submodule, see `find_model`.
         state: A saved `state_dict` of the LightningModule, to read the values from; None reads the module.
         merge: Whether adapters are merged; else the frozen weights alone are taken.
+        trained: What the strategy trains, where it has wrapped the LightningModule.
 
     Attributes:
         model: The model that the names refer to.
@@ -73,8 +75,7 @@ class LiveModel:
         sharded: Whether no rank has the whole model: reading a weight is work for all ranks, by `on`.
 
     Raises:
-        ValueError: As for `find_model`.
-        ValueError: Adapters that cannot be merged, or a state with adapters that the module does not have.
+        ValueError: As for `find_model`; or adapters that cannot be merged, or that the module does not have.
     """
 
     def __init__(
@@ -84,12 +85,13 @@ class LiveModel:
         state: Mapping[str, Tensor] | None = None,
         *,
         merge: bool = True,
+        trained: nn.Module | None = None,
     ) -> None:
-        self._module, self._path, self._merge = module, path, merge
+        self._module, self._path, self._merge, self._trained = module, path, merge, trained
         self._name, found = find_model(module, path)
         self._found = found
         self._state = None if state is None else _inside(state, self._name)
-        own = sharded_state(found)
+        own = sharded_state(found, trained)
         self.sharded = any(map(is_sharded, own.values()))
         _check_sharded(found, own)
         self.adapters = find_adapters(found, self._state)
@@ -109,10 +111,11 @@ class LiveModel:
         else:
             self.model = found
             check_adapters(found, self._state or {})
-            tensors = ComputedTensors(own if self._state is None else in_full(own, self._state), computed)
+            tensors = ComputedTensors(own if self._state is None else InFull(own, self._state), computed)
+            lazy = isinstance(self._state, LazyTensors)  # it has the shapes of the model, or cannot be read
             outlines = {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                for name, tensor in tensors.items()
+                for name, tensor in (ComputedTensors(own, computed) if lazy else tensors).items()
             }
             identities = {name: id(getattr(own.get(name), "parameter", own.get(name))) for name in tensors}
             identities |= {name: id(weight.module) for name, weight in computed.items() if name in tensors}
@@ -137,7 +140,9 @@ class LiveModel:
             check_adapters(self._found, inside)
             return self.view(ComputedTensors(inside, find_computed(self._found)))
         if adapters_in(state):
-            return LiveModel(self._module, self._path, state, merge=self._merge).weights
+            return LiveModel(
+                self._module, self._path, state, merge=self._merge, trained=self._trained
+            ).weights
         return self.view(_inside(inside, self.adapters.path))
 
     def view(self, tensors: Mapping[str, Tensor], *, collective: bool = False) -> LiveWeights:

@@ -7,12 +7,15 @@ lent or put back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.model.architecture import name_without_peft
+from daq_lightning.model.placeholders import state_names
+from daq_lightning.model.sharded import is_sharded
 
 
 class Values:
@@ -46,23 +49,38 @@ class Values:
         return _saved(f"{self._names[owner]}.{key}".removeprefix("."), live, self._state)
 
 
-def in_full(live: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a module with the values of a saved state; what is frozen may be missing in the state.
+class InFull(Mapping[str, Tensor]):
+    """The tensors of a module with the values of a saved state, read on access.
+
+    Args:
+        live: Name -> tensor of the module.
+        state: The saved state; what is frozen may be missing in it.
 
     Raises:
-        CheckpointError: The state lacks a tensor that is trained, or holds one of another shape.
+        CheckpointError: On access: the state lacks a tensor that is trained, or holds one of another shape.
     """
-    return {name: _saved(name, tensor, state) for name, tensor in live.items()}
+
+    def __init__(self, live: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+        self._live, self._state = live, state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _saved(name, self._live[name], self._state)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._live)
+
+    def __len__(self) -> int:
+        return len(self._live)
 
 
 def _saved(name: str, live: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     saved = state.get(name)
-    if saved is None and not live.requires_grad:
+    if saved is None and not live.requires_grad and not is_sharded(live):
         return live.detach()
     if saved is None or saved.shape != live.shape:
         found = "lacks it" if saved is None else f"has the shape {tuple(saved.shape)}"
         raise CheckpointError(
-            f"{name} is trained and has the shape {tuple(live.shape)} in the model, but the checkpoint "
+            f"{name} has the shape {tuple(live.shape)} in the model in training, but the checkpoint "
             f"{found}: expected a checkpoint of the same module with the same adapters."
         )
     return saved.detach()
@@ -74,8 +92,9 @@ def check_adapters(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: The state has PEFT adapters that the module does not have.
     """
-    own = module.state_dict(keep_vars=True)
-    foreign = [name for name in adapters_in(state) if name not in own]
+    adapters = adapters_in(state)
+    own = set(state_names(module)) if adapters else set()
+    foreign = [name for name in adapters if name not in own]
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise CheckpointError(

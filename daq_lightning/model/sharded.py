@@ -10,62 +10,19 @@
 `tensor_on` is a collective unless the tensor is plain: all ranks call it for the same tensors in the same
 order. Nothing is kept, and never more than one tensor (with FSDP1, one unit) is whole.
 
-Sources: torch `DTensor` (placements; `_StridedShard`: FSDP2 over tensor parallel shards what is sharded
-already), torch `FullyShardedDataParallel.summon_full_params`, DeepSpeed `zero.GatheredParameters`.
+Source: torch `DTensor` (placements; `_StridedShard`: FSDP2 over tensor parallel shards what is sharded
+already).
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_FLAT = "_fsdp_wrapped_module."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placeholder:
-    """A tensor that is not whole on any rank, with what is known of it without communication."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    requires_grad: bool
-    parameter: Tensor = field(repr=False, compare=False)
-
-    def on(self, owner: int | None) -> Tensor | None:
-        """A copy of the whole tensor on one rank (None: on all), None on the others. A collective."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnitTensor(Placeholder):
-    """A parameter of an FSDP1 unit."""
-
-    unit: Any = field(repr=False, compare=False)
-    module: nn.Module = field(repr=False, compare=False)
-    key: str
-
-    def on(self, owner: int | None) -> Tensor | None:
-        """See `Placeholder`."""
-        with type(self.unit).summon_full_params(self.unit, recurse=False, writeback=False):
-            wanted = owner is None or dist.get_rank() == owner
-            return getattr(self.module, self.key).detach().clone() if wanted else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroTensor(Placeholder):
-    """A parameter that DeepSpeed ZeRO-3 partitioned."""
-
-    def on(self, owner: int | None) -> Tensor | None:
-        """See `Placeholder`."""
-        with sys.modules["deepspeed"].zero.GatheredParameters([self.parameter], modifier_rank=None):
-            return self.parameter.detach().clone() if owner is None or dist.get_rank() == owner else None
-
+from daq_lightning.model.placeholders import Placeholder, ZeroTensor, is_unit, units_state
 
 Sharded = Tensor | Placeholder
 
@@ -91,82 +48,23 @@ def tensor_on(tensor: Sharded, owner: int | None) -> Tensor | None:
     return tensor.detach() if here else None
 
 
-def sharded_state(module: nn.Module) -> dict[str, Any]:
+def sharded_state(module: nn.Module, trained: nn.Module | None = None) -> dict[str, Any]:
     """Parameters and persistent buffers of a module under their names, tensors or placeholders: not copies.
 
     A collective where there is FSDP1, whose shapes are known to a summoned unit alone.
+
+    Args:
+        module: The module.
+        trained: What the strategy trains, in which the module lies; None for the module itself.
     """
-    if any(_is_unit(part) for part in module.modules()):
-        return dict(_units_state(module))
+    trained = module if trained is None else trained
+    if any(is_unit(part) for part in trained.modules()):
+        return dict(units_state(module, trained))
     return {
-        name: _zero(tensor) if hasattr(tensor, "ds_id") else tensor
+        name: ZeroTensor.of(tensor) if hasattr(tensor, "ds_id") else tensor
         for name, tensor in module.state_dict(keep_vars=True).items()
         if isinstance(tensor, Tensor)
     }
-
-
-def _zero(tensor: Any) -> Sharded:
-    return ZeroTensor(
-        shape=torch.Size(tensor.ds_shape),
-        dtype=tensor.dtype,
-        requires_grad=tensor.requires_grad,
-        parameter=tensor,
-    )
-
-
-def _is_unit(module: nn.Module) -> bool:
-    return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
-
-
-def _units_state(root: nn.Module) -> Iterator[tuple[str, Sharded]]:
-    """The state of a module with FSDP1 units inside, under the names that it has without them."""
-    found: list[tuple[str, Any, nn.Module, str]] = []
-
-    def walk(module: nn.Module, path: str, unit: Any) -> None:
-        unit = module if _is_unit(module) else unit
-        found.extend((path + key, unit, module, key) for key in module._parameters)
-        persistent = (key for key in module._buffers if key not in module._non_persistent_buffers_set)
-        found.extend((path + key, None, module, key) for key in persistent)
-        for key, child in module._modules.items():
-            if child is not None:
-                walk(child, path + f"{key}.".replace(_FLAT, ""), unit)
-
-    walk(root, "", None)
-    shapes: dict[int, dict[str, tuple[torch.Size, torch.dtype]]] = {}
-    for _, unit, _, _ in found:
-        if unit is None or id(unit) in shapes:
-            continue
-        with type(unit).summon_full_params(unit, recurse=False, writeback=False):
-            shapes[id(unit)] = {
-                name: (getattr(module, key).shape, getattr(module, key).dtype)
-                for name, other, module, key in found
-                if other is unit and getattr(module, key) is not None
-            }
-    for name, unit, module, key in found:
-        tensor = getattr(module, key)
-        if key == "_flat_param" or name.endswith("._flat_param"):
-            raise ValueError(
-                "FSDP with use_orig_params=False has no parameters of its own names: pass "
-                "FSDPStrategy(use_orig_params=True), which is Lightning's default."
-            )
-        if tensor is None:
-            continue
-        if unit is None:
-            yield name, tensor
-            continue
-        shape, dtype = shapes[id(unit)][name]
-        yield (
-            name,
-            UnitTensor(
-                shape=shape,
-                dtype=dtype,
-                requires_grad=tensor.requires_grad,
-                parameter=tensor,
-                unit=unit,
-                module=module,
-                key=key,
-            ),
-        )
 
 
 def _is_dtensor(tensor: object) -> bool:

@@ -121,6 +121,9 @@ class OwnCopies(LazyTensors):
     def __getitem__(self, name: str) -> Tensor:
         return self._copies[name]
 
+    def __contains__(self, name: object) -> bool:  # the same on all ranks
+        return name in self._specs
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
 

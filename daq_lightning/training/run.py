@@ -85,7 +85,6 @@ class Run:
         self.error: Exception | None = None
         model_name, model, source, plan = ranks.together(self._planned)
         self._sharded = model.sharded
-        self._check_sharded()
         ranks.check_equal("The plan of the export", lambda: parts_of(plan, settings.choices))
         names = tuple(tensor.spec.name for tensor in plan.quantized)
         resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path is not None else None
@@ -131,16 +130,13 @@ class Run:
         """One export and all that follows it; an error is kept for the end of training.
 
         Args:
-            state: A saved `state_dict` of the LightningModule; None exports the weights as they are, which
-                is what a sharded model does in any case.
+            state: A `state_dict` of the LightningModule about to be saved; None exports the weights as they
+                are, which is the same for a sharded model.
             checkpoint: The file that holds the same weights.
         """
-        try:
-            model = self.ranks.together(lambda: self._model(None if self._sharded else state))
-            self._write(model, checkpoint)
-        except Exception as error:
-            self.keep(error)
+        self._export(None if self._sharded else state, checkpoint)
 
+    @torch.no_grad()
     def export_best(self) -> None:
         """One export of the file that ModelCheckpoint holds for the best."""
 
@@ -159,7 +155,13 @@ class Run:
         except Exception as error:
             self.keep(error)
         else:
-            self.export(state, checkpoint=Path(path))
+            self._export(state, Path(path))
+
+    def _export(self, state: Mapping[str, Any] | None, checkpoint: Path | None) -> None:
+        try:
+            self._write(self.ranks.together(lambda: self._model(state)), checkpoint)
+        except Exception as error:
+            self.keep(error)
 
     @torch.no_grad()
     def retake_base(self, content: dict[str, Any], state_key: str) -> None:
@@ -233,16 +235,15 @@ class Run:
         source = self._source(model)
         return name, model, source, plan_export(source.specs, source.outline, self._settings.choices)
 
-    def _check_sharded(self) -> None:
-        if self._sharded and self._settings.schedule.which == "best":
-            raise MisconfigurationException(
-                "which='best' exports a checkpoint file, and a sharded model is exported from its ranks: use "
-                "export_on='checkpoint', which exports what ModelCheckpoint saves when it saves it."
-            )
-
     def _model(self, state: Mapping[str, Any] | None) -> LiveModel:
         """The model as it is, or with the weights of a saved state."""
-        return LiveModel(self._module, self._settings.module, state, merge=self._settings.merge_adapters)
+        return LiveModel(
+            self._module,
+            self._settings.module,
+            state,
+            merge=self._settings.merge_adapters,
+            trained=self._trainer.strategy.model,
+        )
 
     def _source(self, model: LiveModel) -> Source:
         def copy_files(folder: Path) -> None:

@@ -123,6 +123,17 @@ def test_any_number_of_ranks_writes_the_same_bytes(pair, tmp_path, expected, wor
 
 
 @pytest.mark.slow
+def test_ranks_without_a_file_of_their_own_write_nothing(pair, tmp_path):
+    for code, output in ranks("one_file", pair, tmp_path / "out", 4):
+        assert code == 0, output
+    job = prepare(
+        Source.from_folder(pair / "post"), load_checkpoint(pair / "base"), ExportSettings(search=QUICK)
+    )
+    run(job, tmp_path / "one")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "one")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scenario", "message", "world"),
     [
@@ -292,7 +303,8 @@ def _scenario(name: str, pair: Path, out: Path) -> None:
     start = time.monotonic()
     try:
         changes = {"ignore": ("re:.*layers.0.mlp.down_proj",)} if name == "other_plan" and rank == 1 else {}
-        settings = ExportSettings(search=QUICK, max_shard_bytes=SHARD, **changes)
+        limit = 10**9 if name == "one_file" else SHARD
+        settings = ExportSettings(search=QUICK, max_shard_bytes=limit, **changes)
         source, base = Source.from_folder(pair / "post"), load_checkpoint(pair / "base")
         job = prepare(source, base, settings, ranks=everyone)
         place = out.parent / "elsewhere" / "out" if name == "unseen" and rank == 1 else out

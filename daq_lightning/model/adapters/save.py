@@ -95,6 +95,9 @@ def _saved_config(holder: Any, name: str) -> Any:
     config = copy.copy(holder.peft_config[name])
     model = unwrap(holder)
     config.inference_mode = True
+    for field in vars(config):  # of a set, each process would write another order
+        if isinstance(getattr(config, field), set):
+            setattr(config, field, sorted(getattr(config, field)))
     config.base_model_name_or_path = (
         config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     )
