@@ -135,6 +135,8 @@ def main() -> None:
     if export.report is not None:
         rank_zero_only(print)(export.report.summary())
         rank_zero_only(print)(f"\n{export.exports[-1]} loads in transformers, vLLM and SGLang.")
+    else:
+        rank_zero_only(print)("Nothing was left to train, so nothing was exported: raise --steps.")
     if dist.is_initialized():
         dist.destroy_process_group()
 

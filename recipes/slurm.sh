@@ -15,13 +15,13 @@
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 
-gpus=8  # of a node, as above
-export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-8}"
+gpus=8 cpus=8  # of a node and of a GPU, as above; srun does not take cpus from there
+export OMP_NUM_THREADS="$cpus"
 
 case "${1:?train or quantize}" in
 train)
     # one task a GPU: Lightning reads rank and world size from Slurm, and nodes and devices must say the same
-    srun python recipes/fsdp2_sft.py --model "${2:?base}" --out "${3:?out}" \
+    srun --cpus-per-task="$cpus" python recipes/fsdp2_sft.py --model "${2:?base}" --out "${3:?out}" \
         --nodes "$SLURM_NNODES" --devices "$gpus" --steps 1000
     ;;
 quantize)
@@ -29,7 +29,7 @@ quantize)
     # At least as many files as GPUs: each file is written by one of them. --resume goes on from the files that
     # an earlier job completed, and does no harm if there was none.
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    srun --ntasks-per-node=1 --ntasks="$SLURM_NNODES" \
+    srun --ntasks-per-node=1 --ntasks="$SLURM_NNODES" --cpus-per-task="$((gpus * cpus))" \
         torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$gpus" \
         --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:29500" \
         -m daq_lightning quantize "${2:?fine-tuned}" --base "${3:?base}" --out "${4:?out}" \
