@@ -6,7 +6,8 @@
 
 Processes of one thread and gloo, weights in bfloat16, sharded by rows as FSDP2 does. A weight is two bytes
 an element and its codes are one: ranks that searched their own shards and sent codes would save half of "to
-owner" at most. All counts of bytes are those that a rank receives from others.
+owner" at most. Counts of bytes are those that a rank receives from others, computed
+from who holds what.
 
     python benchmarks/gather.py [--nproc 2] [--weights 8] [--rows 8192] [--columns 4096] [--repeat 3]
 
