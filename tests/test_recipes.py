@@ -1,5 +1,6 @@
 """The recipes run from a shell, as README says, and leave checkpoints that plain transformers loads."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,10 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from daq_lightning import Chain, ExportReport
 
@@ -20,10 +24,10 @@ ROOT = Path(__file__).parent.parent
 ROWS = ("base", "BF16 fine-tuned", "absmax FP8", "DAQ sign", "DAQ cosine", "DAQ hybrid")
 
 
-def run(recipe: str, out: Path) -> str:
+def run(recipe: str, out: Path, *more: str) -> str:
     """What a recipe prints with --fast."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, str(ROOT / "recipes" / recipe), "--fast", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "recipes" / recipe), "--fast", "--out", str(out), *more]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, cwd=out
     )
@@ -103,6 +107,37 @@ def test_chain_recipe_runs_three_stages_that_verify(tmp_path: Path) -> None:
             "deployed",
         ]
         assert lineage.verify() == []
+
+
+def test_sharded_recipe_trains_on_two_processes_exports_and_goes_on(tmp_path: Path) -> None:
+    printed = run("fsdp2_sft.py", tmp_path)
+    assert "28 weights as FP8_BLOCK" in printed
+    assert printed.count("loads in transformers") == 1  # rank 0 alone speaks
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exports" / "step=3")
+    assert bool(model(input_ids=torch.arange(40, 60)[None]).logits.isfinite().all())
+    # started again it goes on from there, with the same base
+    assert "step=5 loads" in run("fsdp2_sft.py", tmp_path, "--steps", "5")
+    assert sorted(path.name for path in (tmp_path / "exports").glob("base*")) == ["base"]
+    first, second = (ExportReport.load(tmp_path / "exports" / name) for name in ("step=3", "step=5"))
+    assert 0 < first.metrics()["delta_norm"] < second.metrics()["delta_norm"]
+
+
+def test_sharded_recipe_begins_with_exactly_the_weights_of_a_folder(tmp_path: Path) -> None:
+    base, _ = tiny_models.make_pair(tmp_path, tiny_models.llama)
+    tokenizer = Tokenizer(WordLevel({"?": 0, "the": 1}, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(base)
+    run("fsdp2_sft.py", tmp_path, "--model", str(base), "--lr", "0")
+    export = tmp_path / "exports" / "step=3"
+    tensors = json.loads((export / "daq_manifest.json").read_text())["tensors"]
+    prints = [(entry["base"], entry["weights"]["bfloat16"]) for entry in tensors.values() if "base" in entry]
+    assert len(prints) == 14
+    assert all(before == after for before, after in prints)
+    assert (export / "tokenizer.json").is_file()
+
+
+def test_slurm_script_is_bash() -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "recipes" / "slurm.sh")], check=True)
 
 
 def test_two_folders_become_one_that_plain_transformers_loads(tmp_path: Path) -> None:
