@@ -9,7 +9,6 @@ that all strategies end with the same bits, and their exports can be compared by
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -152,10 +151,7 @@ def strategy(name: str) -> tuple[Any, int]:
 
 def quantization(folder: Path, **settings: Any) -> DeltaAwareQuantization:
     """The callback, with small files."""
-    callback = DeltaAwareQuantization(dirpath=str(folder / "exports"), **settings)
-    choices = dataclasses.replace(callback._settings.choices, max_shard_bytes=SHARD)
-    callback._settings = dataclasses.replace(callback._settings, choices=choices)
-    return callback
+    return DeltaAwareQuantization(dirpath=str(folder / "exports"), max_shard_bytes=SHARD, **settings)
 
 
 def fit(

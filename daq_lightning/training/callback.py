@@ -9,7 +9,7 @@ Parameters, random numbers, gradients and modes of the model are only read: trai
 without the callback. A failed export never stops a run: its error surfaces when training is over and saved.
 All ranks take part in all of this but `on_exception`.
 
-Source: lightning 2.6 `Trainer.fit` (order of hooks), `ModelCheckpoint` (names, triggers).
+Source: lightning 2.6 `Trainer.fit`, `ModelCheckpoint`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from daq_lightning.checkpoint.destination import check_destination
 from daq_lightning.checkpoint.manifest import ChainFrom
-from daq_lightning.checkpoint.schemes import SchemeName
+from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, SchemeName
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search.settings import ScaleSearch
@@ -65,14 +65,13 @@ class DeltaAwareQuantization(PublishedExports, Callback):
         reference: "initial": every export is measured against the base. "previous_checkpoint": against the
             weights of the export before it, which keeps the update small in a long run.
         parent: Folder of the export that this run goes on from, as the next stage of a chain.
-        chain_from: With a parent: whether the run began with its high-precision "weights" or with its
-            "deployed", dequantized ones. It is checked, never guessed.
+        chain_from: With a parent: whether the run began with its "weights" or its "deployed" ones; checked.
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
-        missing_base: A weight that the base lacks or has in another shape is an "error", or gets a plain
-            "absmax" scale.
+        missing_base: A weight without its like in the base is an "error", or gets a plain "absmax" scale.
+        max_shard_bytes: Size at which a new file begins; ranks share out the files, whole.
 
-    With WeightAveraging, every export holds the averaged weights, as ModelCheckpoint's files do. `schedule`
-    says when it exports, under which name; `moment` what `should_export` is asked about.
+    With WeightAveraging, exports hold the averages, as ModelCheckpoint's files do. `schedule` says when it
+    exports, under which name; `moment` what `should_export` is asked about.
 
     Raises:
         MisconfigurationException: Settings that contradict each other, a strategy whose weights cannot be
@@ -111,6 +110,7 @@ class DeltaAwareQuantization(PublishedExports, Callback):
         chain_from: ChainFrom | None = None,
         export_on_exception: bool = False,
         missing_base: check.MissingBase = "error",
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> None:
         super().__init__()
         check.flag("export_on_exception", export_on_exception)
@@ -132,7 +132,7 @@ class DeltaAwareQuantization(PublishedExports, Callback):
             parent=parent,
             chain_from=chain_from,
             choices=check.make_settings(
-                scheme, metric, alpha_range, search, ignore, scale_format, missing_base
+                scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes
             ),
             schedule=self.schedule,
         )

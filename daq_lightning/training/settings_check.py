@@ -99,6 +99,7 @@ def make_settings(
     ignore: Sequence[str] | None,
     scale_format: ScaleFormat | None,
     missing_base: MissingBase,
+    max_shard_bytes: int,
 ) -> ExportSettings:
     """The settings of an export from the arguments of `DeltaAwareQuantization`.
 
@@ -118,6 +119,8 @@ def make_settings(
     )  # fmt: skip
     choice("scale_format", scale_format, (None, "ue8m0"))
     choice("missing_base", missing_base, ("error", "absmax"))
+    whole = isinstance(max_shard_bytes, int) and not isinstance(max_shard_bytes, bool)
+    require(whole, "max_shard_bytes", max_shard_bytes, "a whole number of bytes, such as 2_000_000_000")
     if alpha_range is not None:
         two = isinstance(alpha_range, (list, tuple)) and len(alpha_range) == 2
         numbers = two and all(
@@ -138,6 +141,7 @@ def make_settings(
             ignore=tuple(ignore or ()),
             scale_format=scale_format,
             missing_base=missing_base,
+            max_shard_bytes=max_shard_bytes,
         )
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(str(error)) from error
