@@ -75,7 +75,9 @@ def check_page(file: str | os.PathLike[str]) -> None:
             f"{file} is in an export, which would no longer be what its daq_manifest.json says: choose a "
             "place beside it."
         )
-    if file.exists() or file.is_symlink():
+    if file.exists():
+        if not file.is_file():
+            raise ValueError(f"{file} is not a file: pass the name of an HTML file.")
         with file.open("rb") as stream:
             if MARK.encode() not in stream.read(400):
                 raise ValueError(f"{file} exists and is no page of this command: choose another name.")

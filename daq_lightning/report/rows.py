@@ -24,6 +24,7 @@ import torch
 
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.report.figures import ALPHA_STATISTICS, ExportReport, Side, TensorReport, figures
+from daq_lightning.report.levels import level_of
 
 SIDES: tuple[Side, ...] = ("searched", "absmax", "dequantized")
 
@@ -71,6 +72,8 @@ class Row:
         projection: What comes after.
         names: The weights, in file order.
         worst_name: That of them of which least is served.
+        worst_served: How much of it; None without an update.
+        poor: How many of them are bad on their own.
         shape: Of the first.
         alpha: min, mean, max and moved; means over the weights.
         searched: Under the written scales, in FP8 kernels.
@@ -84,6 +87,8 @@ class Row:
     projection: str
     names: tuple[str, ...]
     worst_name: str
+    worst_served: float | None
+    poor: int
     shape: tuple[int, ...]
     alpha: dict[str, float]
     searched: Figures
@@ -99,7 +104,12 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """Its entry in the data to download."""
         sides = {side: vars(of_side) for side in SIDES if (of_side := getattr(self, side)) is not None}
-        about = {"weights": len(self.names), "worst": self.worst_name, "shape": list(self.shape)}
+        about = {
+            "weights": len(self.names),
+            "worst": self.worst_name,
+            "worst_served": self.worst_served,
+            "shape": list(self.shape),
+        }
         without = {"without_base": self.without_base} if self.without_base else {}
         return {"name": self.name, **about, "alpha": self.alpha, **sides, **without}
 
@@ -180,7 +190,8 @@ def is_number(part: str) -> bool:
 
 
 def _row(layer: str, projection: str, without_base: str, members: Sequence[TensorReport]) -> Row:
-    worst = min(members, key=lambda member: _served_of_one(member.searched))  # the first of equals
+    each = [_served_of_one(member.searched) for member in members]
+    worst = min(range(len(each)), key=each.__getitem__)  # the first of equals
     alphas = [[float(member.alpha[key]) for member in members] for key in ALPHA_STATISTICS]
     reduced = (min(alphas[0]), _mean(alphas[1]), max(alphas[2]), _mean(alphas[3]))
     read = [member.dequantized for member in members if member.dequantized is not None]
@@ -189,7 +200,9 @@ def _row(layer: str, projection: str, without_base: str, members: Sequence[Tenso
         layer=layer,
         projection=projection,
         names=tuple(member.name for member in members),
-        worst_name=worst.name,
+        worst_name=members[worst].name,
+        worst_served=_finite(each[worst]),
+        poor=0 if without_base else sum(level_of(_finite(served)) == "bad" for served in each),
         shape=members[0].shape,
         alpha=dict(zip(ALPHA_STATISTICS, reduced, strict=True)),
         searched=figures_of([member.searched for member in members]),
@@ -200,7 +213,7 @@ def _row(layer: str, projection: str, without_base: str, members: Sequence[Tenso
 
 
 def _served_of_one(stats: DeltaStats) -> float:
-    """The share that is served of one weight; more than all without an update."""
+    """The share that is served of one weight; infinite without an update."""
     dot, delta_sq = float(stats.dot), float(stats.delta_sq)
     return max(0.0, 1 - abs(dot / delta_sq - 1)) if delta_sq > 0 else math.inf
 

@@ -49,6 +49,12 @@ def _with_update(figure: str, side: str = "searched") -> Callable[[Row], float |
 COLUMNS = (
     Column("served", "share of the update at its strength: 1 - |gain - 1|", _with_update("served"), percent),
     Column("plain served", "the same under plain (absmax) scales", _with_update("served", "absmax"), percent),
+    Column(
+        "worst weight",
+        "share of the worst of the weights of a row",
+        lambda row: None if row.without_base else row.worst_served,
+        percent,
+    ),
     Column("gain", "strength of the update along its own direction; 1 is full", _with_update("gain")),
     Column("plain gain", "the same under plain scales", _with_update("gain", "absmax")),
     Column("cosine", "between the update and what is left of it", _with_update("cosine")),
@@ -101,9 +107,10 @@ def worst_list(worst: Sequence[Row], total_sq: float, reason: Callable[[Row], st
     for row in worst[: min(MOST_WORST, max(LEAST_WORST, poor))]:
         served = row.searched.served or 0.0
         share = percent(row.searched.delta_sq / total_sq) if total_sq > 0 else percent(None)
-        several = f" ({len(row.names)} weights; worst: {name(row.worst_name)})" if len(row.names) > 1 else ""
+        least = f"{name(row.worst_name)}, {percent(row.worst_served)} served"
+        several = f"<p>{len(row.names):,} weights; worst: {least}</p>"
         listed.append(
-            f'<li class="{level_of(served)}"><h3>{name(row.name)}{several}</h3>'
+            f'<li class="{level_of(served)}"><h3>{name(row.name)}</h3>{several * (len(row.names) > 1)}'
             f"<p><strong>{percent(served)}</strong> served ({percent(row.absmax.served)} with plain scales); "
             f"it holds {share} of the update.</p>{bar(served, row.absmax.served)}"
             f"<p>Why: {text(reason(row))}.</p></li>"
@@ -130,7 +137,7 @@ def depth_charts(stacks: Sequence[tuple[str, Sequence[Row]]]) -> str:
         if any(share is not None for share in searched):
             title = f"Share of the update that is served in each layer of {stack}"
             charts.append(
-                f"<figure><figcaption>{name(stack)}</figcaption>"
+                f"<figure><figcaption>{name(stack)}: share served, layer by layer</figcaption>"
                 f"{by_depth([_short(layer) for layer in layers], searched, plain, title)}</figure>"
             )
     legend = '<p class="legend"><span class="searched">searched scales</span> <span class="plain">plain'

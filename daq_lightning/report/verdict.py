@@ -62,7 +62,7 @@ def judge(report: ExportReport, rows: Sequence[Row], totals: Mapping[Side, Figur
     if now.served is None or now.gain is None:
         return Verdict(
             level="none",
-            headline=f"No weight changed ({len(report.tensors) - without} compared).",
+            headline=f"No weight changed ({len(report.tensors) - without:,} compared).",
             advice=("Check that --base is the model before training, and POST the one after.",),
         )
     level, worst_level = level_of(now.served), level_of(worst[0].searched.served)
@@ -70,11 +70,16 @@ def judge(report: ExportReport, rows: Sequence[Row], totals: Mapping[Side, Figur
         level = "fair"
     least = percent(worst[0].searched.served)
     headline = f"{_served(now.served, now.gain)}; worst: {_named(worst[0])} ({least})."
-    if worst_level == "good":
+    poor = sum(row.poor for row in rows)
+    if worst_level == "good" and not poor:
         headline += " Nothing to do."
     details = [_beside(now, plain)]
+    if poor:
+        details.append(
+            f"{poor:,} of {len(report.tensors) - without:,} weights are below {FAIR:.0%} on their own."
+        )
     if without:
-        details.append(f"{without} of {len(report.tensors)} weights have no base and are not judged.")
+        details.append(f"{without:,} of {len(report.tensors):,} weights have no base and are not judged.")
     details += _other_readers(report, now.served, totals.get("dequantized"))
     return Verdict(
         level=level, headline=headline, details=tuple(details), advice=tuple(_advice(report, worst))
