@@ -54,7 +54,7 @@ def by_depth(
 
     grid = "".join(
         f'<path class="grid" d="M{_LEFT} {y(share):.1f}H{_WIDTH - _RIGHT}"/>'
-        f'<text x="{_LEFT - 6}" y="{y(share) + 5:.1f}" text-anchor="end">{share:.0%}</text>'
+        f'<text x="{_LEFT - 6}" y="{y(share) + 5:.1f}" text-anchor="end">{100 * share:.0f} %</text>'
         for share in (0, 0.25, 0.5, 0.75, 1)
     )
     ends = {0: "start", count - 1: "end"}

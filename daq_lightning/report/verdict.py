@@ -20,6 +20,7 @@ from daq_lightning.report.markup import number
 from daq_lightning.report.rows import Figures, Row, is_number, worst_rows
 
 _MANY = 0.25  # share of changed elements that makes "lost" or "flipped" a reason
+_BAD = f"{100 * FAIR:.0f} %"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def judge(report: ExportReport, rows: Sequence[Row], totals: Mapping[Side, Figur
     details = [_beside(now, plain)]
     if poor:
         details.append(
-            f"{poor:,} of {len(report.tensors) - without:,} weights are below {FAIR:.0%} on their own."
+            f"{poor:,} of {len(report.tensors) - without:,} weights are below {_BAD} on their own."
         )
     if without:
         details.append(f"{without:,} of {len(report.tensors):,} weights have no base and are not judged.")
@@ -185,7 +186,7 @@ def _advice(report: ExportReport, worst: Sequence[Row]) -> list[str]:
         advice.append(f"Keep {few} in 16 bit: {' '.join(options)}")
     else:
         advice.append(
-            f"{len(poor)} of {len(worst)} rows are below {FAIR:.0%}. Keep the worst in 16 bit (--ignore): "
+            f"{len(poor)} of {len(worst)} rows are below {_BAD}. Keep the worst in 16 bit (--ignore): "
             f"{_named(worst[0])} first."
         )
     if report.scheme == "FP8_BLOCK":
@@ -195,7 +196,7 @@ def _advice(report: ExportReport, worst: Sequence[Row]) -> list[str]:
 
 def _better_search(search: Mapping[str, object]) -> list[str]:
     low, high = search.get("alpha_min"), search.get("alpha_max")
-    if low == high:
+    if low is not None and low == high:
         return ["These are plain scales: let them be searched (leave --range out)."]
     better = []
     if search.get("metric") not in ("hybrid", None):

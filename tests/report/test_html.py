@@ -276,7 +276,7 @@ def test_experts_are_one_row_and_are_ignored_together():
     assert down.searched == figures_of([report.tensors[1].searched, report.tensors[3].searched])
     assert down.searched.served == pytest.approx(0.55)
     assert (down.worst_served, down.poor, up.poor) == (pytest.approx(0.2), 1, 0)
-    assert "1 of 4 weights are below 80%" in page(report)
+    assert "1 of 4 weights are below 80 %" in page(report)
     options = ignore_options(down, names)
     pattern = re.search(r"'re:(.*)'", options)[1]
     assert all(re.fullmatch(pattern, name) for name in names)
