@@ -39,7 +39,7 @@ _COMMANDS = {
     "verify": commands.verify,
 }
 # options that are paths: `~` is the home folder
-_PATHS = ("post", "base", "out", "adapter", "parent", "folder")
+_PATHS = ("post", "base", "out", "adapter", "parent", "folder", "html")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

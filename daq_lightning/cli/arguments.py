@@ -29,7 +29,7 @@ Example: daq-lightning quantize my-model --base its-base --out my-model-fp8
 On several processes or nodes: torchrun --nproc-per-node 8 -m daq_lightning quantize ..."""
 ABOUT_INSPECT = """Shows how much of the update each weight of an export kept, worst first. With --base and
 --post every figure is computed again from the files and compared with the report (exit code 1 if they
-differ)."""
+differ). --html FILE writes a page for people: a verdict in words, what is worst and why, and what to do."""
 ABOUT_CHAIN = """Shows the exports that led to this one, each fine-tuned from the one before, and what is left
 of the change since its base and since the root. Exit code 1 if a file of any of them was altered, is missing
 or foreign."""
@@ -134,6 +134,11 @@ def make_parser() -> ArgumentParser:
     inspect.add_argument("--post", metavar="FOLDER", help="the fine-tuned model that was given to quantize")
     inspect.add_argument("--adapter", metavar="FOLDER", help="the adapter that was given to quantize")
     inspect.add_argument("--limit", type=int, metavar="N", help="show only the N worst weights")
+    inspect.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write the report as a page too: one file that needs no network; an earlier page is replaced",
+    )
     _add_output(inspect)
     commands.add_subcommand(
         "inspect", inspect, help="show what an export kept of the update, weight by weight"

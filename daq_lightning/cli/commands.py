@@ -106,7 +106,9 @@ def _show_plan(job: Job, options: Namespace) -> int:
 def inspect(options: Namespace) -> int:
     """Shows what an export kept of the update, weight by weight."""
     from daq_lightning.audit.recompute import differences, recompute
+    from daq_lightning.checkpoint.manifest import Manifest
     from daq_lightning.report.figures import ExportReport
+    from daq_lightning.report.html import check_page, save_page
     from daq_lightning.report.text import table, worst_first
 
     post, base = options.post, options.base
@@ -119,12 +121,20 @@ def inspect(options: Namespace) -> int:
             "--base and --post (or --base and --adapter) belong together: figures need all of them."
         )
     report = found = ExportReport.load(_export_folder(options.out))
+    manifest = None
+    if options.html is not None:
+        check_page(options.html)
+        manifest = Manifest.load(options.out)
     if base is not None:
         progress = sys.stderr.isatty()
         found = recompute(
             report, _weights(post, options.adapter), _checkpoint(base, "--base"), progress=progress
         )
     differing = differences(report, found)
+    if options.html is not None:
+        differ = f"{len(differing)} weights have other figures in daq_report.json; these were computed again."
+        notes = (*found.notes, differ) if differing else found.notes
+        save_page(dataclasses.replace(found, notes=notes), options.html, manifest)
     if options.json:
         content = found.to_dict()
         names = [tensor.name for tensor in worst_first(found)][: options.limit]
@@ -148,6 +158,8 @@ def inspect(options: Namespace) -> int:
             f"{more}The files were changed after the export, or base and post are not the models it was made "
             "from."
         )
+    if options.html is not None:
+        print(f"page: {options.html}")
     return 1 if differing else 0
 
 

@@ -162,6 +162,8 @@ TARGETS = {
         "daq_report.json",
         [["inspect", "{fp8}", "--base", "{made}/base", "--post", "{made}/post"]],
     ),
+    "report as a page": ("fp8", "daq_report.json", [["inspect", "{fp8}", "--html", "{made}/page.html"]]),
+    "manifest as a page": ("fp8", "daq_manifest.json", [["inspect", "{fp8}", "--html", "{made}/page.html"]]),
     "manifest": (
         "fp8",
         "daq_manifest.json",
