@@ -4,7 +4,7 @@
     fingerprint
 
 Continual learning trains each stage from the last one. `Chain.open(folder).verify()` finds any file of any
-stage that was altered, is missing or does not belong.
+stage that was altered, is missing or does not belong; the model card `README.md` may be edited.
 """
 
 from __future__ import annotations
