@@ -23,9 +23,10 @@ ONLY_IN = {
     "torchmetrics": ("metrics", "report.model_figures"),
     "transformers": ("model",),
     "triton": ("numerics.backends",),
+    "yaml": ("report.front_matter",),
 }
 """Package -> the places that may import it."""
-LAZY = {"huggingface_hub", "jsonargparse", "matplotlib", "peft", "regex", "tqdm", "transformers"}
+LAZY = {"huggingface_hub", "jsonargparse", "matplotlib", "peft", "regex", "tqdm", "transformers", "yaml"}
 """Packages that are imported inside functions only."""
 WITHOUT_TORCH = {
     "numerics.formats",

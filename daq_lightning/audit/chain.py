@@ -4,7 +4,7 @@
     fingerprint
 
 Continual learning trains each stage from the last one. `Chain.open(folder).verify()` finds any file of any
-stage that was altered, is missing or does not belong.
+stage that was altered, is missing or does not belong; the model card `README.md` may be edited.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from daq_lightning.checkpoint.fingerprint import fingerprint
-from daq_lightning.checkpoint.folder import INDEX, MANIFEST, RawCheckpoint, sha256_of
+from daq_lightning.checkpoint.folder import CARD, INDEX, MANIFEST, RawCheckpoint, sha256_of
 from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.report.figures import ExportReport
@@ -112,6 +112,8 @@ class Chain:
 def _verify_stage(stage: Stage) -> Iterator[str]:
     folder, manifest = stage.folder, stage.manifest
     for name, described in manifest.files.items():
+        if name == CARD:  # a text for people, that whoever publishes the model goes on writing
+            continue
         file = folder / name
         if not file.is_file():
             yield f"{file} is missing"
@@ -132,7 +134,7 @@ def _verify_stage(stage: Stage) -> Iterator[str]:
     for name in raw:
         if name not in expected:
             yield f"{raw.entries[name].path}: the tensor {name} does not belong to this export"
-    known = {*manifest.files, MANIFEST, INDEX, *(entry.path.name for entry in raw.entries.values())}
+    known = {*manifest.files, CARD, MANIFEST, INDEX, *(entry.path.name for entry in raw.entries.values())}
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.relative_to(folder).as_posix() not in known:
             yield f"{file} does not belong to this export"

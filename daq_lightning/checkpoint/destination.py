@@ -1,7 +1,8 @@
 """The place of an export: what may be replaced there, what an export leaves when it is killed, and who may
 rename.
 
-An earlier export is replaced only if every file in it is its own, and never if it is, or holds, an input.
+An earlier export is replaced only if every file in it is its own (a model card that somebody has edited is
+not), and never if it is, or holds, an input.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from daq_lightning.checkpoint.folder import MANIFEST, REPORT
+from daq_lightning.checkpoint.folder import CARD, MANIFEST, REPORT
 from daq_lightning.checkpoint.locks import check_locks, lock
 from daq_lightning.checkpoint.manifest import foreign_files
 from daq_lightning.checkpoint.tensor_file import CheckpointError
@@ -67,6 +68,11 @@ def _check_replaceable(out: Path) -> None:
             f"{out} exists and cannot be replaced, because its {MANIFEST} does not say which files are its "
             f"own: {str(error).rstrip('.')}. Choose another destination, or remove the folder yourself."
         ) from error
+    if foreign == [CARD]:
+        raise CheckpointError(
+            f"{out} is an earlier export with a model card {CARD} that was edited or added since, so "
+            "replacing it would delete that text: move the file away, or choose another destination."
+        )
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise CheckpointError(

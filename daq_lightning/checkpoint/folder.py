@@ -26,6 +26,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "daq_manifest.json"
 REPORT = "daq_report.json"
+CARD = "README.md"
+RECIPE = "recipe.yaml"
 
 
 class RawCheckpoint(Mapping[str, Tensor]):
@@ -98,6 +100,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a JSON object, got {type(content).__name__}.")
     return content
+
+
+def read_card(folder: Path) -> str:
+    """The model card of a folder; empty if there is none. Bytes that are no UTF-8 come back as surrogates,
+    which `CheckpointWriter.add_text` writes as they were.
+
+    Raises:
+        CheckpointError: It is a link out of the folder, or cannot be read.
+    """
+    if not (folder / CARD).is_file():
+        return ""
+    path = _inside(folder, CARD)
+    try:
+        return path.read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def replace_json(path: Path, content: Any) -> None:

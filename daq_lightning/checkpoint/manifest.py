@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from daq_lightning.checkpoint.folder import INDEX, MANIFEST, SINGLE, read_index, read_json, sha256_of
+from daq_lightning.checkpoint.folder import CARD, INDEX, MANIFEST, SINGLE, read_index, read_json, sha256_of
 from daq_lightning.checkpoint.tensor_file import CheckpointError, read_header
 
 FORMAT_VERSION = 1
@@ -175,7 +175,7 @@ def foreign_files(folder: Path) -> list[str]:
     """The files of an export's folder that the export did not write, by the lists of its manifest.
 
     A link is foreign unless the manifest lists it; a weight file is the export's own if it has the name of
-    one and holds its tensors in their dtypes.
+    one and holds its tensors in their dtypes; the model card is, until somebody writes in it.
 
     Raises:
         CheckpointError: The folder has no valid manifest.
@@ -188,6 +188,9 @@ def foreign_files(folder: Path) -> list[str]:
     index = read_index(folder)
     shards = set(index["weight_map"].values()) if index else {SINGLE}
     known = {*manifest.files, MANIFEST, INDEX}
+    card = folder / CARD
+    if CARD in known and card.is_file() and sha256_of(card) != manifest.files[CARD]["sha256"]:
+        known.remove(CARD)
     return sorted(
         name
         for name in found

@@ -43,8 +43,7 @@ from daq_lightning.checkpoint.tensor_file import (
     tensor_bytes,
 )
 
-# bytes after which written data is pushed to the disk, so that the final fsync has little to do
-_FLUSH = 64 << 20
+_FLUSH = 64 << 20  # bytes after which data is pushed to the disk, so that the final fsync has little to do
 
 
 def plan_shards(
@@ -168,10 +167,13 @@ class CheckpointWriter:
 
     def write_json(self, file: str, content: Any) -> None:
         """Writes a JSON file into the folder."""
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        self.add_text(file, text, "backslashreplace")  # of a path that is no UTF-8, the bytes as escapes
+
+    def add_text(self, file: str, text: str, errors: str = "surrogateescape") -> None:
+        """Writes a text file into the folder; surrogates that stand for bytes as those bytes."""
         with self._explained():
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            # of a path that is no UTF-8, JSON keeps the bytes as escapes
-            (self.folder / file).write_bytes(text.encode("utf-8", "backslashreplace"))
+            (self.folder / file).write_bytes(text.encode("utf-8", errors))
 
     def add_files(self, put: Callable[[Path], None]) -> None:
         """Lets a function put other files (tokenizer and so on) into the folder."""
@@ -222,8 +224,7 @@ class CheckpointWriter:
     def _create(self, path: Path, specs: list[TensorSpec]) -> None:
         header, entries = make_header(specs, path)
         descriptor = self._files[path] = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
-        # before the search, not after it
-        allocate(descriptor, len(header) + sum(spec.nbytes for spec in specs))
+        allocate(descriptor, len(header) + sum(spec.nbytes for spec in specs))  # before the search, not after
         os.pwrite(descriptor, header, 0)
         self._entries |= {entry.name: entry for entry in entries}
 

@@ -98,7 +98,7 @@ def make_parser() -> ArgumentParser:
         metavar=("LOW", "HIGH"),
         help="range of the multiples of the plain (absmax) scale that are tried",
     )
-    for name in ("n_coarse", "n_fine", "alpha_scope", "tau"):
+    for name in ("n_coarse", "n_fine", "alpha_scope", "tau", "spacing"):
         _add_setting(search, ScaleSearch, name)
     _add_setting(search, ExportSettings, "missing_base")
     chain = quantize.add_argument_group(

@@ -45,6 +45,7 @@ def quantize(options: Namespace) -> int:
             n_fine=options.n_fine,
             alpha_scope=options.alpha_scope,
             tau=options.tau,
+            spacing=options.spacing,
         ),
         ignore=tuple(options.ignore),
         container=options.container,

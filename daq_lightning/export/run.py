@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.destination import check_destination, check_inputs
-from daq_lightning.checkpoint.folder import MANIFEST, REPORT
+from daq_lightning.checkpoint.folder import CARD, MANIFEST, RECIPE, REPORT
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.writer import CheckpointWriter, plan_shards
 from daq_lightning.export.account import as_searched, batch_reports, config_of, notes_of
 from daq_lightning.export.behind import Behind
+from daq_lightning.export.card import existing_card, make_card, make_recipe
 from daq_lightning.export.finished import Finished, Records, TensorPrints, find_leftover, prints_of
 from daq_lightning.export.manifest import make_manifest
 from daq_lightning.export.ranks import ALONE, Agreement, RankLostError, Ranks
@@ -68,7 +69,7 @@ def run(
             same files or do not plan the same, or one of them is gone.
         ValueError: NaN or Inf in a weight, by name.
     """
-    ranks.together(lambda: (check_inputs(out, job.inputs()), check_destination(out)))
+    ranks.together(lambda: (check_inputs(out, job.inputs()), check_destination(out), existing_card(job)))
     shards = plan_shards(job.plan.stored_together, job.settings.max_shard_bytes)
     records = Records(job)
     found = ranks.first(lambda: find_leftover(out, records) if resume else None)
@@ -194,6 +195,10 @@ def _publish(
     if job.source.config is not None:
         writer.write_json("config.json", config_of(job))
     writer.write_json(REPORT, report.to_dict())
+    recipe = make_recipe(job, writer.folder, out)
+    if recipe:
+        writer.add_text(RECIPE, recipe)
+    writer.add_text(CARD, make_card(job, report, bool(recipe)))
     writer.write_json(MANIFEST, make_manifest(job, prints, writer.folder, out).to_dict())
     writer.publish()
 

@@ -127,6 +127,14 @@ def test_any_altered_missing_or_foreign_file_is_found(lineage, tmp_path, stage, 
     assert stage in problems[0]
 
 
+def test_a_model_card_may_be_edited_added_and_removed(lineage, tmp_path):
+    shutil.copytree(lineage, tmp_path / "copy")
+    for card in sorted((tmp_path / "copy").glob("stage?/README.md"))[:2]:
+        card.write_text("# Ours\n")
+    (tmp_path / "copy" / "stage3" / "README.md").unlink()
+    assert Chain.open(tmp_path / "copy" / "stage3").verify() == []
+
+
 def test_an_altered_manifest_is_refused(lineage, tmp_path):
     shutil.copytree(lineage, tmp_path / "copy")
     path = tmp_path / "copy" / "stage2" / "daq_manifest.json"

@@ -225,6 +225,20 @@ def test_an_earlier_export_with_a_file_of_another_is_not_replaced_and_the_file_i
     assert hashes(place) == before
 
 
+def test_an_export_whose_model_card_was_edited_is_not_replaced(place, capsys):
+    card = place / "stage1" / "README.md"
+    written = card.read_bytes()
+    card.write_bytes(written + b"Our scores.\n")
+    before = hashes(place)
+    for options in (["--dry-run"], []):
+        assert quantize(place / "post", "--base", place / "base", "--out", place / "stage1", *options) == 2
+        assert "README.md that was edited" in capsys.readouterr().err
+    assert hashes(place) == before
+    for content in (None, written):  # removed, or as it was
+        card.unlink() if content is None else card.write_bytes(content)
+        assert quantize(place / "post", "--base", place / "base", "--out", place / "stage1") == 0
+
+
 def test_an_export_without_a_manifest_that_can_be_read_is_not_replaced(place, capsys):
     manifest = place / "stage1" / "daq_manifest.json"
     for content in (None, "[]", manifest.read_text().replace("config.json", "thesis.txt")):

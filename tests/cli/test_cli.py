@@ -89,7 +89,7 @@ def test_choices_and_defaults_are_those_of_the_settings():
     assert tuple(choices["metric"]) == METRICS
     defaults, search = quantize_parser.get_defaults(), ScaleSearch()
     assert tuple(defaults.range) == (search.alpha_min, search.alpha_max)
-    for name in ("metric", "n_coarse", "n_fine", "alpha_scope", "tau"):
+    for name in ("metric", "n_coarse", "n_fine", "alpha_scope", "tau", "spacing"):
         assert defaults[name] == getattr(search, name)
     for name in ("scheme", "container", "scale_format", "missing_base"):
         assert defaults[name] == getattr(ExportSettings(), name)

@@ -145,13 +145,16 @@ def test_a_note_in_a_report_takes_no_tensor_out_of_the_totals(pair, tmp_path):
 def test_a_job_takes_the_weights_of_a_later_step_and_refuses_other_tensors(pair, tmp_path):
     base, post = load_checkpoint(pair[0]), dict(load_checkpoint(pair[1]))
     job = prepare(Source.from_mapping(dict(base)), base, ExportSettings(search=QUICK))
-    later = job.after_training(Source.from_mapping(post), {"global_step": 7})
-    run(later, tmp_path / "later")
+    trained = job.after_training(Source.from_mapping(post), {"global_step": 7})
+    run(trained, tmp_path / "later")
     assert json.loads((tmp_path / "later" / "daq_manifest.json").read_text())["training"] == {
         "global_step": 7
     }
     export_checkpoint(post, base, tmp_path / "at once", search=QUICK)
-    assert files_of(tmp_path / "later") == files_of(tmp_path / "at once")
+    later, at_once = files_of(tmp_path / "later"), files_of(tmp_path / "at once")
+    cards = [files.pop("README.md").decode() for files in (later, at_once)]
+    assert later == at_once
+    assert ["callbacks=[export]" in card for card in cards] == [True, False]  # how each was made
     name = next(iter(post))
     with pytest.raises(CheckpointError, match=f"other tensors than when training began: {name}"):
         job.after_training(Source.from_mapping(post | {name: post[name].float()}), {})

@@ -96,6 +96,7 @@ class ScaleSearch:
     def __post_init__(self) -> None:
         for name in ("alpha_min", "alpha_max", "tau"):
             _check_type(name, getattr(self, name), (int, float), "a number")
+            object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 are one setting
         for name in ("n_coarse", "n_fine"):
             _check_type(name, getattr(self, name), (int,), "an integer")
         if self.metric not in METRICS:

@@ -1,0 +1,93 @@
+"""How an export is served, which servers keep which scales, and how it was made: paragraphs of its card.
+
+Only what was seen with tiny models (vLLM 0.32, transformers 5.23) or read in their code is said.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from daq_lightning.numerics.formats import PerBlock
+
+if TYPE_CHECKING:
+    from daq_lightning.checkpoint.layouts import Layout
+    from daq_lightning.report.figures import ExportReport
+
+_COMMANDS = """`MODEL` is this folder, or its name on the Hub.
+
+```bash
+vllm serve MODEL
+python -m sglang.launch_server --model-path MODEL
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("MODEL", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("MODEL")
+```"""
+_DEEP_GEMM = (
+    "With DeepGEMM on Hopper and Blackwell GPUs vLLM may round the scales of blocks to powers of two when it "
+    "loads them (`VLLM_USE_DEEP_GEMM_E8M0=1` is its default), which undoes the search; an export with "
+    "`--scale-format ue8m0` is not changed by that."
+)
+_SCALES = {
+    "float32": "vLLM and transformers both keep the float32 scales as they are.",
+    "bfloat16": "transformers casts the scales to bfloat16, vLLM keeps float32. All scales are numbers of "
+    "bfloat16, so both hold the same values.",
+    "ue8m0": "The scales are powers of two, which no server changes that rounds scales to them (vLLM with "
+    "DeepGEMM on Hopper and Blackwell GPUs).",
+}
+
+
+def serving(layout: Layout, has_config: bool) -> str:
+    """How to serve an export.
+
+    Args:
+        layout: How weights are stored.
+        has_config: Whether it has a config.json; without one, no server loads it.
+    """
+    commands = _COMMANDS
+    if not has_config:
+        commands = (
+            "These are weights without a config.json, as they were exported from a mapping: servers need the "
+            "model's own config.json, with the `quantization_config` of `daq_manifest.json`, and its "
+            "tokenizer."
+        )
+    scales = _SCALES[layout.scale_format]
+    if isinstance(layout.granularity, PerBlock) and layout.scale_format != "ue8m0":
+        scales += f" {_DEEP_GEMM}"
+    return (
+        f"{commands}\n\n{scales} What SGLang does with scales was not looked at.\n\n"
+        "Do not call `save_pretrained` on this model once it is loaded: that quantizes it anew. "
+        "`daq-lightning verify MODEL` checks the files against what servers need."
+    )
+
+
+def creation(report: ExportReport, *, recipe: bool, trained: bool) -> str:
+    """What makes the export again.
+
+    Args:
+        report: Of the export.
+        recipe: Whether there is a recipe.yaml.
+        trained: Whether the callback made it.
+    """
+    if recipe:
+        return (
+            "Made from two folders by `daq-lightning quantize`. `recipe.yaml` holds all options; in this "
+            "folder, with those models where it says, this makes the same files:\n\n"
+            "```bash\ndaq-lightning quantize --config recipe.yaml\n```"
+        )
+    search = "".join(f"        {name}={value!r},\n" for name, value in report.search.items())
+    if not trained:
+        return (
+            "Made in Python:\n\n```python\nfrom daq_lightning import ScaleSearch, "
+            "export_checkpoint\n\nexport_checkpoint(\n    weights,\n    base,\n    out,\n"
+            f"    scheme={report.scheme!r},\n    search=ScaleSearch(\n{search}    ),\n)\n```"
+        )
+    return (
+        "Made in training, by a callback of Lightning:\n\n```python\nfrom daq_lightning import "
+        "DeltaAwareQuantization, ScaleSearch\n\nexport = DeltaAwareQuantization(\n"
+        f"    scheme={report.scheme!r},\n    search=ScaleSearch(\n{search}    ),\n)\n"
+        "trainer = L.Trainer(..., callbacks=[export])\n```"
+    )
