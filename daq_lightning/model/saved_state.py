@@ -78,9 +78,10 @@ def _saved(name: str, live: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     if saved is None and not live.requires_grad and not is_sharded(live):
         return live.detach()
     if saved is None or saved.shape != live.shape:
+        how = "trained" if live.requires_grad else "sharded"
         found = "lacks it" if saved is None else f"has the shape {tuple(saved.shape)}"
         raise CheckpointError(
-            f"{name} has the shape {tuple(live.shape)} in the model in training, but the checkpoint "
+            f"{name} is {how} and has the shape {tuple(live.shape)} in the model, but the checkpoint "
             f"{found}: expected a checkpoint of the same module with the same adapters."
         )
     return saved.detach()
