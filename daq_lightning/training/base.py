@@ -30,7 +30,7 @@ from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, spec_in
 from daq_lightning.checkpoint.writer import CheckpointWriter, plan_shards
 from daq_lightning.export.behind import Behind
-from daq_lightning.export.ranks import Agreement, Ranks
+from daq_lightning.export.ranks import ALONE, Agreement, Ranks
 from daq_lightning.export.turns import in_turn, shares
 from daq_lightning.export.work import deal, open_on_all
 from daq_lightning.model.live import LiveModel
@@ -119,7 +119,7 @@ def take_snapshot(
     weights: Mapping[str, Tensor],
     names: Iterable[str],
     folder: Path,
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
     own: Collection[Path] = (),
 ) -> Base:
     """Streams weights to a folder of safetensors, one at a time; an equal snapshot that is there is used

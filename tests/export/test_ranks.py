@@ -126,9 +126,8 @@ def test_any_number_of_ranks_writes_the_same_bytes(pair, tmp_path, expected, wor
 def test_ranks_without_a_file_of_their_own_write_nothing(pair, tmp_path):
     for code, output in ranks("one_file", pair, tmp_path / "out", 4):
         assert code == 0, output
-    job = prepare(
-        Source.from_folder(pair / "post"), load_checkpoint(pair / "base"), ExportSettings(search=QUICK)
-    )
+    settings = ExportSettings(search=QUICK, max_shard_bytes=10**9)
+    job = prepare(Source.from_folder(pair / "post"), load_checkpoint(pair / "base"), settings)
     run(job, tmp_path / "one")
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "one")
 
