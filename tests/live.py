@@ -89,3 +89,9 @@ def folder_bytes(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, bytes]:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name not in skip
     }
+
+
+def end_process_group() -> None:
+    """Ends Lightning's group: a thread of gloo that still lets go of a message when Python ends aborts it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

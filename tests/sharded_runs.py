@@ -23,10 +23,9 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from live import Tuning, data, make_trainer, tiny_llama
+from live import Tuning, data, end_process_group, make_trainer, tiny_llama
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -352,14 +351,8 @@ def launch(
     return results
 
 
-def finish() -> None:
-    """Ends the threads of gloo: one that lets go of its last message when Python ends aborts the process."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
     scenario, kind, place = sys.argv[1:]
     known = (everything, bases, failing, identical, without_checkpoints, left_alone)
     {run.__name__: run for run in known}[scenario](Path(place), kind)
-    finish()
+    end_process_group()

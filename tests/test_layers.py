@@ -31,6 +31,7 @@ LAZY = {"huggingface_hub", "jsonargparse", "matplotlib", "peft", "regex", "tqdm"
 WITHOUT_TORCH = {
     "numerics.formats",
     "numerics.formats.fp8",
+    "numerics.rounding.settings",
     "numerics.search.settings",
     "checkpoint.schemes",
     "export.settings",

@@ -148,7 +148,7 @@ def remove_leftovers(out: Path) -> None:
                 os.close(held)
 
 
-def leftovers(out: Path) -> list[Path]:
+def unfinished(out: Path) -> list[Path]:
     """The folders that killed exports to this destination left unfinished."""
     return [
         path.with_suffix("")

@@ -7,7 +7,7 @@ An FP8 folder looks like the checkpoint that it stands for: `X.weight` is dequan
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.folder import RawCheckpoint, config_dtype
-from daq_lightning.checkpoint.tensor_file import CheckpointError, LazyTensors, TensorSpec
+from daq_lightning.checkpoint.tensor_file import CheckpointError, DescribedTensors, TensorSpec
 from daq_lightning.numerics.formats import Granularity, PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.quantize import dequantize
 
@@ -30,7 +30,7 @@ _CACHE_SCALES = ("q_scale", "k_scale", "v_scale", "prob_output_scale", "kv_scale
 _FP8 = torch.float8_e4m3fn
 
 
-class Checkpoint(LazyTensors):
+class Checkpoint(DescribedTensors):
     """A checkpoint folder in high precision: FP8 weights are dequantized, one tensor at a time.
 
     Args:
@@ -93,19 +93,6 @@ class Checkpoint(LazyTensors):
         granularity = self._granularities[name]
         scale = scale.reshape(granularity.grid((codes.shape[0], codes.shape[1])))
         return dequantize(codes, scale, granularity, self.dtype)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.specs
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
-
-    def spec(self, name: str) -> TensorSpec:
-        """dtype and shape of a tensor, as it is handed out."""
-        return self.specs[name]
 
     def granularity(self, name: str) -> Granularity:
         """Which elements of an FP8 weight share a scale."""

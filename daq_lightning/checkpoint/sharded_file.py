@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.tensor_file import CheckpointError, LazyTensors, TensorSpec
+from daq_lightning.checkpoint.tensor_file import CheckpointError, DescribedTensors, TensorSpec
 
 _METADATA, _PREFIX = ".metadata", "state_dict."
 _CLASSES = {
@@ -46,7 +46,7 @@ def is_sharded_file(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / _METADATA).is_file()
 
 
-class ShardedFile(LazyTensors):
+class ShardedFile(DescribedTensors):
     """The `state_dict` in a sharded checkpoint: name -> tensor, read when asked for.
 
     Args:
@@ -61,14 +61,14 @@ class ShardedFile(LazyTensors):
         with self._explained(), open(self._path / _METADATA, "rb") as file:
             metadata = _Metadata(file).load()
             found = metadata.state_dict_metadata.items()
-            self._specs = {
+            self.specs = {
                 name.removeprefix(_PREFIX): TensorSpec(
                     name=name.removeprefix(_PREFIX), dtype=entry.properties.dtype, shape=tuple(entry.size)
                 )
                 for name, entry in found
                 if name.startswith(_PREFIX) and hasattr(entry, "size")
             }
-        if not self._specs:
+        if not self.specs:
             raise CheckpointError(
                 f"{path} has no state_dict: expected a checkpoint folder that Lightning's Trainer wrote."
             )
@@ -77,27 +77,14 @@ class ShardedFile(LazyTensors):
     def __getitem__(self, name: str) -> Tensor:
         import torch.distributed.checkpoint as dcp
 
-        spec = self._specs[name]
-        tensor = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
+        spec = self.specs[name]
         reader = dcp.FileSystemReader(self._path)
         reader.read_metadata = lambda *_, **__: self._metadata  # type: ignore[method-assign]  checked above
         with self._explained(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # it is not needed
+            tensor = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
             dcp.load({_PREFIX + name: tensor}, storage_reader=reader, no_dist=True)
         return tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._specs
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
-
-    def __len__(self) -> int:
-        return len(self._specs)
-
-    def spec(self, name: str) -> TensorSpec:
-        """dtype and shape of a tensor."""
-        return self._specs[name]
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -124,7 +124,30 @@ class LazyTensors(Mapping[str, Tensor]):
         """dtype and shape of a tensor, without computing or reading it."""
 
 
-class Renamed(LazyTensors):
+class DescribedTensors(LazyTensors):
+    """Lazy tensors whose descriptions are at hand: subclasses set `specs`, and read.
+
+    Attributes:
+        specs: Name, dtype and shape of every tensor.
+    """
+
+    specs: Mapping[str, TensorSpec]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def spec(self, name: str) -> TensorSpec:
+        """dtype and shape of a tensor."""
+        return self.specs[name]
+
+
+class Renamed(DescribedTensors):
     """Some of other tensors, under names of their own.
 
     Args:
@@ -134,22 +157,10 @@ class Renamed(LazyTensors):
 
     def __init__(self, tensors: LazyTensors, names: Mapping[str, str]) -> None:
         self._tensors, self._names = tensors, names
+        self.specs = {name: replace(tensors.spec(other), name=name) for name, other in names.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._names[name]]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def spec(self, name: str) -> TensorSpec:
-        """dtype and shape of a tensor."""
-        return replace(self._tensors.spec(self._names[name]), name=name)
 
 
 def spec_in(weights: Mapping[str, Tensor], name: str) -> TensorSpec:

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 
 from daq_lightning.cli import commands
 from daq_lightning.cli.arguments import in_options, make_parser, normalized
-from daq_lightning.cli.ranks import speaker
+from daq_lightning.cli.ranks import speaker, spread_over_gpus
 
 _COMMANDS = {
     "quantize": commands.quantize,
@@ -48,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; None takes those of the process.
     """
+    own = argv is None  # only then this process is the command, and may become another
     argv = normalized(list(sys.argv[1:] if argv is None else argv))
     with _any_text():
-        return _run(argv, debug="--debug" in argv)
+        return _run(argv, own, debug="--debug" in argv)
 
 
-def _run(argv: list[str], debug: bool) -> int:
+def _run(argv: list[str], own: bool, debug: bool) -> int:
     try:
         options = make_parser().parse_args(argv)
         with _without_interrupts():
@@ -62,6 +63,8 @@ def _run(argv: list[str], debug: bool) -> int:
         for name in _PATHS:
             if chosen.get(name) is not None:
                 chosen[name] = os.path.expanduser(chosen[name])
+        if own and not chosen.get("dry_run"):
+            spread_over_gpus(argv, chosen.get("device"))
         code = _COMMANDS[options.subcommand](chosen)
         sys.stdout.flush()
         return code

@@ -22,7 +22,7 @@ _SHOWN = 5  # differing weights in the text of inspect
 
 def quantize(options: Namespace) -> int:
     """Writes an FP8 checkpoint, or shows what would be written."""
-    from daq_lightning.cli.ranks import all_ranks, device_of_rank, spread_over_gpus
+    from daq_lightning.cli.ranks import all_ranks, device_of_rank
     from daq_lightning.export.job import prepare
     from daq_lightning.export.run import check_device, run
     from daq_lightning.export.settings import ExportSettings
@@ -53,7 +53,6 @@ def quantize(options: Namespace) -> int:
         missing_base=options.missing_base,
         max_shard_bytes=options.max_shard_bytes,
     )
-    spread_over_gpus(sys.argv[1:], options.device)
     device = device_of_rank(options.device)
     with all_ranks() as ranks:
 

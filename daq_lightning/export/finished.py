@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.destination import leftovers
+from daq_lightning.checkpoint.destination import unfinished
 from daq_lightning.checkpoint.fingerprint import fingerprint
 from daq_lightning.checkpoint.folder import read_json
 from daq_lightning.checkpoint.manifest import package_version
@@ -219,7 +219,7 @@ def find_leftover(out: Path, records: Records) -> Path | None:
     """The unfinished export to a destination that has most files in common with this one."""
     if not records.possible:
         return None
-    found = [(records.count(folder), folder) for folder in leftovers(out)]
+    found = [(records.count(folder), folder) for folder in unfinished(out)]
     count, folder = max(found, default=(0, None), key=lambda pair: pair[0])
     return folder if count else None
 

@@ -22,7 +22,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -90,6 +90,10 @@ class Ranks:
         if self.size == 1:
             return [value]
         return [sent for sent, _ in self._exchange(value, None)]
+
+    def union(self, mine: Mapping[str, _Value]) -> dict[str, _Value]:
+        """One mapping of those of all ranks, on every rank."""
+        return {name: value for part in self.gather(mine) for name, value in part.items()}
 
     def together(self, act: Callable[[], _Value]) -> _Value:
         """Acts on every rank; the first error of any rank is raised on all.
@@ -191,17 +195,16 @@ class Agreement:
 
     Args:
         ranks: Who takes part; all call `settle` equally often.
-
-    Attributes:
-        failed: Whether this rank has an error that is not raised yet.
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self._ranks, self._error = ranks, None
+        self._ranks = ranks
+        self._error: Exception | None = None
         self._pending: deque[tuple[Any, torch.Tensor]] = deque()
 
     @property
     def failed(self) -> bool:
+        """Whether this rank has an error that is not raised yet."""
         return self._error is not None
 
     @contextlib.contextmanager
@@ -212,7 +215,7 @@ class Agreement:
         except Exception as error:
             if self._ranks.size == 1:
                 raise
-            self._error: Exception | None = self._error or error
+            self._error = self._error or error
 
     def settle(self) -> None:
         """Ends a step; raises what went wrong on any rank."""
@@ -252,7 +255,7 @@ def _answered() -> Iterator[None]:
         raise RankLostError(
             f"Another rank of this job ended, or cannot be reached any more from {socket.gethostname()} "
             f"({str(error).splitlines()[0][:200]}). Nothing was published. See what that rank printed; then "
-            "start the job again, with --resume to go on from the files that are complete."
+            "start again. An export of folders goes on from its complete files with --resume."
         ) from error
 
 

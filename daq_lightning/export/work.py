@@ -48,7 +48,7 @@ class Work:
 
     def files(self, rank: int) -> frozenset[str]:
         """The files of a rank."""
-        return frozenset(file for file, owner in self.owners.items() if owner == rank)
+        return files_of(self.owners, rank)
 
 
 def deal(shards: Mapping[str, Sequence[TensorSpec]], size: int) -> dict[str, int]:
@@ -67,6 +67,11 @@ def deal(shards: Mapping[str, Sequence[TensorSpec]], size: int) -> dict[str, int
         owners[file] = load.index(min(load))
         load[owners[file]] += sizes[file]
     return owners
+
+
+def files_of(owners: Mapping[str, int], rank: int) -> frozenset[str]:
+    """The files that `deal` gave to a rank."""
+    return frozenset(file for file, owner in owners.items() if owner == rank)
 
 
 def share_out(

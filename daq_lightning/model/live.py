@@ -93,9 +93,9 @@ class LiveModel:
         self._state = None if state is None else _inside(state, self._name)
         own = sharded_state(found, trained)
         self.sharded = any(map(is_sharded, own.values()))
-        _check_sharded(found, own)
-        self.adapters = find_adapters(found, self._state)
         computed = find_computed(found)
+        _check_sharded(found, own, computed)
+        self.adapters = find_adapters(found, self._state)
         if self.adapters is not None:
             if computed:
                 raise ValueError(
@@ -261,7 +261,7 @@ def _on(tensors: Mapping[str, Any], key: str, owner: int) -> Tensor | None:
     return tensors.on(key, owner) if isinstance(tensors, AdaptedTensors) else tensor_on(tensors[key], owner)
 
 
-def _check_sharded(model: nn.Module, state: Mapping[str, Any]) -> None:
+def _check_sharded(model: nn.Module, state: Mapping[str, Any], computed: Mapping[str, object]) -> None:
     """Refuses what cannot be computed out of shards."""
     peft = any(type(part).__module__.startswith("peft.") for part in model.modules())
     if peft and any(isinstance(tensor, Placeholder) for tensor in state.values()):
@@ -270,7 +270,6 @@ def _check_sharded(model: nn.Module, state: Mapping[str, Any]) -> None:
             "ModelParallelStrategy (FSDP2), or with ZeRO-2, or save the adapter and run `daq-lightning "
             "quantize POST --adapter FOLDER`."
         )
-    computed = find_computed(model)
     if computed and any(map(is_sharded, state.values())):
         raise ValueError(
             f"{next(iter(computed))} is parametrized (weight norm or the like) in a sharded model, where it "

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from daq_lightning.checkpoint.folder import MANIFEST
 from daq_lightning.report.figures import ExportReport, Side
 from daq_lightning.report.markup import items, name, scrolling, sentence, text, visible
 from daq_lightning.report.rows import Figures, Row, rows_of, split_name, totals_of, worst_rows
@@ -70,10 +71,10 @@ def check_page(file: str | os.PathLike[str]) -> None:
         raise ValueError(f"{file} is a folder: pass the name of an HTML file.")
     if not file.absolute().parent.is_dir():
         raise ValueError(f"{file} cannot be written: there is no folder {file.absolute().parent}.")
-    if (file.absolute().parent / "daq_manifest.json").exists():
+    if (file.absolute().parent / MANIFEST).exists():
         raise ValueError(
-            f"{file} is in an export, which would no longer be what its daq_manifest.json says: choose a "
-            "place beside it."
+            f"{file} is in an export, which would no longer be what its {MANIFEST} says: choose a place "
+            "beside it."
         )
     if file.exists():
         if not file.is_file():

@@ -32,7 +32,7 @@ from daq_lightning.checkpoint.writer import CheckpointWriter, plan_shards
 from daq_lightning.export.behind import Behind
 from daq_lightning.export.ranks import ALONE, Agreement, Ranks
 from daq_lightning.export.turns import in_turn, shares
-from daq_lightning.export.work import deal, open_on_all
+from daq_lightning.export.work import deal, files_of, open_on_all
 from daq_lightning.model.live import LiveModel
 from daq_lightning.model.saved_state import adapters_in
 from daq_lightning.training.claims import claim, mark_shared, versions
@@ -168,7 +168,7 @@ def _write_snapshot(weights: Mapping[str, Tensor], names: list[str], target: Pat
     agreement = Agreement(ranks)
     mine: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        files = frozenset(file for file, owner in owners.items() if owner == ranks.rank)
+        files = files_of(owners, ranks.rank)
         writer = open_on_all(
             lambda folder: CheckpointWriter(target, specs, files=files, folder=folder), ranks, stack
         )
@@ -178,7 +178,7 @@ def _write_snapshot(weights: Mapping[str, Tensor], names: list[str], target: Pat
                 behind.run(writer.write, name, weight)  # while it is fingerprinted
                 mine[name] = fingerprint(weight)
         ranks.together(lambda: (behind.wait(), writer.finish()))
-        found = {name: value for part in ranks.gather(mine) for name, value in part.items()}
+        found = ranks.union(mine)
         fingerprints = {name: found[name] for name in names}
 
         def publish() -> None:

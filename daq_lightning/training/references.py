@@ -6,7 +6,7 @@ fingerprint of every tensor. The ranks of a job share the reading; each keeps wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.fingerprint import combine, fingerprint
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.checkpoint.tensor_file import LazyTensors, TensorSpec, spec_in
+from daq_lightning.checkpoint.tensor_file import DescribedTensors, TensorSpec, spec_in
 from daq_lightning.export.ranks import Agreement, Ranks
 from daq_lightning.export.turns import in_turn, shares
 
@@ -103,12 +103,12 @@ def read_fingerprints(
     for name, tensor in in_turn(weights, parts, ranks, agreement):
         with agreement.attempt():
             mine[name] = fingerprint(tensor)
-    found = {name: value for part in ranks.gather(mine) for name, value in part.items()}
+    found = ranks.union(mine)
     return {name: found[name] for part in parts for name in part}
 
 
-class OwnCopies(LazyTensors):
-    """Copies of the weights that this rank exports, with the descriptions of all.
+class OwnCopies(DescribedTensors):
+    """Copies of the weights that this rank exports, with the descriptions of all, as every rank has them.
 
     Args:
         specs: Of all.
@@ -116,23 +116,10 @@ class OwnCopies(LazyTensors):
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], copies: Mapping[str, Tensor]) -> None:
-        self._specs, self._copies = specs, copies
+        self.specs, self._copies = specs, copies
 
     def __getitem__(self, name: str) -> Tensor:
         return self._copies[name]
-
-    def __contains__(self, name: object) -> bool:  # the same on all ranks
-        return name in self._specs
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
-
-    def __len__(self) -> int:
-        return len(self._specs)
-
-    def spec(self, name: str) -> TensorSpec:
-        """dtype and shape of a tensor, of any rank."""
-        return self._specs[name]
 
 
 def copy_to_memory(weights: Mapping[str, Tensor], request: BaseRequest, ranks: Ranks) -> Base:

@@ -85,6 +85,7 @@ class Run:
         self.error: Exception | None = None
         model_name, model, source, plan = ranks.together(self._planned)
         self._sharded = model.sharded
+        # before the base is read, which ranks of different plans would do in different orders
         ranks.check_equal("The plan of the export", lambda: parts_of(plan, settings.choices))
         names = tuple(tensor.spec.name for tensor in plan.quantized)
         resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path is not None else None

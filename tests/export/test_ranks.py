@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from live import folder_bytes
-from sharded_runs import finish, launch
+from live import end_process_group, folder_bytes
+from sharded_runs import launch
 from tiny_models import llama, make_pair
 
 from daq_lightning import CheckpointError, ScaleSearch
@@ -320,7 +320,7 @@ def _scenario(name: str, pair: Path, out: Path) -> None:
         (out.parent / f"report{rank}.json").write_text(json.dumps(report.to_dict()))
     everyone.close()
     if name != "slow":
-        finish()
+        end_process_group()
     else:
         os._exit(0)
 

@@ -16,17 +16,9 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback
-from live import folder_bytes
+from live import end_process_group, folder_bytes
 
 pytestmark = pytest.mark.slow
-
-
-def finish() -> None:
-    """Ends the group: a thread of gloo that still lets go of a message when Python ends aborts it."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def run(scenario: str, folder: Path, timeout: int = 150) -> subprocess.CompletedProcess[str]:
@@ -316,4 +308,4 @@ SCENARIOS = {
 
 if __name__ == "__main__":
     SCENARIOS[sys.argv[1]](Path(sys.argv[2]))
-    finish()
+    end_process_group()
