@@ -3,16 +3,15 @@
     .<file>.done     beside each complete file of an unfinished export, written when that file is durable
 
 A record holds what the report and the manifest say of the tensors in its file, and a digest of all that they
-depend on: plan, settings, versions, and which input files there were. It counts if the digest is the same now
-and every tensor in the file still has its fingerprint. There are records only of exports from folders: a
-model in memory is gone when its process is.
+depend on: plan, settings, versions, and which input files there were. It counts if the digest is the same
+now, the record is as it was written, and every tensor in the file still has its fingerprint. There are
+records only of exports from folders: a model in memory is gone when its process is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,24 +155,27 @@ class Records:
         ]
         return Record(file=file, digest=self._digest, names=tuple(names), left=set(names))
 
-    def read(self, folder: Path, file: str) -> Finished:
+    def read(self, folder: Path, file: str, specs: Sequence[TensorSpec]) -> Finished:
         """What a file of an unfinished export holds, after checking it; nothing if it is not complete."""
         path = folder / _name(file)
         if not (self.possible and path.is_file()):
             return Finished()
         try:
             content = read_json(path)
-            if content.get("digest") != self._digest:
+            tensors: Any = content.get("tensors")
+            if content.get("digest") != self._digest or content.get("sha256") != _sha256(tensors):
                 return Finished()
-            done = Finished.from_dict(content["tensors"], (file,))
+            done = Finished.from_dict(tensors, (file,))
             entries = read_header(folder / file)
+            if set(done.prints) != set(self.of(file, specs).names):
+                return Finished()
             for name, prints in done.prints.items():
                 for part, spec in self._plan[name].stored.items():
                     entry = entries[spec.name]
                     same = entry.dtype == spec.dtype and entry.shape == spec.shape
                     if not (same and fingerprint(entry.read()) == prints.stored[part]):
                         return Finished()
-        except (CheckpointError, OSError, KeyError, TypeError, AttributeError):  # cut off, or altered
+        except (CheckpointError, OSError, KeyError):  # the file is cut off, or another one
             return Finished()
         return done
 
@@ -212,7 +214,8 @@ class Record:
 
     def content(self, finished: Finished) -> tuple[str, dict[str, Any]]:
         """Name and content of the record."""
-        return _name(self.file), {"digest": self.digest, "tensors": finished.to_dict(self.names)}
+        tensors = finished.to_dict(self.names)
+        return _name(self.file), {"digest": self.digest, "sha256": _sha256(tensors), "tensors": tensors}
 
 
 def find_leftover(out: Path, records: Records) -> Path | None:
@@ -236,5 +239,8 @@ def _digest(job: Job) -> str:
         for file in ([place] if place.is_file() else sorted(place.iterdir()))
         if file.suffix in (".safetensors", ".json") and file.is_file()
     ]
-    content = [job.parts(), inputs, package_version("daq-lightning"), os.fspath(job.lineage.base_path)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return _sha256([job.parts(), inputs, package_version("daq-lightning"), job.lineage.base_path])
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

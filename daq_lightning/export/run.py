@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,7 @@ from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ExportReport
 
 if TYPE_CHECKING:
+    from daq_lightning.checkpoint.tensor_file import TensorSpec
     from daq_lightning.export.job import Job
     from daq_lightning.export.plan import TensorPlan
 
@@ -119,11 +120,11 @@ def run(
 
 
 def _verified(
-    folder: Path, records: Records, job: Job, shards: Mapping[str, object], ranks: Ranks
+    folder: Path, records: Records, job: Job, shards: Mapping[str, Sequence[TensorSpec]], ranks: Ranks
 ) -> Finished:
     """What is complete in a leftover; the ranks share the reading."""
     files = sorted(shards)[ranks.rank :: ranks.size]
-    found = ranks.together(lambda: [records.read(folder, file) for file in files])
+    found = ranks.together(lambda: [records.read(folder, file, shards[file]) for file in files])
     return Finished.joined([part for parts in ranks.gather(found) for part in parts])
 
 

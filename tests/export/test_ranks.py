@@ -234,10 +234,11 @@ def test_without_resume_what_was_left_is_removed(pair, tmp_path, expected, monke
     assert list(tmp_path.glob(".out*")) == []
 
 
-@pytest.mark.parametrize("change", ["codes", "record", "cut", "settings", "input"])
+@pytest.mark.parametrize("change", ["codes", "record", "numbers", "nonsense", "cut", "settings", "input"])
 def test_what_is_not_whole_or_of_another_export_is_done_again(pair, tmp_path, expected, monkeypatch, change):
     left = _leave_unfinished(pair, tmp_path / "out", monkeypatch)
-    [record, *_] = sorted(left.glob(".*.done"))
+    records = sorted(left.glob(".*.done"))
+    record = next(path for path in records if '"n": ' in path.read_text())  # of a file with codes
     file = left / record.name.removeprefix(".").removesuffix(".done")
     if change == "codes":  # one bit of the last tensor
         data = bytearray(file.read_bytes())
@@ -247,6 +248,12 @@ def test_what_is_not_whole_or_of_another_export_is_done_again(pair, tmp_path, ex
         file.write_bytes(file.read_bytes()[:-10])
     elif change == "record":
         record.write_text(record.read_text()[:-30])
+    elif change == "numbers":  # of the report, in a record that can be read
+        altered = re.sub(r'"n": \d+', '"n": 7', record.read_text())
+        assert altered != record.read_text()
+        record.write_text(altered)
+    elif change == "nonsense":
+        record.write_text(json.dumps({key: [1e300, "x", None] for key in json.loads(record.read_text())}))
     elif change == "input":  # the same bytes, but written again since
         for weights in (pair / "post").glob("*.safetensors"):
             os.utime(weights)
