@@ -1,0 +1,143 @@
+"""The tables: means over seeds, with the least and the largest in brackets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from benchmarks.retention import settings as s
+from benchmarks.retention.rows import Rows
+from benchmarks.retention.settings import RANGES, Setting
+
+BASES = {
+    "fp8": "base in FP8, full fine-tuning",
+    "bf16": "base in bfloat16, full fine-tuning",
+    "lora": "base in bfloat16, LoRA",
+}
+MODELS = {"toy": "Toy (2 M byte LM)", "minilm": "MiniLM-L6 (22.7 M)"}
+
+
+class Column(NamedTuple):
+    """A figure of a row and how it is written."""
+
+    title: str
+    figure: str
+    form: Callable[[float], str]
+    ranged: bool = True
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _small(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+00", "")
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}"
+
+
+MODEL_COLUMNS = (
+    Column("gap kept %", "style_gap_kept", _percent),
+    Column("KL, style", "style_kld_mean", _small),
+    Column("KL, other text", "other_kld_mean", _small),
+    Column("update gain", "style_update_gain", _two),
+    Column("top kept %", "style_top_kept", _percent),
+    Column("reverted %", "style_top_reverted", _percent, ranged=False),
+    Column("elsewhere %", "style_top_elsewhere", _percent, ranged=False),
+    Column("KL along", "style_kld_along", _small, ranged=False),
+    Column("KL across", "style_kld_across", _small, ranged=False),
+)
+WEIGHT_COLUMNS = (
+    Column("sign rate %", "sign_rate", _percent, ranged=False),
+    Column("cosine", "cosine", _two, ranged=False),
+    Column("gain", "gain", _two, ranged=False),
+    Column("delta L2", "delta_q_norm", _two, ranged=False),
+)
+SHORT_COLUMNS = (
+    Column("gap kept %", "style_gap_kept", _percent),
+    Column("KL, style", "style_kld_mean", _small),
+    Column("KL, other text", "other_kld_mean", _small),
+    Column("update gain", "style_update_gain", _two),
+    Column("top kept %", "style_top_kept", _percent, ranged=False),
+)
+
+
+def all_tables(rows: Rows) -> str:
+    """Markdown."""
+    parts = []
+    for model, base in rows.subjects():
+        title = f"{MODELS.get(model, model)}, {BASES[base]}"
+        seeds = len(rows.of(model, base, Setting()))
+        parts.append(f"## {title} ({seeds} seed{'s' * (seeds > 1)})")
+        for heading, lines, columns in _tables():
+            table = list(_table(rows, model, base, lines, columns))
+            if table:
+                parts += [f"### {heading}", "\n".join(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables() -> Iterator[tuple[str, list[tuple[str, Setting]], tuple[Column, ...]]]:
+    both = (*MODEL_COLUMNS, *WEIGHT_COLUMNS)
+    baselines = [("base", Setting(kind="base")), ("fine-tuned, not quantized", Setting(kind="post"))]
+    baselines += [("absmax, block", Setting()), ("absmax, channel", Setting(scheme="FP8_DYNAMIC"))]
+    baselines += [(f"llm-compressor {name}", Setting(kind=name)) for name in ("AbsMax", "SmoothQuant", "AWQ")]
+    yield "Plain quantization (Table 2 of the paper)", baselines, both
+    for metric, table in (("mse", "Table 3"), ("sign", "Table 4"), ("cosine", "Table 5"), ("hybrid", "ours")):
+        lines = [
+            (
+                f"{kind} [{low:g}, {high:g}]",
+                Setting(objective=metric, low=low, high=high, scheme=scheme, scope=scope),
+            )
+            for kind, scheme, scope in (
+                ("block", "FP8_BLOCK", "group"),
+                ("block, one alpha a tensor", "FP8_BLOCK", "tensor"),
+                ("channel", "FP8_DYNAMIC", "group"),
+            )
+            for low, high in RANGES
+        ]
+        yield f"Scales searched for {metric} ({table})", lines, both
+    yield "Rounding, weights only (block, absmax scales)", ROUNDING, SHORT_COLUMNS
+    served = [("activations alone: the floor", Setting(kind="post", activations=True))]
+    served += [(label, replace(setting, activations=True)) for label, setting in ROUNDING]
+    yield "Weights and activations in FP8", served, SHORT_COLUMNS
+
+
+ROUNDING: list[tuple[str, Setting]] = [
+    ("nearest, absmax", Setting()),
+    ("nearest, hybrid scales", s.HYBRID),
+    ("update alone, .1/.3", s.UPDATE),
+    ("inputs right, update left, .001/.1", s.INPUTS_UPDATE),
+    *(
+        (f"GPTQ, {'activation' if one.ordered else 'natural'} order, {one.damping_in:g}", one)
+        for one in s.gptq()
+    ),
+    ("activations (K-FAC), .001/.01", s.ACTIVATIONS),
+    ("activations + .1 update", s.ACTIVATIONS_UPDATE),
+    ("gradients of 16 steps", s.GRADIENTS),
+    ("activations, text of its own", s.SELF),
+]
+
+
+def _table(
+    rows: Rows, model: str, base: str, lines: Sequence[tuple[str, Setting]], columns: Sequence[Column]
+) -> Iterator[str]:
+    filled = [(label, found) for label, setting in lines if (found := rows.of(model, base, setting))]
+    if not filled:
+        return
+    yield f"| | {' | '.join(column.title for column in columns)} |"
+    yield "| --- " * (1 + len(columns)) + "|"
+    for label, found in filled:
+        yield f"| {label} | {' | '.join(_cell(found, column) for column in columns)} |"
+
+
+def _cell(found: Sequence[dict[str, float]], column: Column) -> str:
+    values = [row[column.figure] for row in found if math.isfinite(row[column.figure])]
+    if not values:
+        return "-"
+    mean = column.form(sum(values) / len(values))
+    least, largest = column.form(min(values)), column.form(max(values))
+    return mean if not column.ranged or least == largest else f"{mean} ({least}-{largest})"
