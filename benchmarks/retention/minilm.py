@@ -30,8 +30,8 @@ from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
 from recipes.finetune_and_export import DOCSTRING_OR_COMMENT
 
 CLASSES, TOKENS, BATCH, LAST_STEPS = 29, 40, 16, 16
-STEPS, HELD_OUT, COMMENTS = 150, 256, 96
-LEARNING_RATE = {"fp8": 1.5e-5, "bf16": 1.5e-5, "lora": 3e-4}
+STEPS, HELD_OUT, COMMENTS = 100, 256, 96
+LEARNING_RATE = {"fp8": 3e-5, "bf16": 3e-5, "lora": 6e-4}
 
 
 def minilm_folder() -> Path | None:
