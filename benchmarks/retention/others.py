@@ -14,7 +14,12 @@ import importlib.util
 import tempfile
 from typing import Any
 
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.retention.in_memory import total
 from benchmarks.retention.measure import figures_of_model, figures_of_weights
@@ -54,7 +59,6 @@ def measured(subject: Subject, setting: Setting) -> dict[str, float]:
 def _compressed(subject: Subject, kind: str) -> dict[str, Tensor]:
     """The weights that its model computes with, by name."""
     from compressed_tensors.quantization import forward_quantize  # type: ignore[import-not-found]
-    from datasets import Dataset  # type: ignore[import-not-found]
     from llmcompressor import oneshot  # type: ignore[import-not-found]
     from llmcompressor.modifiers.quantization import QuantizationModifier  # type: ignore[import-not-found]
     from llmcompressor.modifiers.transform.awq import AWQModifier  # type: ignore[import-not-found]
@@ -74,15 +78,16 @@ def _compressed(subject: Subject, kind: str) -> dict[str, Tensor]:
         recipe.insert(0, SmoothQuantModifier(smoothing_strength=0.5))
     if kind == "AWQ":
         recipe.insert(0, AWQModifier())
-    rows = [row for batch in subject.training for row in batch.inputs["input_ids"].tolist()]
-    columns = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+    batches = [
+        {**batch.inputs, "attention_mask": torch.ones_like(batch.inputs["input_ids"])}
+        for batch in subject.training
+    ]
     with tempfile.TemporaryDirectory() as folder:
         oneshot(
             model=model,
-            dataset=None if kind == "AbsMax" else Dataset.from_dict(columns),
+            processor=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?"))),
+            dataset=None if kind == "AbsMax" else DataLoader(batches, batch_size=None),  # type: ignore[arg-type]
             recipe=recipe,
-            max_seq_length=len(rows[0]),
-            num_calibration_samples=len(rows),
             log_dir=folder,
         )
     weights = {name: tensor for name, tensor in model.state_dict().items() if name in subject.post}

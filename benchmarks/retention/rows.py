@@ -65,13 +65,12 @@ class Rows:
             writer.writerow([*key, *of_setting, f"{seconds:.2f}", *values])
         self.found[key] = {"seconds": seconds} | figures
 
-    def of(self, model: str, base: str, setting: Setting | str) -> list[dict[str, float]]:
-        """The rows of a setting, one for each seed."""
-        name = setting if isinstance(setting, str) else setting.name
+    def of(self, model: str, base: str, setting: Setting) -> list[dict[str, float]]:
+        """The rows of a setting, one for each `seed`."""
         return [
-            row
+            {"seed": key.seed} | row
             for key, row in sorted(self.found.items())
-            if (key.model, key.base, key.setting) == (model, base, name)
+            if (key.model, key.base, key.setting) == (model, base, setting.name)
         ]
 
     def subjects(self) -> Iterable[tuple[str, str]]:

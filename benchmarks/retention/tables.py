@@ -36,6 +36,10 @@ def _small(value: float) -> str:
     return f"{value:.1e}".replace("e-0", "e-").replace("e+00", "")
 
 
+def _times(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
 def _two(value: float) -> str:
     return f"{value:.2f}"
 
@@ -57,11 +61,21 @@ WEIGHT_COLUMNS = (
     Column("gain", "gain", _two, ranged=False),
     Column("delta L2", "delta_q_norm", _two, ranged=False),
 )
-SHORT_COLUMNS = (
-    Column("gap kept %", "style_gap_kept", _percent),
+ROUNDING_COLUMNS = (
     Column("KL, style", "style_kld_mean", _small),
+    Column("absmax / KL", "less", _times),
+    Column("KL / best GPTQ", "of_gptq", _two),
+    Column("gap kept %", "style_gap_kept", _percent),
     Column("KL, other text", "other_kld_mean", _small),
-    Column("update gain", "style_update_gain", _two),
+    Column("update gain", "style_update_gain", _two, ranged=False),
+    Column("top kept %", "style_top_kept", _percent, ranged=False),
+)
+SERVED_COLUMNS = (
+    Column("KL, style", "style_kld_mean", _small),
+    Column("KL / floor", "of_floor", _two),
+    Column("gap kept %", "style_gap_kept", _percent),
+    Column("KL, other text", "other_kld_mean", _small),
+    Column("update gain", "style_update_gain", _two, ranged=False),
     Column("top kept %", "style_top_kept", _percent, ranged=False),
 )
 
@@ -100,10 +114,10 @@ def _tables() -> Iterator[tuple[str, list[tuple[str, Setting]], tuple[Column, ..
             for low, high in RANGES
         ]
         yield f"Scales searched for {metric} ({table})", lines, both
-    yield "Rounding, weights only (block, absmax scales)", ROUNDING, SHORT_COLUMNS
+    yield "Rounding, weights only (block, absmax scales)", ROUNDING, ROUNDING_COLUMNS
     served = [("activations alone: the floor", Setting(kind="post", activations=True))]
     served += [(label, replace(setting, activations=True)) for label, setting in ROUNDING]
-    yield "Weights and activations in FP8", served, SHORT_COLUMNS
+    yield "Weights and activations in FP8", served, SERVED_COLUMNS
 
 
 ROUNDING: list[tuple[str, Setting]] = [
@@ -125,13 +139,31 @@ ROUNDING: list[tuple[str, Setting]] = [
 def _table(
     rows: Rows, model: str, base: str, lines: Sequence[tuple[str, Setting]], columns: Sequence[Column]
 ) -> Iterator[str]:
-    filled = [(label, found) for label, setting in lines if (found := rows.of(model, base, setting))]
+    filled = [(label, _beside(rows, model, base, setting)) for label, setting in lines]
+    filled = [(label, found) for label, found in filled if found]
     if not filled:
         return
     yield f"| | {' | '.join(column.title for column in columns)} |"
     yield "| --- " * (1 + len(columns)) + "|"
     for label, found in filled:
         yield f"| {label} | {' | '.join(_cell(found, column) for column in columns)} |"
+
+
+def _beside(rows: Rows, model: str, base: str, setting: Setting) -> list[dict[str, float]]:
+    """The rows of a setting, each beside absmax, the best GPTQ and the floor of the same seed."""
+
+    def least(others: Sequence[Setting], seed: float) -> float:
+        found = [row for other in others for row in rows.of(model, base, other) if row["seed"] == seed]
+        return min((row["style_kld_mean"] for row in found), default=math.nan)
+
+    found = rows.of(model, base, setting)
+    for row in found:
+        kl, seed = row["style_kld_mean"], row["seed"]
+        floor = least([Setting(kind="post", activations=True)], seed)
+        row["less"] = least([Setting()], seed) / kl if kl else math.nan
+        row["of_gptq"] = kl / least(s.gptq(), seed)
+        row["of_floor"] = kl / floor if setting.activations else math.nan
+    return found
 
 
 def _cell(found: Sequence[dict[str, float]], column: Column) -> str:
