@@ -47,7 +47,10 @@ class Study:
                     yield model, base, seed
 
     def missing(self, model: str, base: BaseKind, seed: int) -> list[Setting]:
-        asked = [*settings(model, base, self.args.quick), *others.settings(model, base)]
+        first = seed == self.args.seeds[0]
+        asked = settings(model, base, first=first, quick=self.args.quick)
+        if first:
+            asked += others.settings(model, base)
         return [one for one in asked if Key(model, base, seed, one.name) not in self.rows.found]
 
     def run(self) -> None:

@@ -4,8 +4,9 @@
     SmoothQuant   SmoothQuantModifier, strength 0.5, before it
     AWQ           AWQModifier before it
 
-The last two look at the batches of the last training steps. They move scales between layers, so that the
-weights no longer stand beside those of the base: figures of the update in the weights are left out.
+AWQ runs where there is an accelerator. It and SmoothQuant look at the batches of the last training steps.
+They move scales between layers, so that the weights no longer stand beside those of the base: figures of the
+update in the weights are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.retention.in_memory import total
 from benchmarks.retention.measure import figures_of_model, figures_of_weights
@@ -66,7 +67,7 @@ def _compressed(subject: Subject, kind: str) -> dict[str, Tensor]:
         SmoothQuantModifier,
     )
 
-    model = new_model().eval()
+    model: Any = new_model()
     model.load_state_dict({name: tensor.float() for name, tensor in subject.post.items()})
     blocks = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
     recipe: list[Any] = [
@@ -83,10 +84,12 @@ def _compressed(subject: Subject, kind: str) -> dict[str, Tensor]:
         for batch in subject.training
     ]
     with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)  # it asks for the folder that a model came from
+        model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
         oneshot(
             model=model,
             processor=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?"))),
-            dataset=None if kind == "AbsMax" else DataLoader(batches, batch_size=None),  # type: ignore[arg-type]
+            dataset=None if kind == "AbsMax" else DataLoader(batches, batch_size=None),
             recipe=recipe,
             log_dir=folder,
         )

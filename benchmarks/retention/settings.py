@@ -76,8 +76,15 @@ class Setting:
         )
 
 
-def settings(model: str, base_kind: BaseKind, quick: bool = False) -> list[Setting]:
-    """Of one subject, each once."""
+def settings(model: str, base_kind: BaseKind, *, first: bool = True, quick: bool = False) -> list[Setting]:
+    """Of one subject, each once.
+
+    Args:
+        model: "toy" or "minilm".
+        base_kind: What was fine-tuned.
+        first: Whether this is the first seed, which has all settings; the others have those of CORE.
+        quick: The few of a quick run.
+    """
     found = [Setting(kind="post"), Setting(kind="base"), Setting(), Setting(scheme="FP8_DYNAMIC")]
     found += _searched(model, base_kind, quick)
     rounded = list(_rounded(model, quick))
@@ -85,7 +92,7 @@ def settings(model: str, base_kind: BaseKind, quick: bool = False) -> list[Setti
     found += [Setting(kind="post", activations=True)]
     seen = [one for one in [Setting(), HYBRID, *rounded] if _served(one)]
     found += [replace(one, activations=True) for one in seen]
-    return list(dict.fromkeys(found))
+    return [one for one in dict.fromkeys(found) if first or one in CORE]
 
 
 HYBRID = Setting(objective="hybrid", low=0.5, high=2.0)
@@ -106,6 +113,18 @@ def gptq() -> list[Setting]:
         for ordered in (False, True)
         for damping in (0.1, 0.01, 0.001)
     ]
+
+
+CORE = (
+    *(Setting(kind=kind) for kind in ("post", "base")),
+    *(Setting(scheme=scheme) for scheme in ("FP8_BLOCK", "FP8_DYNAMIC")),
+    *(Setting(objective=metric, low=0.5, high=2.0) for metric in METRICS),
+    *(Setting(objective=metric, low=low, high=high) for metric in ("sign", "cosine") for low, high in RANGES),
+    *(UPDATE, INPUTS_UPDATE, *gptq()[-2:], ACTIVATIONS, ACTIVATIONS_UPDATE, GRADIENTS),
+    Setting(kind="post", activations=True),
+    *(replace(one, activations=True) for one in (Setting(), ACTIVATIONS_UPDATE)),
+)
+"""The settings of every seed but the first."""
 
 
 def _searched(model: str, base_kind: BaseKind, quick: bool) -> Iterator[Setting]:
