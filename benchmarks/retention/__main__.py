@@ -44,7 +44,8 @@ class Study:
         for seed in self.args.seeds:
             for model in self.args.models:
                 for base in self.args.bases:
-                    yield model, base, seed
+                    if (model, base) != ("toy", "fp8-small"):
+                        yield model, base, seed
 
     def missing(self, model: str, base: BaseKind, seed: int) -> list[Setting]:
         first = seed == self.args.seeds[0]

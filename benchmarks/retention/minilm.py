@@ -31,7 +31,7 @@ from recipes.finetune_and_export import DOCSTRING_OR_COMMENT
 
 CLASSES, TOKENS, BATCH, LAST_STEPS = 29, 40, 16, 16
 STEPS, HELD_OUT, COMMENTS = 100, 256, 96
-LEARNING_RATE = {"fp8": 3e-5, "bf16": 3e-5, "lora": 6e-4}
+LEARNING_RATE = {"fp8": 1e-4, "fp8-small": 3e-5, "bf16": 1e-4, "lora": 6e-4}
 
 
 def minilm_folder() -> Path | None:
@@ -83,8 +83,9 @@ def make_minilm(folder: Path, out: Path, base_kind: BaseKind, seed: int, quick: 
         for name, tensor in network.state_dict().items()
         if name.startswith("encoder.encoder.layer.") and tensor.ndim == 2
     )
-    base = _saved(out / f"minilm-base-{base_kind}-{seed}.safetensors", lambda: _base(
-        network, base_kind == "fp8", quantized, training))  # fmt: skip
+    stored = "fp8" if base_kind.startswith("fp8") else "bf16"
+    base = _saved(out / f"minilm-base-{stored}-{seed}.safetensors", lambda: _base(
+        network, stored == "fp8", quantized, training))  # fmt: skip
     post = _saved(out / f"minilm-{base_kind}-{seed}.safetensors", lambda: _fine_tuned(
         network, base, base_kind, seed, training))  # fmt: skip
     return Subject(

@@ -42,11 +42,9 @@ def about() -> str:
 
 def settings(model: str, base_kind: str) -> list[Setting]:
     """Those of a subject."""
-    return (
-        [Setting(kind=kind) for kind in KINDS]
-        if _INSTALLED and model == "toy" and base_kind != "lora"
-        else []
-    )
+    asked = _INSTALLED and model == "toy" and base_kind != "lora"
+    kinds = KINDS if torch.accelerator.is_available() else KINDS[:2]
+    return [Setting(kind=kind) for kind in kinds] if asked else []
 
 
 def measured(subject: Subject, setting: Setting) -> dict[str, float]:

@@ -129,14 +129,13 @@ CORE = (
 
 def _searched(model: str, base_kind: BaseKind, quick: bool) -> Iterator[Setting]:
     """All on the toy with a base in FP8, where they differ most; elsewhere blocks, and the widest range."""
-    full = base_kind == "fp8" and not quick
+    full = base_kind.startswith("fp8") and not quick
     for metric in METRICS:
         for low, high in RANGES if full else RANGES[:1]:
             yield Setting(objective=metric, low=low, high=high)
             if full and model == "toy":
                 yield Setting(objective=metric, low=low, high=high, scheme="FP8_DYNAMIC")
-        if full and model == "toy" and metric != "mse":
-            yield Setting(objective=metric, low=0.5, high=2.0, scope="tensor")
+                yield Setting(objective=metric, low=low, high=high, scope="tensor")
 
 
 def _rounded(model: str, quick: bool) -> Iterator[Setting]:

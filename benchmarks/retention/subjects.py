@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-BaseKind: TypeAlias = Literal["fp8", "bf16", "lora"]
-"""A base that is itself FP8, one in bfloat16, and one in bfloat16 whose update is a LoRA adapter, merged."""
+BaseKind: TypeAlias = Literal["fp8", "fp8-small", "bf16", "lora"]
+"""What a fine-tuning began with: a base that is itself FP8 (minilm also at a third of the learning rate), one in
+bfloat16, and one in bfloat16 whose update is a LoRA adapter, merged."""
 
 
 class Batch(NamedTuple):

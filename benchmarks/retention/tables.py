@@ -13,6 +13,7 @@ from benchmarks.retention.settings import RANGES, Setting
 
 BASES = {
     "fp8": "base in FP8, full fine-tuning",
+    "fp8-small": "base in FP8, full fine-tuning at a third of the learning rate",
     "bf16": "base in bfloat16, full fine-tuning",
     "lora": "base in bfloat16, LoRA",
 }
