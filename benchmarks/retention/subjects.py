@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 BaseKind: TypeAlias = Literal["fp8", "fp8-small", "bf16", "lora"]
-"""What a fine-tuning began with: a base that is itself FP8 (minilm also at a third of the learning rate), one in
-bfloat16, and one in bfloat16 whose update is a LoRA adapter, merged."""
+"""What a fine-tuning began with: a base that is itself FP8 (minilm also at a third of the learning rate), one
+in bfloat16, and one in bfloat16 with a LoRA adapter that is merged afterwards."""
 
 
 class Batch(NamedTuple):
