@@ -77,7 +77,7 @@ def _compressed(subject: Subject, kind: str) -> dict[str, Tensor]:
         recipe.insert(0, SmoothQuantModifier(smoothing_strength=0.5))
     if kind == "AWQ":
         recipe.insert(0, AWQModifier())
-    batches = [
+    batches: Any = [
         {**batch.inputs, "attention_mask": torch.ones_like(batch.inputs["input_ids"])}
         for batch in subject.training
     ]
