@@ -132,6 +132,7 @@ ROUNDING: list[tuple[str, Setting]] = [
     ),
     ("activations (K-FAC), .001/.01", s.ACTIVATIONS),
     ("activations + .1 update", s.ACTIVATIONS_UPDATE),
+    ("activations + 1 update", s.ACTIVATIONS_MUCH_UPDATE),
     ("gradients of 16 steps", s.GRADIENTS),
     ("activations, text of its own", s.SELF),
 ]
