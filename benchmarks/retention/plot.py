@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.retention import settings as s
 from benchmarks.retention.rows import Rows
 from benchmarks.retention.settings import RANGES, Setting
-from benchmarks.retention.tables import BASES, MODELS
+from benchmarks.retention.tables import BASES, MODELS, subjects
 
 _LINES: list[tuple[str, list[Setting]]] = [
     ("absmax", [Setting()]),
@@ -35,10 +35,10 @@ def draw(rows: Rows, out: Path) -> Path:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    subjects = list(rows.subjects())
-    figure = Figure(figsize=(3.1 * len(subjects) + 1.2, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(subjects), sharey=True, squeeze=False)[0]
-    for panel, (model, base) in zip(panels, subjects, strict=True):
+    shown = subjects(rows)
+    figure = Figure(figsize=(2.6 * len(shown) + 1.2, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for panel, (model, base) in zip(panels, shown, strict=True):
         for place, (_, settings) in enumerate(_LINES):
             found = [[row["style_kld_mean"] for row in rows.of(model, base, one)] for one in settings]
             found = [each for each in found if each]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -73,6 +72,6 @@ class Rows:
             if (key.model, key.base, key.setting) == (model, base, setting.name)
         ]
 
-    def subjects(self) -> Iterable[tuple[str, str]]:
-        """Models and bases that have rows, in the order of the file."""
-        return dict.fromkeys((key.model, key.base) for key in self.found)
+    def subjects(self) -> set[tuple[str, str]]:
+        """Models and bases that have rows."""
+        return {(key.model, key.base) for key in self.found}

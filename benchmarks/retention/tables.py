@@ -13,7 +13,7 @@ from benchmarks.retention.settings import RANGES, Setting
 
 BASES = {
     "fp8": "base in FP8, full fine-tuning",
-    "fp8-small": "base in FP8, full fine-tuning at a third of the learning rate",
+    "fp8-small": "base in FP8, a small update",
     "bf16": "base in bfloat16, full fine-tuning",
     "lora": "base in bfloat16, LoRA",
 }
@@ -81,11 +81,16 @@ SERVED_COLUMNS = (
 )
 
 
+def subjects(rows: Rows) -> list[tuple[str, str]]:
+    """Models and bases that have rows, in the order in which they are shown."""
+    return [(model, base) for model in MODELS for base in BASES if (model, base) in rows.subjects()]
+
+
 def all_tables(rows: Rows) -> str:
     """Markdown."""
     parts = []
-    for model, base in rows.subjects():
-        title = f"{MODELS.get(model, model)}, {BASES[base]}"
+    for model, base in subjects(rows):
+        title = f"{MODELS[model]}, {BASES[base]}"
         seeds = len(rows.of(model, base, Setting()))
         parts.append(f"## {title} ({seeds} seed{'s' * (seeds > 1)})")
         for heading, lines, columns in _tables():
