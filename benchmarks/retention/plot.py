@@ -20,7 +20,7 @@ _LINES: list[tuple[str, list[Setting]]] = [
     ("inputs, update", [s.INPUTS_UPDATE]),
     ("gradients", [s.GRADIENTS]),
     ("activations", [s.ACTIVATIONS]),
-    ("act. + update", [s.ACTIVATIONS_UPDATE, s.ACTIVATIONS_MUCH_UPDATE]),
+    ("act. + update", [s.ACTIVATIONS_UPDATE]),
     ("own text", [s.SELF]),
 ]
 """Of a line, the best setting of each seed is filled, the others are open."""
