@@ -186,3 +186,6 @@ def test_quick_study_runs_and_is_not_computed_twice(tmp_path):
     assert "to go" not in again.stdout
     assert (tmp_path / "rows.csv").read_bytes() == written
     assert (tmp_path / "tables.md").read_text() in again.stdout
+    full = subprocess.run([part for part in command if part != "--quick"], check=False, **run)
+    assert full.returncode != 0
+    assert "holds a quick study" in full.stderr

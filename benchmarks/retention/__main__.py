@@ -36,6 +36,12 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
+        size, marker = "quick" if args.quick else "full", args.out / "size"
+        if marker.exists() and marker.read_text() != size:
+            raise SystemExit(
+                f"{args.out} holds a {marker.read_text()} study; give a {size} one another --out."
+            )
+        marker.write_text(size)
         self.args, self.rows = args, Rows(args.out / "rows.csv")
         self.took: dict[str, list[float]] = {}
 

@@ -53,10 +53,9 @@ class Curvature:
         statistics = self._gather("self" if source == "self" else "training")
         update = self._update(name, statistics.shared[name])
         seen = (statistics.gradients if source == "gradients" else statistics.activations)[name]
-        inputs, outputs = (
-            update if source == "update" else Sides(seen.inputs, update.outputs)
-            if source == "inputs+update" else seen
-        )  # fmt: skip
+        inputs, outputs = update if source == "update" else seen
+        if source == "inputs+update":
+            outputs = update.outputs
         side = partial(factor, share=setting.update, order=setting.ordered)
         return Factors(
             inputs=side(inputs, update.inputs, damping=setting.damping_in),
