@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from daq_lightning.checkpoint.destination import check_destination
@@ -30,7 +30,7 @@ from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging
 from daq_lightning.training.published import PublishedExports, raise_at_end, warn_of_nothing
-from daq_lightning.training.resume import states_in
+from daq_lightning.training.resume import KeepsReference
 from daq_lightning.training.run import Run
 from daq_lightning.training.run_settings import RunSettings
 from daq_lightning.training.saves import saved_by_model_checkpoint, unwatch, watch
@@ -38,7 +38,7 @@ from daq_lightning.training.schedule import ExportOn, Moment, Schedule, Which
 from daq_lightning.training.strategies import check_strategy, restores_late
 
 
-class DeltaAwareQuantization(PublishedExports, Callback):
+class DeltaAwareQuantization(PublishedExports, KeepsReference):
     """Exports the trained model as an FP8 checkpoint that keeps what training changed.
 
     Args:
@@ -138,39 +138,8 @@ class DeltaAwareQuantization(PublishedExports, Callback):
         )
         self._run: Run | None = None
         self._ranks: Ranks = ALONE
-        self._place: int | None = None  # among the callbacks of this class in the Trainer
-        self._state: dict[str, Any] | None = None
-        self._states: list[dict[str, Any]] = []
-        self._referenced = False  # by a checkpoint, which needs the base to be resumed
         self._last_step = 0
         self.moment: Moment = "end"
-
-    @property
-    @override
-    def state_key(self) -> str:
-        """The class, numbered from the second of a Trainer on; settings may change, see `resume.py`."""
-        name = type(self).__qualname__
-        if self._place is None:  # no Trainer yet: only the settings tell two callbacks apart
-            return self._generate_state_key(
-                **self._settings.description(model=self._settings.module, place=None)
-            )
-        return f"{name}[{self._place}]" if self._place else name
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Adds the reference to the base, in primitives."""
-        self._referenced = True
-        if self._state is not None:
-            checkpoint.setdefault("callbacks", {})[self.state_key] = dict(self._state)
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Keeps the references that the checkpoint holds; the own one is found in `on_fit_start`."""
-        self._states = states_in(checkpoint.get("callbacks", {}))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
