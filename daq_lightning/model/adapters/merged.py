@@ -149,29 +149,29 @@ class AdaptedTensors(Mapping[str, Tensor]):
     """Slots read on access; of a sharded model, `on` is the way to read them."""
 
     def __init__(self, slots: Mapping[str, Slot], read: Callable[[str, Slot, Gather], Tensor | None]) -> None:
-        self._slots, self._read = slots, read
+        self.slots, self._read = slots, read
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._read(name, self._slots[name], lambda part: tensor_on(part, None))
+        tensor = self._read(name, self.slots[name], lambda part: tensor_on(part, None))
         assert tensor is not None
         return tensor
 
     def on(self, name: str, owner: int) -> Tensor | None:
         """The tensor on one rank, None on the others: a collective, see `tensor_on`."""
-        return self._read(name, self._slots[name], lambda part: tensor_on(part, owner))
+        return self._read(name, self.slots[name], lambda part: tensor_on(part, owner))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._slots
+        return name in self.slots
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._slots)
+        return iter(self.slots)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self.slots)
 
 
 def _outline(slot: Slot) -> Tensor:
-    tensor = getattr(*slot.copy) if slot.copy is not None else slot.tensor
+    tensor = slot.trained
     merged = slot.copy is None and bool(slot.adapters)
     return _like(tensor, torch.float32 if merged else None)
 
