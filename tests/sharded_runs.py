@@ -25,6 +25,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live import Tuning, data, end_process_group, make_trainer, tiny_llama
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -160,13 +161,14 @@ def fit(
     lora: bool = False,
     meta: bool = False,
     ckpt: Path | None = None,
+    held_out: Any = None,
     **changes: Any,
 ) -> L.Trainer:
     L.seed_everything(3, verbose=False)
     chosen, devices = strategy(kind)
     settings: dict[str, Any] = {"max_epochs": 1, "max_steps": -1, "use_distributed_sampler": False}
     trainer = make_trainer(folder, *callbacks, strategy=chosen, devices=devices, **(settings | changes))
-    trainer.fit(Steps(lora, meta), data(4), ckpt_path=ckpt)
+    trainer.fit(Steps(lora, meta), data(4), held_out, ckpt_path=ckpt)
     return trainer
 
 
@@ -232,14 +234,19 @@ def left_alone(folder: Path, kind: str) -> None:
 
 
 def without_checkpoints(folder: Path, kind: str) -> None:
-    """Exports alone: Lightning's own checkpoints of FSDP1 crash on a CPU. LoRA is refused under FSDP1."""
+    """Exports alone: Lightning's own checkpoints of FSDP1 crash on a CPU. LoRA and validation are refused."""
     fit(folder, kind, quantization(folder, every_n_train_steps=2), max_epochs=2)
-    said = ""
-    try:
-        fit(folder, kind, quantization(folder / "lora"), lora=True)
-    except ValueError as error:
-        said = str(error)
-    (folder / f"said{rank()}").write_text(said)
+    refused: list[tuple[str, dict[str, Any], bool]] = [
+        ("said", {}, True),
+        ("judged", {"validate": True}, False),
+    ]
+    for name, settings, lora in refused:
+        said = ""
+        try:
+            fit(folder / name, kind, quantization(folder / name, **settings), lora=lora, held_out=data(4))
+        except (ValueError, MisconfigurationException) as error:
+            said = str(error)
+        (folder / f"{name}{rank()}").write_text(said)
 
 
 def failing(folder: Path, kind: str) -> None:
@@ -290,6 +297,33 @@ def identical(folder: Path, kind: str) -> None:
     assert len(moments) > 10
     assert torch.equal(random, other_random)
     assert any(bool(moment.any()) for moment in moments)
+
+
+def validated(folder: Path, kind: str) -> None:
+    """Validation of every export, a fallback that keeps layers, and weights that end as without it."""
+    states = []
+    settings: dict[str, Any] = {"every_n_train_steps": 1, "scheme": "FP8_DYNAMIC"}
+    for lora in (False, True):
+        for judged in (True, False):
+            callback = quantization(folder / f"{lora}-{judged}", validate=judged, **settings)
+            options: dict[str, Any] = {"lora": lora, "num_sanity_val_steps": 0}
+            trainer = fit(folder, kind, callback, held_out=data(4), **options)
+            states.append({
+                name: p.to_local() if isinstance(p, DTensor) else p
+                for name, p in trainer.lightning_module.state_dict().items()
+            })  # fmt: skip
+            if judged:
+                note(folder, f"lora={lora}", callback, trainer)
+        one, two = states[-2:]
+        assert all(torch.equal(one[name], two[name]) for name in two)
+    gate: dict[str, Any] = {"max_degradation": {"val_loss": 1e-9}, "on_failure": "fallback"}
+    callback = quantization(folder / "kept", validate=True, schemes=["keep:2"], **gate, **settings)
+    said = ""
+    try:
+        fit(folder, kind, callback, held_out=data(4), num_sanity_val_steps=0)
+    except RuntimeError as error:
+        said = str(error)
+    (folder / f"kept{rank()}").write_text(said)
 
 
 def note(folder: Path, name: str, callback: DeltaAwareQuantization, trainer: L.Trainer) -> None:
@@ -353,6 +387,6 @@ def launch(
 
 if __name__ == "__main__":
     scenario, kind, place = sys.argv[1:]
-    known = (everything, bases, failing, identical, without_checkpoints, left_alone)
+    known = (everything, bases, failing, identical, without_checkpoints, left_alone, validated)
     {run.__name__: run for run in known}[scenario](Path(place), kind)
     end_process_group()

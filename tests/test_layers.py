@@ -20,7 +20,7 @@ ONLY_IN = {
     "huggingface_hub": ("model",),
     "lightning": ("training",),
     "peft": ("model",),
-    "torchmetrics": ("metrics", "report.model_figures"),
+    "torchmetrics": ("metrics", "report.model_figures", "training.validate"),
     "transformers": ("model",),
     "triton": ("numerics.backends",),
     "yaml": ("report.front_matter",),

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from daq_lightning.numerics.search.search import search_batch
 from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ExportReport
 
+Judge: TypeAlias = Callable[[Path, Collection[str], ExportReport], ExportReport]
+
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.tensor_file import TensorSpec
     from daq_lightning.export.job import Job
@@ -50,6 +52,7 @@ def run(
     progress: bool = False,
     ranks: Ranks = ALONE,
     resume: bool = False,
+    judge: Judge | None = None,
 ) -> ExportReport:
     """Writes the checkpoint of a job.
 
@@ -61,6 +64,8 @@ def run(
         ranks: The processes that share the work; all of them call this.
         resume: Whether to go on from the files that an export to the same place, which was killed, had
             completed; and to leave them there if this one is cut off too. Only between folders.
+        judge: Called on all ranks when the files are written and not yet published, with their folder and
+            names and the report; returns the report to publish. If it raises, nothing is published.
 
     Returns:
         The report, also written as `daq_report.json`; the same on every rank.
@@ -115,6 +120,8 @@ def run(
             notes=(*job.plan.notes, *notes_of(job, every.reports)),
             dtype=str(job.plan.dtype).removeprefix("torch."),
         )
+        if judge is not None:
+            report = judge(writer.folder, tuple(shards), report)
         ranks.together(lambda: _publish(job, writer, report, every.prints, out) if ranks.rank == 0 else None)
     return report
 

@@ -41,9 +41,7 @@ class WrittenWeights(Mapping[str, Tensor]):
     ) -> None:
         self.plan = plan
         self._tensors = {tensor.spec.name: tensor for tensor in plan.tensors}
-        self._entries = {
-            name: entry for file in files for name, entry in read_header(folder / file).items()
-        }
+        self._entries = {name: entry for file in files for name, entry in read_header(folder / file).items()}
         self._device = device
 
     def __getitem__(self, name: str) -> Tensor:

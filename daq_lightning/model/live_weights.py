@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from daq_lightning.checkpoint.tensor_file import LazyTensors, TensorSpec, spec_of
-from daq_lightning.model.adapters.merged import AdaptedTensors
 from daq_lightning.model.architecture import Architecture
 from daq_lightning.model.sharded import tensor_on
 
@@ -81,5 +80,5 @@ class LiveWeights(LazyTensors):
         return spec_of(name, self[name]) if self._specs is None else self._specs[name]
 
 
-def _on(tensors: Mapping[str, Any], key: str, owner: int) -> Tensor | None:
-    return tensors.on(key, owner) if isinstance(tensors, AdaptedTensors) else tensor_on(tensors[key], owner)
+def _on(tensors: Any, key: str, owner: int) -> Tensor | None:
+    return tensors.on(key, owner) if hasattr(tensors, "on") else tensor_on(tensors[key], owner)

@@ -19,16 +19,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from daq_lightning.model.adapters.tree import is_a
 from daq_lightning.model.architecture import name_without_peft
-from daq_lightning.model.live import LiveModel
 from daq_lightning.model.outline import owner_of
 from daq_lightning.model.placeholders import Placeholder, unwrapped
+
+if TYPE_CHECKING:
+    from daq_lightning.model.live import LiveModel
 
 
 class Swap:
@@ -127,7 +129,8 @@ class Swap:
         for layer in self._module.modules():
             if is_a(layer, "BaseTunerLayer") and not layer.disable_adapters:
                 self._off.append(layer)
-                layer._disable_adapters = True  # type: ignore[assignment]  # the method would touch requires_grad
+                # the method of PEFT for this would change requires_grad
+                layer._disable_adapters = True  # type: ignore[assignment]
 
     def _settle(self) -> None:
         """FSDP2 may hold whole copies of parameters; what is written into shards would not reach them."""

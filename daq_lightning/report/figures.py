@@ -111,6 +111,8 @@ class ExportReport:
         kept: Name -> why it was not quantized.
         notes: What the user should know: fallbacks, casts, missing bases.
         dtype: What a reader dequantizes to: the dtype of the kept tensors.
+        validation: Figure of the Trainer's validation -> "unquantized" and "served" -> its value: of the
+            model as it was, and with the exported weights; empty where there was none.
     """
 
     path: str
@@ -120,6 +122,7 @@ class ExportReport:
     kept: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     dtype: str = "bfloat16"
+    validation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def totals(self, side: Side = "searched") -> DeltaStats:
         """Sums over all quantized tensors whose base is known."""
@@ -150,6 +153,7 @@ class ExportReport:
             "search": dict(self.search),
             "totals": {side: _with_sums(self.totals(side)) for side in self._sides()},
             "notes": list(self.notes),
+            **({"validation": _finite(self.validation)} if self.validation else {}),
             "tensors": {tensor.name: tensor.to_dict() for tensor in self.tensors},
             "kept": dict(self.kept),
         }
@@ -180,10 +184,14 @@ class ExportReport:
             kept=content["kept"],
             notes=tuple(content["notes"]),
             dtype=content.get("dtype", "bfloat16"),
+            validation={
+                name: {side: math.nan if value is None else value for side, value in values.items()}
+                for name, values in content.get("validation", {}).items()
+            },
         )
 
     def summary(self) -> str:
-        """At most eleven lines for a person: where it is, what was kept of the update, what to know."""
+        """At most fourteen lines for a person: where it is, what was kept, how it validates, what to know."""
         count = len(self.tensors)
         lines = [
             f"FP8 export: {self.path}",
@@ -201,6 +209,10 @@ class ExportReport:
             if values["delta_norm"] == 0:
                 direction = f"{'-':>10}{'-':>10}{'-':>10}"
             lines.append(f"  {side:12}{direction}{values['mse']:>12.3e}{values['lost']:>9.2%}")
+        lines += [
+            f"  {name}: {values['unquantized']:.5g}, as it will be served {values['served']:.5g}"
+            for name, values in list(self.validation.items())[:3]
+        ]
         notes = list(self.notes)
         if len(notes) > 4:
             notes = [*notes[:3], f"and {len(notes) - 3} more in daq_report.json"]
@@ -238,6 +250,14 @@ def alpha_statistics(alpha: Tensor) -> Tensor:
     """min, mean, max and moved (share of groups with alpha != 1) of a tensor's alphas: float64, on its
     device."""
     return torch.stack([alpha.min(), alpha.mean(), alpha.max(), (alpha != 1).double().mean()])
+
+
+def _finite(validation: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """JSON has no word for NaN."""
+    return {
+        name: {side: value if math.isfinite(value) else None for side, value in values.items()}
+        for name, values in validation.items()
+    }
 
 
 def _with_sums(stats: DeltaStats) -> dict[str, Any]:

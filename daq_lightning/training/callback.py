@@ -28,14 +28,15 @@ from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.training import settings_check as check
+from daq_lightning.training.gate import OnFailure, ValidationSettings
 from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging
 from daq_lightning.training.published import PublishedExports, raise_at_end, warn_of_nothing
 from daq_lightning.training.resume import KeepsReference
 from daq_lightning.training.run import Run
-from daq_lightning.training.run_settings import RunSettings
+from daq_lightning.training.run_settings import MissingBase, RunSettings, make_settings
 from daq_lightning.training.saves import saved_by_model_checkpoint, unwatch, watch
 from daq_lightning.training.schedule import ExportOn, Moment, Schedule, Which
-from daq_lightning.training.strategies import check_strategy, restores_late
+from daq_lightning.training.strategies import check_judging, check_strategy, restores_late
 
 
 class DeltaAwareQuantization(PublishedExports, KeepsReference):
@@ -69,6 +70,13 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
         missing_base: A weight without its like in the base is an "error", or gets a plain "absmax" scale.
         max_shard_bytes: Size at which a new file begins; ranks share out the files, whole.
+        validate: Whether to run the Trainer's validation with the exported weights before they are published;
+            its figures are logged as "daq/val_loss" beside "daq/unquantized_val_loss".
+        quantize_activations: Whether activations are quantized in that validation, as servers do.
+        max_degradation: Figure -> by how much it may be worse than unquantized: {"val_loss": 0.02}.
+        on_failure: If it is worse: "raise" publishes nothing, and raises when training is over; "warn"
+            publishes and says so; "fallback" tries `schemes`.
+        schemes: What to fall back to, in order: schemes, or "keep:8" for the 8 worst layers in 16 bit.
 
     With WeightAveraging, exports hold the averages, as ModelCheckpoint's files do. `schedule` says when it
     exports, under which name; `moment` what `should_export` is asked about.
@@ -109,8 +117,13 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
         parent: str | None = None,
         chain_from: ChainFrom | None = None,
         export_on_exception: bool = False,
-        missing_base: check.MissingBase = "error",
+        missing_base: MissingBase = "error",
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        validate: bool = False,
+        quantize_activations: bool = True,
+        max_degradation: dict[str, float] | None = None,
+        on_failure: OnFailure = "raise",
+        schemes: list[str] | None = None,
     ) -> None:
         super().__init__()
         check.flag("export_on_exception", export_on_exception)
@@ -131,10 +144,17 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
             merge_adapters=merge_adapters,
             parent=parent,
             chain_from=chain_from,
-            choices=check.make_settings(
+            choices=make_settings(
                 scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes
             ),
             schedule=self.schedule,
+            validation=ValidationSettings(
+                validate=validate,
+                quantize_activations=quantize_activations,
+                max_degradation={} if max_degradation is None else max_degradation,
+                on_failure=on_failure,
+                schemes=() if schemes is None else schemes,
+            ),
         )
         self._run: Run | None = None
         self._ranks: Ranks = ALONE
@@ -150,6 +170,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
             return
         check_strategy(trainer, self._settings, alone=self._export_on_exception)
         check_savers(trainer, self.schedule)
+        check_judging(trainer, self._settings)
         self._ranks = Ranks.all()
         self._ranks.first(lambda: check_destination(Path(self._settings.dirpath) / "step=0"))
         place_after_averaging(trainer, self)
@@ -212,7 +233,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
         """
         run = self._run if self._export_on_exception and trainer.is_global_zero else None
         if run is not None and run.step != trainer.global_step:
-            run.ranks = ALONE
+            run.leave_alone()
             run.export(averaged_state(trainer))
         self._release(trainer)
 

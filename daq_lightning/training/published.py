@@ -122,12 +122,16 @@ class PublishedExports:
 
 
 def metrics_of(report: ExportReport) -> dict[str, float]:
-    """The metrics of the written scales ("daq/...") and of plain absmax scales ("daq/absmax_...")."""
+    """The metrics of the written scales ("daq/...") and of plain absmax scales ("daq/absmax_..."), and those
+    of validation with the exported weights and with the unquantized ones ("daq/unquantized_...")."""
     metrics: dict[str, float] = {}
     for side, prefix in (("searched", "daq/"), ("absmax", "daq/absmax_")):
         collection = delta_metrics(prefix=prefix, sync=False)  # each rank has the sums of all
         collection.update(report.totals(side))  # type: ignore[arg-type]
         metrics |= {name: float(value) for name, value in collection.compute().items()}
+    for name, values in report.validation.items():
+        metrics[f"daq/{name}"] = values["served"]
+        metrics[f"daq/unquantized_{name}"] = values["unquantized"]
     return metrics
 
 

@@ -26,15 +26,19 @@ from daq_lightning.checkpoint.manifest import Lineage
 from daq_lightning.checkpoint.writer import plan_shards
 from daq_lightning.export.job import Job, parts_of, prepare
 from daq_lightning.export.plan import ExportPlan, plan_export
-from daq_lightning.export.ranks import Ranks
+from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import run
 from daq_lightning.export.source import Source
 from daq_lightning.export.work import deal, dealt
 from daq_lightning.model.complete import check_complete
 from daq_lightning.model.live import LiveModel, find_model
+from daq_lightning.model.swap import check_swappable
+from daq_lightning.report.figures import ExportReport
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.base import read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.claims import free_name, remove_own
+from daq_lightning.training.fallback import check_fallbacks, export_judged
+from daq_lightning.training.judge import Judge
 from daq_lightning.training.other_callbacks import best_saver
 from daq_lightning.training.published import Published
 from daq_lightning.training.references import Base, BaseRequest
@@ -83,6 +87,8 @@ class Run:
         self._retaken: Base | None = None
         self.step = -1
         self.error: Exception | None = None
+        self._judges = settings.validation.validate
+        self._modes = settings.validation.modes(trainer)
         model_name, model, source, plan = ranks.together(self._planned)
         self._sharded = model.sharded
         # before the base is read, which ranks of different plans would do in different orders
@@ -117,6 +123,7 @@ class Run:
                 ranks=ranks,
             )
             ranks.together(lambda: check_inputs(dirpath / "step=0", self._job.inputs()))
+            ranks.together(lambda: check_fallbacks(self._job, settings.validation.schemes))
         except Exception:
             self.remove_unused_base()
             raise
@@ -160,7 +167,7 @@ class Run:
 
     def _export(self, state: Mapping[str, Any] | None, checkpoint: Path | None) -> None:
         try:
-            self._write(self.ranks.together(lambda: self._model(state)), checkpoint)
+            self._write(self.ranks.together(lambda: self._model(state)), state, checkpoint)
         except Exception as error:
             self.keep(error)
 
@@ -198,9 +205,12 @@ class Run:
             self.error = error
             rank_zero_warn(f"FP8 export failed, training goes on: {error}")
 
-    def _write(self, model: LiveModel, checkpoint: Path | None) -> None:
+    def leave_alone(self) -> None:
+        """From now on this rank exports alone what it has whole, and judges nothing: others may be gone."""
+        self.ranks, self._judges = ALONE, False
+
+    def _write(self, model: LiveModel, state: Mapping[str, Any] | None, checkpoint: Path | None) -> None:
         trainer, settings = self._trainer, self._settings
-        bar = trainer.progress_bar_callback
         training: dict[str, Any] = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
         if checkpoint is not None:
             training["checkpoint"] = str(checkpoint.absolute())
@@ -209,13 +219,20 @@ class Run:
         with contextlib.ExitStack() as stack:
             name = Path(settings.dirpath) / settings.schedule.name(trainer)
             out = self.ranks.first(lambda: stack.enter_context(free_name(name)))
-            report = run(
-                job,
-                out,
-                device=trainer.strategy.root_device,
-                progress=isinstance(bar, TQDMProgressBar) and bar.is_enabled,
-                ranks=self.ranks,
-            )
+            if self._judges:
+                judge = Judge(
+                    trainer=trainer,
+                    settings=settings.validation,
+                    modes=self._modes,
+                    job=job,
+                    model=model,
+                    state=state,
+                    ranks=self.ranks,
+                    keep=self.keep,
+                )
+                report = export_judged(judge, lambda job, judge: self._run(job, out, judge))
+            else:
+                report = self._run(job, out)
         self._kept.exports.append(out)
         self.step = trainer.global_step
         self._published.publish(trainer, report, self._kept.exports)
@@ -226,6 +243,17 @@ class Run:
             self.state["base"] = self.base.state()
         self._kept.forget_old(remove=trainer.is_global_zero)
 
+    def _run(self, job: Job, out: Path, judge: Judge | None = None) -> ExportReport:
+        bar = self._trainer.progress_bar_callback
+        return run(
+            job,
+            out,
+            device=self._trainer.strategy.root_device,
+            progress=isinstance(bar, TQDMProgressBar) and bar.is_enabled,
+            ranks=self.ranks,
+            judge=judge,
+        )
+
     def _planned(self) -> tuple[str, LiveModel, Source, ExportPlan]:
         """What this rank has, and what happens to it."""
         with check.as_misconfiguration():
@@ -233,6 +261,8 @@ class Run:
         model = self._model(None)
         with check.as_misconfiguration():
             check_complete(model)
+            if self._judges:
+                check_swappable(model)
         source = self._source(model)
         return name, model, source, plan_export(source.specs, source.outline, self._settings.choices)
 
