@@ -60,6 +60,8 @@ class Spill:
         """The rows from start to stop of a name, in memory of their own, on the CPU."""
         width, dtype = self._kinds[name]
         rows_RN = torch.empty(stop - start, width, dtype=dtype, device="cpu")
+        if not rows_RN.numel():
+            return rows_RN
         with open(self._file(name), "rb") as file:
             file.seek(start * width * dtype.itemsize)
             count = file.readinto(tensor_bytes(rows_RN))
