@@ -32,7 +32,8 @@ ABOUT_INSPECT = """Shows how much of the update each weight of an export kept, w
 differ). --html FILE writes a page for people: a verdict in words, what is worst and why, and what to do."""
 ABOUT_EVALUATE = """Judges the model that an export makes a server serve, on a text: how far its predictions
 are from those of POST, and, with --base, how many of the tokens whose first choice training changed keep the
-new one, fall back to the base's, or go elsewhere. One model is in memory at a time.
+new one, fall back to the base's, or go elsewhere. One model is in memory at a time; hidden states go to a
+temporary folder (TMPDIR).
 Example: daq-lightning evaluate my-model-fp8 --post my-model --base its-base --text held-out.txt"""
 ABOUT_CHAIN = """Shows the exports that led to this one, each fine-tuned from the one before, and what is left
 of the change since its base and since the root. Exit code 1 if a file of any of them was altered, is missing
@@ -174,7 +175,7 @@ def make_parser() -> ArgumentParser:
         "--batch-size", type=int, default=8, metavar="N", help="texts of that length at a time"
     )
     evaluate.add_argument(
-        "--device", metavar="DEVICE", help="where to compute: cuda, cuda:1, ...; else the CPU"
+        "--device", metavar="DEVICE", help="where to compute: cuda, cuda:1, ...; left out, the CPU"
     )
     evaluate.add_argument(
         "--weights-only",

@@ -24,6 +24,8 @@ _FEW = 100  # tokens with a changed top, below which shares of them say little
 
 def evaluate(options: Namespace) -> int:
     """Judges an export on a text."""
+    import torch
+
     from daq_lightning.audit.evaluate import evaluate, most_tokens
     from daq_lightning.checkpoint.text_file import read_documents
     from daq_lightning.export.run import check_device
@@ -56,14 +58,20 @@ def evaluate(options: Namespace) -> int:
     documents = read_documents(options.text)
     folders = [out, post] if options.tokenizer is None else [model_folder(options.tokenizer, "--tokenizer")]
     windows = windows_of(documents, load_tokenizer(folders), context, options.limit)
-    found = evaluate(
-        models,
-        windows,
-        device=options.device or "cpu",
-        batch_size=options.batch_size,
-        weights_only=options.weights_only,
-        progress=sys.stderr.isatty() and not options.quiet,
-    )
+    try:
+        found = evaluate(
+            models,
+            windows,
+            device=options.device or "cpu",
+            batch_size=options.batch_size,
+            weights_only=options.weights_only,
+            progress=sys.stderr.isatty() and not options.quiet,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{options.device} has too little memory: pass a smaller --batch-size or --context, or leave "
+            f"--device out. {str(error).splitlines()[0]}"
+        ) from error
     if options.json:
         print_json(
             {

@@ -175,6 +175,15 @@ def test_a_folder_that_is_no_export_and_missing_options_are_refused(folder, caps
     assert "--text is missing" in capsys.readouterr().err
 
 
+def test_too_little_memory_is_no_mistake_of_the_program(folder, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("daq_lightning.audit.evaluate.evaluate", full)
+    assert run(folder, "--device", "cpu") == 2
+    assert "cpu has too little memory: pass a smaller --batch-size" in capsys.readouterr().err
+
+
 def test_the_export_is_left_as_it_was(folder, tmp_path):
     shutil.copytree(folder / "out", tmp_path / "before")
     assert run(folder) == 0
