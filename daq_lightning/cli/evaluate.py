@@ -222,7 +222,7 @@ def _with_error(figures: Mapping[str, float], name: str, digits: int) -> str:
 
 def _share(figures: Mapping[str, float], name: str) -> str:
     value, error = figures[name], figures[f"{name}_error"]
-    return _percent(value, 2) + ("" if math.isnan(error) else f" +- {_percent(error, 2)}")
+    return _percent(value, 3) + ("" if math.isnan(error) else f" +- {_percent(error, 3)}")
 
 
 def _percent(share: float, digits: int) -> str:
