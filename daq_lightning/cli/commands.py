@@ -27,6 +27,7 @@ def quantize(options: Namespace) -> int:
     from daq_lightning.export.run import check_device, run
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.export.source import Source
+    from daq_lightning.model.hub import is_repository
     from daq_lightning.numerics.search.settings import ScaleSearch
 
     if options.base is None and options.adapter is None:
@@ -53,6 +54,8 @@ def quantize(options: Namespace) -> int:
         missing_base=options.missing_base,
         max_shard_bytes=options.max_shard_bytes,
     )
+    if options.push_to_hub is not None and not is_repository(options.push_to_hub):
+        raise ValueError(f"--push-to-hub expects ORG/NAME, got {options.push_to_hub}.")
     device = device_of_rank(options.device)
     with all_ranks() as ranks:
 
@@ -82,6 +85,28 @@ def quantize(options: Namespace) -> int:
         _print_json({"path": report.path, **report.to_dict()})
     elif not options.quiet:
         print(report.summary())
+    return 0 if options.push_to_hub is None else _push(report.path, options)
+
+
+def _push(folder: str, options: Namespace) -> int:
+    """Uploads an export that its readers will understand; one that fails stays where it is."""
+    from daq_lightning.audit.verify import verify_checkpoint
+    from daq_lightning.model.hub import HubError, push_folder
+
+    problems = verify_checkpoint(folder)
+    if problems:
+        print(
+            f"not uploaded, because `daq-lightning verify {folder}` finds: {'; '.join(problems[:_SHOWN])}",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        url = push_folder(folder, options.push_to_hub, private=options.private)
+    except HubError as error:
+        print(f"daq-lightning: error: {error}", file=sys.stderr)
+        return 1
+    if not options.json and not options.quiet:
+        print(f"uploaded: {url}")
     return 0
 
 
@@ -218,13 +243,16 @@ def _checkpoint(path: str, role: str) -> Checkpoint:
 
 
 def _folder(path: str, role: str) -> str:
-    """The path, if it is a folder; else an error that guesses what was meant."""
+    """The path, if it is a folder, or that of a model of this name on the Hub; else an error."""
+    from daq_lightning.model.hub import HubError, local_folder
+
+    if not Path(path).exists() and role != "OUT":
+        try:
+            path = str(local_folder(path))
+        except HubError as error:
+            raise ValueError(f"{role}: {error}") from error
     if not Path(path).is_dir():
-        hub = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-        meant = f" To take it from the Hub: hf download {path} --local-dir FOLDER" if hub else ""
-        raise ValueError(
-            f"{role}: {path} is {'not a folder' if Path(path).exists() else 'not there'}.{meant}"
-        )
+        raise ValueError(f"{role}: {path} is {'not a folder' if Path(path).exists() else 'not there'}.")
     if (
         role != "--adapter"
         and (Path(path) / "adapter_config.json").is_file()

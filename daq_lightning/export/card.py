@@ -21,8 +21,9 @@ from daq_lightning.checkpoint.folder import config_dtype, read_card
 from daq_lightning.checkpoint.manifest import relative_to
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.model.hub import is_repository, repository_of
 from daq_lightning.report.card import CardFacts, model_card
-from daq_lightning.report.front_matter import dump, is_repository, repository_of
+from daq_lightning.report.front_matter import dump
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job
@@ -127,7 +128,11 @@ def _is_plain(checkpoint: Checkpoint) -> bool:
 
 
 def _from(folder: Path, out: Path, path: Path) -> str:
-    """A path from the folder of an export: as the manifest has it, or without links where that fails."""
+    """A path from the folder of an export: as the manifest has it, or without links where that fails; of a
+    model in the Hub's cache, its name and commit, which are the same on every machine."""
+    repository = repository_of(path.absolute())
+    if repository:
+        return f"{repository}@{path.name}"
     short = relative_to(str(path.absolute()), out.absolute())
     if os.path.exists(folder / short) and os.path.samefile(folder / short, path):
         return short

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from daq_lightning.report.front_matter import is_repository, merge, read_texts, split_card
+from daq_lightning.model.hub import is_repository
+from daq_lightning.report.front_matter import merge, read_texts, split_card
 from daq_lightning.report.serving import creation, serving
 
 if TYPE_CHECKING:
