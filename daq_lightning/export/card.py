@@ -27,6 +27,7 @@ from daq_lightning.report.front_matter import dump
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job
+    from daq_lightning.report.eval_results import Evaluation
     from daq_lightning.report.figures import ExportReport
 
 AGAIN = "../made-again"
@@ -88,8 +89,15 @@ def existing_card(job: Job) -> str:
     return read_card(source.places[-1]) if isinstance(source, Checkpoint) else ""
 
 
-def make_card(job: Job, report: ExportReport, recipe: bool) -> str:
-    """The content of README.md."""
+def make_card(job: Job, report: ExportReport, recipe: bool, *, evaluation: Evaluation | None = None) -> str:
+    """The content of README.md.
+
+    Args:
+        job: What was exported.
+        report: What became of it.
+        recipe: Whether there is a recipe.yaml.
+        evaluation: What was measured of the quantized model, if anything.
+    """
     source, base = job.source.weights, job.base
     published = from_base = base_card = ""
     named = (job.source.config or {}).get("_name_or_path")
@@ -109,6 +117,7 @@ def make_card(job: Job, report: ExportReport, recipe: bool) -> str:
         base_card=base_card,
         recipe=recipe,
         trained=bool(job.training),
+        evaluation=evaluation,
     )
     return model_card(existing_card(job), facts)
 

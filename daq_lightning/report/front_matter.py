@@ -78,14 +78,20 @@ def merge(front: str, ours: Mapping[str, Any], replaced: Collection[str]) -> str
     return merged
 
 
-def dump(content: Mapping[str, Any]) -> str:
+def dump(content: Mapping[str, Any] | list[dict[str, Any]]) -> str:
     """YAML in blocks, in the order given; nothing for nothing."""
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        """Writes a value that is there twice twice, not as an alias."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    plain = dict(content) if isinstance(content, Mapping) else content
     # as wide as it takes: a folded line is hard to read, and to change
-    return (
-        yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=1 << 20) if content else ""
-    )
+    options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 1 << 20}
+    return yaml.dump(plain, Dumper=Dumper, **options) if content else ""
 
 
 def _entries(front: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
