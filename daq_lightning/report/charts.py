@@ -14,8 +14,8 @@ from daq_lightning.report.sampled import AlphaCurve, ByStep, Outcomes
 if TYPE_CHECKING:
     from daq_lightning.report.figures import ExportReport
 
-_WIDTH, _HEIGHT = 480, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 14, 44
+_WIDTH, _HEIGHT = 480, 236
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 12, 14, 52
 _INSIDE_X, _INSIDE_Y = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _MOST_PROJECTIONS = 12
 _SHOWN = (("kept", "kept"), ("flipped", "flipped"), ("lost", "lost"))  # from the bottom up: class, word
@@ -75,18 +75,19 @@ def _steps(called: str, counts: ByStep) -> str:
         for index in range(STEP_BINS)
     )
     axis = "".join(
-        f'<text x="{_LEFT + slot * (index + (0.5 if index == 0 else 0)):.1f}" y="{_HEIGHT - 24}" '
-        f'text-anchor="middle">{text(label)}</text>'
+        f'<text x="{_LEFT + slot * index:.1f}" y="{_HEIGHT - 26}" '
+        f'text-anchor="{"middle" if index else "start"}">{text(label)}</text>'
         for index, label in _LABELS.items()
     )
     kept, plain = (sum(side.kept) / changed for side in (counts.searched, counts.absmax))
     said = f"{percent(kept)} of {changed:,} sampled changes kept, {percent(plain)} with plain scales"
     top = most / changed
+    grid = _grid((0, top / 2, top), 0, top, lambda share: f"{100 * share:.0f} %")
     return (
         f"<figure><figcaption>{name(called)}: {text(said)}</figcaption>"
         f'<svg class="chart steps" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{text(f"{called}: {said}")}">{_grid((0, top / 2, top), 0, top, percent)}{axis}'
-        f'<text x="{_LEFT + _INSIDE_X / 2:.0f}" y="{_HEIGHT - 5}" text-anchor="middle">'
+        f'aria-label="{text(f"{called}: {said}")}">{grid}{axis}'
+        f'<text x="{_LEFT + _INSIDE_X / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">'
         f"size of the change, in steps</text>{bars}</svg></figure>"
     )
 
@@ -157,14 +158,14 @@ def _curve(weight: str, curve: AlphaCurve) -> str:
     ticks = [tick for tick in (0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0) if first <= tick <= last]
     ticks = _apart(sorted({first, last, *ticks}), x)
     axis = "".join(
-        f'<text x="{x(tick):.1f}" y="{_HEIGHT - 24}" text-anchor="middle">{tick:.3g}</text>' for tick in ticks
+        f'<text x="{x(tick):.1f}" y="{_HEIGHT - 26}" text-anchor="middle">{tick:.3g}</text>' for tick in ticks
     )
     grid = _grid((low, (low + high) / 2, high), low, high, lambda score: f"{score:.2g}")
     return (
         f"<figure><figcaption>{name(weight)}: {text(said)}</figcaption>"
         f'<svg class="chart curve" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{text(f"{weight}: {said}")}">{grid}{axis}'
-        f'<text x="{_LEFT + _INSIDE_X / 2:.0f}" y="{_HEIGHT - 5}" text-anchor="middle">alpha</text>'
+        f'<text x="{_LEFT + _INSIDE_X / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">alpha</text>'
         f'<path class="found" d="{found}"/><polyline points="{points}"/>{plain}</svg></figure>'
     )
 
