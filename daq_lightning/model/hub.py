@@ -87,7 +87,7 @@ def local_folder(path_or_id: str | os.PathLike[str], revision: str | None = None
             cache_dir=os.environ.get("HF_HUB_CACHE") or (os.path.join(home, "hub") if home else None),
             allow_patterns=_FETCHED,
             ignore_patterns=_LEFT,
-            endpoint=os.environ.get("HF_ENDPOINT"),
+            endpoint=os.environ.get("HF_ENDPOINT") or None,
             local_files_only=offline,
         )
     except errors.GatedRepoError as error:
@@ -139,7 +139,7 @@ def push_folder(
         raise HubError(f"{place} is not a folder: expected an export to upload.")
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
     files = {file.relative_to(place).as_posix(): file for file in sorted(place.rglob("*")) if file.is_file()}
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
     try:

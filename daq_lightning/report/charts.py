@@ -56,9 +56,10 @@ def curve_charts(report: ExportReport) -> str:
         return ""
     metric = text(report.search.get("metric", "objective"))
     return (
-        f"<p>What to see: how the objective ({metric}; higher is better) changes if all scales of a weight "
-        "are the same multiple of the plain ones. A dashed line well above the dot means that the search was "
-        "worth it; a curve above the dashed line, that a finer search would find more (--n-coarse).</p>"
+        f"<p>What to see: how the objective ({metric}; higher is better) of some blocks or rows of a weight "
+        "changes if their scales are one multiple of the plain ones. A dashed line well above the dot means "
+        "that the search was worth it; a curve above the dashed line, that a finer one would find more "
+        "(--n-coarse).</p>"
         '<p class="legend"><span class="searched">one alpha for all</span> <span class="plain">an alpha for '
         f'each, as found</span> <span>&#9679; plain scales</span></p><div class="charts">{"".join(charts)}'
         "</div>"
