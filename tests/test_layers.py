@@ -29,6 +29,7 @@ ONLY_IN = {
 LAZY = {"huggingface_hub", "jsonargparse", "matplotlib", "peft", "regex", "tqdm", "transformers", "yaml"}
 """Packages that are imported inside functions only."""
 WITHOUT_TORCH = {
+    "numerics.bins",
     "numerics.formats",
     "numerics.formats.fp8",
     "numerics.rounding.settings",

@@ -24,7 +24,7 @@ Rounding to FP8 is coarser than most fine-tuning updates; each scale is searched
 Exit codes: 0 fine, 1 problems were found, 2 wrong arguments or input, 70 an error in this program,
 130 interrupted."""
 ABOUT_QUANTIZE = """Writes an FP8 checkpoint of a fine-tuned model. POST and BASE are Hugging Face model
-folders (safetensors; FP8 folders too).
+folders (safetensors; FP8 folders too), or names on the Hub: ORG/NAME, ORG/NAME@REVISION.
 Example: daq-lightning quantize my-model --base its-base --out my-model-fp8
 On several processes or nodes: torchrun --nproc-per-node 8 -m daq_lightning quantize ..."""
 ABOUT_INSPECT = """Shows how much of the update each weight of an export kept, worst first. With --base and
@@ -125,6 +125,15 @@ def make_parser() -> ArgumentParser:
         "--resume",
         action="store_true",
         help="go on from the files that an export to OUT completed before it was cut off",
+    )
+    hub = quantize.add_argument_group("on the Hugging Face Hub")
+    hub.add_argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="upload the export there, once `verify` finds no problem; OUT stays in any case",
+    )
+    hub.add_argument(
+        "--private", action="store_true", help="a repository that --push-to-hub creates is private"
     )
     quantize.add_argument(
         "--config", action="config", metavar="FILE", help="YAML of options, as --print_config prints"

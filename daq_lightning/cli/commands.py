@@ -28,6 +28,7 @@ def quantize(options: Namespace) -> int:
     from daq_lightning.export.run import check_device, run
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.export.source import Source
+    from daq_lightning.model.hub import is_repository
     from daq_lightning.numerics.search.settings import ScaleSearch
 
     if options.base is None and options.adapter is None:
@@ -54,6 +55,8 @@ def quantize(options: Namespace) -> int:
         missing_base=options.missing_base,
         max_shard_bytes=options.max_shard_bytes,
     )
+    if options.push_to_hub is not None and not is_repository(options.push_to_hub):
+        raise ValueError(f"--push-to-hub expects ORG/NAME, got {options.push_to_hub}.")
     device = device_of_rank(options.device)
     with all_ranks() as ranks:
 
@@ -83,6 +86,28 @@ def quantize(options: Namespace) -> int:
         print_json({"path": report.path, **report.to_dict()})
     elif not options.quiet:
         print(report.summary())
+    return 0 if options.push_to_hub is None else _push(report.path, options)
+
+
+def _push(folder: str, options: Namespace) -> int:
+    """Uploads an export that its readers will understand; one that fails stays where it is."""
+    from daq_lightning.audit.verify import verify_checkpoint
+    from daq_lightning.model.hub import HubError, push_folder
+
+    problems = verify_checkpoint(folder)
+    if problems:
+        print(
+            f"not uploaded, because `daq-lightning verify {folder}` finds: {'; '.join(problems[:_SHOWN])}",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        url = push_folder(folder, options.push_to_hub, private=options.private)
+    except HubError as error:
+        print(f"daq-lightning: error: {error}", file=sys.stderr)
+        return 1
+    if not options.json and not options.quiet:
+        print(f"uploaded: {url}")
     return 0
 
 

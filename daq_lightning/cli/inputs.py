@@ -29,13 +29,16 @@ def checkpoint_of(path: str, role: str) -> Checkpoint:
 
 
 def model_folder(path: str, role: str) -> str:
-    """The path, if it is a folder; else an error that guesses what was meant."""
+    """The path, if it is a folder, or that of a model of this name on the Hub; else an error."""
+    from daq_lightning.model.hub import HubError, local_folder
+
+    if not Path(path).exists() and role not in ("OUT", "FOLDER"):
+        try:
+            path = str(local_folder(path))
+        except HubError as error:
+            raise ValueError(f"{role}: {error}") from error
     if not Path(path).is_dir():
-        hub = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-        meant = f" To take it from the Hub: hf download {path} --local-dir FOLDER" if hub else ""
-        raise ValueError(
-            f"{role}: {path} is {'not a folder' if Path(path).exists() else 'not there'}.{meant}"
-        )
+        raise ValueError(f"{role}: {path} is {'not a folder' if Path(path).exists() else 'not there'}.")
     if (
         role != "--adapter"
         and (Path(path) / "adapter_config.json").is_file()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.destination import check_destination, check_inputs
-from daq_lightning.checkpoint.folder import CARD, MANIFEST, RECIPE, REPORT
+from daq_lightning.checkpoint.folder import CARD, MANIFEST, PAGE, RECIPE, REPORT
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.writer import CheckpointWriter, plan_shards
 from daq_lightning.export.account import as_searched, batch_reports, config_of, notes_of
@@ -30,11 +30,13 @@ from daq_lightning.export.card import existing_card, make_card, make_recipe
 from daq_lightning.export.finished import Finished, Records, TensorPrints, find_leftover, prints_of
 from daq_lightning.export.manifest import make_manifest
 from daq_lightning.export.ranks import ALONE, Agreement, RankLostError, Ranks
+from daq_lightning.export.sampled import curve_names, look
 from daq_lightning.export.stream import Batch, Pair, stream
 from daq_lightning.export.work import Work, open_on_all, share_out
 from daq_lightning.numerics.search.search import search_batch
 from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ExportReport
+from daq_lightning.report.html import page
 
 Judge: TypeAlias = Callable[[Path, Collection[str], ExportReport], ExportReport]
 
@@ -68,7 +70,7 @@ def run(
             names and the report; returns the report to publish. If it raises, nothing is published.
 
     Returns:
-        The report, also written as `daq_report.json`; the same on every rank.
+        The report, also written as `daq_report.json` and `daq_report.html`; the same on every rank.
 
     Raises:
         CheckpointError: A tensor cannot be read, the destination cannot be written, the ranks do not see the
@@ -146,7 +148,7 @@ def _write_tensors(
     progress: bool,
 ) -> Finished:
     """Searches and writes what is dealt to this rank, in step with the others."""
-    mine = Finished()
+    mine, curves = Finished(), curve_names(job)
     agreement = Agreement(ranks)
     files = {file: records.of(file, writer.shards[file]) for file in work.files(ranks.rank)}
     with (
@@ -178,9 +180,9 @@ def _write_tensors(
                     behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
                     continue
                 results = _search(job, batch)
-                for pair, report, result in zip(
-                    batch, batch_reports(job, batch, results), results, strict=True
-                ):
+                samples = look(job, batch, results, curves)
+                reports = batch_reports(job, batch, results, samples)
+                for pair, report, result in zip(batch, reports, results, strict=True):
                     mine.reports[pair.plan.spec.name] = report
                     behind.run(finish, pair, result)
         with agreement.attempt():
@@ -203,6 +205,8 @@ def _publish(
     if job.source.config is not None:
         writer.write_json("config.json", config_of(job))
     writer.write_json(REPORT, report.to_dict())
+    # without the folder's name, and before there is a manifest: the same weights give the same page anywhere
+    writer.add_text(PAGE, page(dataclasses.replace(report, path="")), "backslashreplace")
     recipe = make_recipe(job, writer.folder, out)
     if recipe:
         writer.add_text(RECIPE, recipe)

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.folder import REPORT, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.numerics.bins import STEP_EDGES
 from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
+from daq_lightning.report.sampled import AlphaCurve, ByStep
 from daq_lightning.report.shape import FLOAT_SUMS, check_report
 
 Side: TypeAlias = Literal["searched", "dequantized", "absmax", "root"]
@@ -53,6 +55,9 @@ class TensorReport:
             does not hold all values, and in reports of a version that did not look at it.
         without_base: Why it has no base; its scale is the plain one, and it is left out of the totals. ""
             with a base.
+        by_step: Outcomes by the size of the change, of a sample; None without a base, and in reports of a
+            version that did not look at it.
+        curve: The objective over alpha, of the same sample; None for most weights.
     """
 
     name: str
@@ -65,6 +70,8 @@ class TensorReport:
     root: DeltaStats | None = None
     dequantized: DeltaStats | None = None
     without_base: str = ""
+    by_step: ByStep | None = None
+    curve: AlphaCurve | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in `daq_report.json`, under its name."""
@@ -80,6 +87,8 @@ class TensorReport:
             "alpha": dict(self.alpha),
             **sides,
             **({"without_base": self.without_base} if self.without_base else {}),
+            **({} if self.by_step is None else {"by_step": self.by_step.to_dict()}),
+            **({} if self.curve is None else {"curve": self.curve.to_dict()}),
         }
 
     @classmethod
@@ -96,6 +105,8 @@ class TensorReport:
             root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
             dequantized=_stats_from(entry["dequantized"]["sums"]) if "dequantized" in entry else None,
             without_base=entry.get("without_base", ""),
+            by_step=ByStep.from_dict(entry["by_step"]) if "by_step" in entry else None,
+            curve=AlphaCurve.from_dict(entry["curve"]) if "curve" in entry else None,
         )
 
 
@@ -151,6 +162,7 @@ class ExportReport:
                 if side in self._sides()
             },
             "search": dict(self.search),
+            "step_edges": list(STEP_EDGES),
             "totals": {side: _with_sums(self.totals(side)) for side in self._sides()},
             "notes": list(self.notes),
             **({"validation": _finite(self.validation)} if self.validation else {}),

@@ -1,4 +1,4 @@
-"""How good a share of an update is, and shares and ratios in words.
+"""How good a share of an update is, what is worst, and shares and ratios in words.
 
 good    at least 95 % of the update is served
 fair    at least 80 %
@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal, TypeAlias
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from daq_lightning.report.rows import Row
 
 Level: TypeAlias = Literal["good", "fair", "bad", "none"]
 GOOD, FAIR = 0.95, 0.8
@@ -23,6 +27,14 @@ def level_of(served: float | None) -> Level:
     if served is None:
         return "none"
     return "good" if served >= GOOD else "fair" if served >= FAIR else "bad"
+
+
+def worst_rows(rows: Iterable[Row]) -> list[Row]:
+    """The rows with an update, those first of which least is served; of equals, the lowest cosine."""
+    return sorted(
+        (row for row in rows if row.measured),
+        key=lambda row: (row.searched.served, row.searched.cosine or 0.0),
+    )
 
 
 def percent(share: float | None) -> str:
