@@ -31,6 +31,7 @@ from daq_lightning.export.finished import Finished, Records, TensorPrints, find_
 from daq_lightning.export.manifest import make_manifest
 from daq_lightning.export.ranks import ALONE, Agreement, RankLostError, Ranks
 from daq_lightning.export.stream import Batch, Pair, stream
+from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import Work, open_on_all, share_out
 from daq_lightning.numerics.search.search import search_batch
 from daq_lightning.numerics.search.stages import SearchResult
@@ -50,6 +51,7 @@ def run(
     progress: bool = False,
     ranks: Ranks = ALONE,
     resume: bool = False,
+    timings: Timings | None = None,
 ) -> ExportReport:
     """Writes the checkpoint of a job.
 
@@ -61,6 +63,7 @@ def run(
         ranks: The processes that share the work; all of them call this.
         resume: Whether to go on from the files that an export to the same place, which was killed, had
             completed; and to leave them there if this one is cut off too. Only between folders.
+        timings: A clock to be told how long it took, on all ranks or on none.
 
     Returns:
         The report, also written as `daq_report.json`; the same on every rank.
@@ -70,6 +73,7 @@ def run(
             same files or do not plan the same, or one of them is gone.
         ValueError: NaN or Inf in a weight, by name.
     """
+    clock = Timings() if timings is None else timings
     ranks.together(lambda: (check_inputs(out, job.inputs()), check_destination(out), existing_card(job)))
     shards = plan_shards(job.plan.stored_together, job.settings.max_shard_bytes)
     records = Records(job)
@@ -97,7 +101,9 @@ def run(
         )
         writer.keep = resume and records.possible
         try:
-            mine = _write_tensors(job, work, writer, records, ranks, device=device, progress=progress)
+            mine = _write_tensors(
+                job, work, writer, records, ranks, device=device, progress=progress, clock=clock
+            )
             parts = [mine] if ranks.size == 1 else map(Finished.from_dict, ranks.gather(mine.to_dict()))
             every = Finished.joined([done, *parts])
         except RankLostError:
@@ -116,6 +122,9 @@ def run(
             dtype=str(job.plan.dtype).removeprefix("torch."),
         )
         ranks.together(lambda: _publish(job, writer, report, every.prints, out) if ranks.rank == 0 else None)
+    if timings is not None:
+        ranks.together(lambda: timings.weigh(out) if ranks.rank == 0 else None)
+        timings.collect(ranks)
     return report
 
 
@@ -137,6 +146,7 @@ def _write_tensors(
     *,
     device: str | torch.device | None,
     progress: bool,
+    clock: Timings,
 ) -> Finished:
     """Searches and writes what is dealt to this rank, in step with the others."""
     mine = Finished()
@@ -170,7 +180,8 @@ def _write_tensors(
                     _check_finite(tensor, plan.spec.name)
                     behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
                     continue
-                results = _search(job, batch)
+                with clock.searching():
+                    results = _search(job, batch)
                 for pair, report, result in zip(
                     batch, batch_reports(job, batch, results), results, strict=True
                 ):

@@ -29,18 +29,21 @@ from daq_lightning.export.plan import ExportPlan, plan_export
 from daq_lightning.export.ranks import Ranks
 from daq_lightning.export.run import run
 from daq_lightning.export.source import Source
+from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import deal, dealt
 from daq_lightning.model.complete import check_complete
 from daq_lightning.model.live import LiveModel, find_model
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.base import read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.claims import free_name, remove_own
+from daq_lightning.training.layer_logs import log_layers
 from daq_lightning.training.other_callbacks import best_saver
 from daq_lightning.training.published import Published
 from daq_lightning.training.references import Base, BaseRequest
 from daq_lightning.training.resume import own_state, reference_of
 from daq_lightning.training.run_settings import RunSettings
 from daq_lightning.training.schedule import Kept
+from daq_lightning.training.survival import survival_in
 
 
 class Run:
@@ -61,6 +64,7 @@ class Run:
         state: The reference to the base, in primitives, for training checkpoints.
         step: The step whose weights were exported last, or -1.
         error: The first error of an export.
+        survival: Is told of every step, and logs; None if that was not asked for.
 
     Raises:
         MisconfigurationException: As for `resolve_base` and `find_model`.
@@ -117,6 +121,7 @@ class Run:
                 ranks=ranks,
             )
             ranks.together(lambda: check_inputs(dirpath / "step=0", self._job.inputs()))
+            self.survival = survival_in(trainer, model, self._job, self.base, settings, ranks)
         except Exception:
             self.remove_unused_base()
             raise
@@ -209,21 +214,27 @@ class Run:
         with contextlib.ExitStack() as stack:
             name = Path(settings.dirpath) / settings.schedule.name(trainer)
             out = self.ranks.first(lambda: stack.enter_context(free_name(name)))
+            timings = Timings()
             report = run(
                 job,
                 out,
                 device=trainer.strategy.root_device,
                 progress=isinstance(bar, TQDMProgressBar) and bar.is_enabled,
                 ranks=self.ranks,
+                timings=timings,
             )
         self._kept.exports.append(out)
         self.step = trainer.global_step
-        self._published.publish(trainer, report, self._kept.exports)
+        self._published.publish(trainer, report, self._kept.exports, timings)
+        if settings.logs.per_layer:
+            log_layers(trainer, report)
         rank_zero_info(report.summary())
         if settings.reference == "previous_checkpoint":
             self.base = self._retaken or self._snapshot(model)
             self._job = self._job.against(self.base.weights, kind=self.base.kind, path=self.base.path)
             self.state["base"] = self.base.state()
+            if self.survival is not None:
+                self.survival.retake_base()
         self._kept.forget_old(remove=trainer.is_global_zero)
 
     def _planned(self) -> tuple[str, LiveModel, Source, ExportPlan]:
