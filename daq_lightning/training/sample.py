@@ -72,7 +72,7 @@ def choose_pieces(
         kinds[re.sub(r"\d+", "*", name)].append(name)
     of_kind = list(kinds.values())
     found: dict[tuple[str, Box], Piece] = {}
-    for i in range(count):
+    for i in range(count if shapes else 0):
         names = of_kind[i % len(of_kind)]
         name = names[i * len(names) // count]
         cell = piece_size(shapes[name], granularity)
