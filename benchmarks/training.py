@@ -1,16 +1,17 @@
 """What the callback costs a step of training: without it, with it, and with the survival logged.
 
-    without         a fit of a small Llama
-    with            the same with DeltaAwareQuantization; its export at the end is left out
-    with survival   the same with log_survival_every_n_steps=10
+    without         a small Llama is trained, the callbacks sleep
+    with            DeltaAwareQuantization is asked after every step; its export at the end is left out
+    with survival   the same, with log_survival_every_n_steps=10
 
-Fits of a few steps are made in turn, many times, in an order that changes, and each is compared with the fits
-beside it, so that whatever else the machine does meets all of them. What counts is the time between
-`on_train_start` and the end of the last step. On a CPU, the time of the process (of all its threads) is shown
-as well as that of the wall: others on the same machine disturb it less. The ratio is the median over turns of
-steps per second with, over without; the interval holds the true median with 95 % (from order statistics).
+One fit goes through many short segments of so many steps, each of one kind, in an order that changes, so that
+whatever else the machine does meets all kinds; each segment is compared with the "without" of its turn. On a
+CPU the time of the process (of all its threads) is shown beside that of the wall: others on the machine
+disturb it less. The ratio is the median over turns of steps per second, over "without"; the interval holds
+the true median with 95 % (order statistics). The last column is measured directly: what the hooks of the
+callback take, of all time in its segments.
 
-    OMP_NUM_THREADS=1 python benchmarks/training.py [--turns 15] [--steps 20] [--device cpu] [--quick]
+    OMP_NUM_THREADS=1 python benchmarks/training.py [--turns 30] [--device cpu] [--hidden 256] [--quick]
 
 One thread, for threads that wait for each other by spinning spend time of the process on that.
 """
@@ -24,6 +25,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ KINDS = ("without", "with", "with survival")
 
 
 class Spent(NamedTuple):
-    """Seconds of a step.
+    """Seconds.
 
     Attributes:
         wall: By the clock on the wall.
@@ -44,9 +46,8 @@ class Spent(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the callback costs a step of training.")
-    parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=20, help="of a fit")
-    parser.add_argument("--every", type=int, default=10, help="steps between two survivals")
+    parser.add_argument("--turns", type=int, default=30, help="segments of each kind")
+    parser.add_argument("--every", type=int, default=10, help="steps of a segment, between two survivals")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
@@ -55,42 +56,39 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a model and a number of steps for a test")
     args = parser.parse_args()
     if args.quick:
-        args.turns, args.steps, args.hidden, args.layers, args.length = 2, 4, 128, 1, 16
-        args.every = 2
+        args.turns, args.every, args.hidden, args.layers, args.length = 2, 2, 128, 1, 16
 
-    quieten()
-    spent: dict[str, list[Spent]] = {kind: [] for kind in KINDS}
-    order = list(KINDS)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        for kind in KINDS:  # compiles kernels, fills caches
-            fit(kind, Path(folder), args)
-        before = peak_memory()
+        fit(["without"], Path(folder), args)
+        alone = peak_memory()
+        order = []
         for turn in range(args.turns):
-            random.Random(turn).shuffle(order)
-            for kind in order:
-                spent[kind].append(fit(kind, Path(folder), args))
-    print(f"{'':16}{'steps/s':>10}{'wall':>10}{'95 %':>20}{'process':>10}{'95 %':>20}")
+            order += random.Random(turn).sample(KINDS, len(KINDS))
+        spent, in_hooks = fit(order, Path(folder), args)
+    print(f"{'':16}{'steps/s':>10}{'wall':>10}{'95 %':>20}{'process':>10}{'95 %':>20}{'hooks':>10}")
     for kind in KINDS:
-        rate = 1 / statistics.median(one.wall for one in spent[kind])
-        columns = f"{kind:16}{rate:>10.2f}"
+        columns = f"{kind:16}{args.every / statistics.median(one.wall for one in spent[kind]):>10.2f}"
         for clock in Spent._fields:
             pairs = zip(spent["without"], spent[kind], strict=True)
             ratios = sorted(getattr(without, clock) / getattr(this, clock) for without, this in pairs)
             low, high = interval(ratios)
             columns += f"{statistics.median(ratios):>10.4f}{f'{low:.4f} to {high:.4f}':>20}"
-        print(columns)
-    print(f"peak memory {peak_memory() / 1e6:.0f} MB, of which {before / 1e6:.0f} MB were there at the start")
+        share = in_hooks[kind] / sum(one.process for one in spent[kind])
+        print(f"{columns}{share:>10.3%}")
+    print(
+        f"peak memory {alone / 1e6:.0f} MB of a fit without callbacks, {peak_memory() / 1e6:.0f} MB with them"
+    )
 
 
-def quieten() -> None:
-    """Keeps Lightning from announcing each of many fits."""
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def fit(order: list[str], folder: Path, args: Any) -> tuple[dict[str, list[Spent]], dict[str, float]]:
+    """One fit of segments of these kinds.
 
-
-def fit(kind: str, folder: Path, args: Any) -> Spent:
-    """One fit; the time of one of its steps."""
+    Returns:
+        What each segment took, by kind, and the time of the process in the hooks of callbacks in all of them.
+    """
     import lightning.pytorch as L
     import torch
     from torch import Tensor
@@ -98,6 +96,10 @@ def fit(kind: str, folder: Path, args: Any) -> Spent:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from daq_lightning import DeltaAwareQuantization
+
+    spent: dict[str, list[Spent]] = defaultdict(list)
+    in_hooks: dict[str, float] = defaultdict(float)
+    now = {"kind": order[0]}
 
     class Tuning(L.LightningModule):
         def __init__(self) -> None:
@@ -119,36 +121,56 @@ def fit(kind: str, folder: Path, args: Any) -> Spent:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
+    class Sleeping(DeltaAwareQuantization):
+        """Works in the segments of its kind, and never exports."""
+
+        kind = "with"
+
+        def should_export(self, trainer: L.Trainer) -> bool:
+            return False
+
+        def on_train_batch_end(self, trainer: L.Trainer, *others: Any) -> None:
+            if now["kind"] == self.kind:
+                began = time.process_time()
+                super().on_train_batch_end(trainer, *others)
+                in_hooks[self.kind] += time.process_time() - began
+            elif self._run is not None and self._run.survival is not None:  # as if it had been awake
+                self._run.survival._periods = trainer.global_step // args.every
+
+    class Measuring(Sleeping):
+        kind = "with survival"
+
     class Clock(L.Callback):
-        """Runs from the end of all `on_train_start` to the end of the last step."""
+        """Reads the clocks between segments; the last callback, so that it sees what the others do."""
 
         began = Spent(0.0, 0.0)
-        ended = Spent(0.0, 0.0)
 
-        def now(self) -> Spent:
+        def read(self) -> Spent:
             if args.device == "cuda":
                 torch.cuda.synchronize()
             return Spent(time.perf_counter(), time.process_time())
 
         def on_train_epoch_start(self, *_: Any) -> None:
-            self.began = self.now()
+            self.began = self.read()
 
-        def on_train_batch_end(self, *_: Any) -> None:
-            self.ended = self.now() if trainer.global_step == args.steps else self.ended
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step % args.every:
+                return
+            ended = self.read()
+            spent[now["kind"]].append(
+                Spent(*(end - start for start, end in zip(self.began, ended, strict=True)))
+            )
+            now["kind"] = order[min(trainer.global_step // args.every, len(order) - 1)]
+            self.began = self.read()
 
-    class NoExport(DeltaAwareQuantization):
-        """Takes the base and sees every step; what is left out is the export."""
-
-        def should_export(self, trainer: L.Trainer) -> bool:
-            return False
-
+    callbacks: list[L.Callback] = [Clock()]
+    if len(order) > 1:
+        measuring = Measuring(dirpath=str(folder / "two"), log_survival_every_n_steps=args.every)
+        callbacks = [Sleeping(dirpath=str(folder / "one")), measuring, *callbacks]
     L.seed_everything(0, verbose=False)
-    clock, callbacks = Clock(), []
-    if kind != "without":
-        every = args.every if kind == "with survival" else None
-        callbacks = [NoExport(dirpath=str(folder / "exports"), log_survival_every_n_steps=every)]
     trainer = L.Trainer(
-        max_steps=args.steps,
+        max_steps=args.every * len(order),
+        max_epochs=1,
         accelerator="gpu" if args.device == "cuda" else "cpu",
         devices=1,
         logger=False,
@@ -156,12 +178,11 @@ def fit(kind: str, folder: Path, args: Any) -> Spent:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[*callbacks, clock],  # the clock last: it sees what the callback does in a step
+        callbacks=callbacks,
     )
-    data = torch.randint(0, 512, (args.batch * args.steps, args.length))
+    data = torch.randint(0, 512, (args.batch * args.every * len(order), args.length))
     trainer.fit(Tuning(), DataLoader(data, batch_size=args.batch))  # type: ignore[arg-type]
-    wall, process = (end - start for start, end in zip(clock.began, clock.ended, strict=True))
-    return Spent(wall / args.steps, process / args.steps)
+    return spent, in_hooks
 
 
 def interval(ordered: list[float]) -> tuple[float, float]:

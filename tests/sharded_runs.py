@@ -348,9 +348,9 @@ def note(folder: Path, name: str, callback: DeltaAwareQuantization, trainer: L.T
     """Writes what a user reads on this rank."""
     shared = {key: float(value) for key, value in trainer.callback_metrics.items() if "daq/" in key}
     figures = dict(callback.metrics)
-    for name in ("daq/search_seconds", "daq/export_seconds"):  # of two runs, never the same
-        assert shared.pop(name) > 0
-        assert figures.pop(name) > 0
+    for clock in ("daq/search_seconds", "daq/export_seconds"):  # of two runs, never the same
+        assert shared.pop(clock) > 0
+        assert figures.pop(clock) > 0
     assert callback.report is not None
     content = {
         "exports": [path.name for path in callback.exports],

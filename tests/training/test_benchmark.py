@@ -37,5 +37,5 @@ def test_it_runs_and_prints_a_line_for_each_kind_of_fit():
     lines = run.stdout.splitlines()
     for kind in ("without", "with", "with survival"):
         [line] = [line for line in lines if re.match(rf"{kind} +\d", line)]
-        assert len(re.findall(r"\d+\.\d+", line)) == 7
+        assert len(re.findall(r"\d+\.\d+", line)) == 8
     assert re.match(r"peak memory \d+ MB", lines[-1])

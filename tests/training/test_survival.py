@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
+import peft
 import pytest
 import sharded_runs
 import torch
@@ -31,6 +32,8 @@ from daq_lightning import (
     dequantize,
     quantize,
 )
+from daq_lightning.model.live import LiveModel
+from daq_lightning.model.pieces import LivePieces
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.tiling import Box
 from daq_lightning.training import survival as module
@@ -149,6 +152,25 @@ def test_other_adapters_are_measured_as_they_are_exported(tmp_path, changes):
     assert values_of(logger)[4] == pytest.approx(kept, rel=1e-4)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_any_piece_of_an_adapted_weight_is_that_of_the_whole(dora):
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj"], use_dora=dora)
+    torch.manual_seed(5)
+    training = Tuning(peft.get_peft_model(tiny_llama(hidden=256), config))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in training.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.sin(torch.arange(parameter.numel()).float()).view_as(parameter))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    model = LiveModel(training)
+    live, whole = LivePieces(model), model.weights[name]
+    assert live.trained(model.weights) == [name]
+    for box in (Box(0, 256, 0, 256), Box(128, 256, 0, 128), Box(0, 128, 128, 256), Box(3, 7, 11, 200)):
+        piece = live.read(name, box)
+        assert torch.allclose(piece, whole[box.top : box.bottom, box.left : box.right], rtol=1e-6, atol=1e-8)
+    assert live.read(name, None) is None
+
+
 def test_the_base_of_a_resumed_run_is_the_one_it_started_from(tmp_path):
     saver = ModelCheckpoint(
         dirpath=tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1, filename="{step}"
@@ -178,6 +200,19 @@ def test_bases_in_folders_and_files_give_the_same(tmp_path):
         found.append(values_of(logger))
     assert 4 in found[0]
     assert found[0] == found[1] == found[2] == found[3]
+
+
+def test_a_base_that_is_not_where_training_began_is_the_one_that_counts(tmp_path):
+    other = tiny_llama(seed=0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1e-3 * torch.sin(torch.arange(parameter.numel()).float()).reshape(parameter.shape))
+    other.save_pretrained(tmp_path / "base")
+    logger, training = Listening(), Computing()
+    training.bases = linear(other)
+    callback = watching(tmp_path, base=str(tmp_path / "base"))
+    make_trainer(tmp_path, callback, logger=logger).fit(training, data())
+    assert values_of(logger) == pytest.approx(training.expected, rel=1e-5)
 
 
 def test_with_a_reference_that_moves_on_so_does_the_base(tmp_path):
@@ -231,6 +266,7 @@ def test_without_an_update_nothing_is_logged(tmp_path):
     with pytest.warns(UserWarning, match="No weight changed"):
         trainer.fit(Tuning(learning_rate=0.0), data())
     assert values_of(logger) == {}
+    assert all(metrics for _, metrics in logger.told)
     assert not NEVER_CLEAR & set(trainer.callback_metrics)
 
 
