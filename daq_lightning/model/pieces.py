@@ -3,6 +3,7 @@
 | the weight is | its piece is read | what moves |
 | --- | --- | --- |
 | plain | as a view | nothing |
+| one expert of a plain stack | out of the stack of this one | nothing |
 | a `DTensor` | as a view of the local shard, if the piece lies in it | nothing |
 | adapted by LoRA | as frozen piece + scaling * B[rows] @ A[:, columns], in float32 | sharded factors |
 
@@ -14,11 +15,13 @@ Source: torch `compute_local_shape_and_global_offset`, for the placements of FSD
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from daq_lightning.model.adapters.merged import factors_of
@@ -42,6 +45,11 @@ class LivePieces:
         self._model = model
         self._shapes = {spec.name: spec.shape for spec in model.specs}
         self._parts = Counter(model.keys.values())
+        self._outlines = {
+            key: torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            for key, parameter in model.model.named_parameters()
+            if self._parts[key] > 1
+        }
 
     @property
     def sharded(self) -> bool:
@@ -67,7 +75,7 @@ class LivePieces:
         """
         adapters = self._model.adapters
         if adapters is None:
-            return None if box is None else _cut(self._model.weights[name], box, self._shapes[name])
+            return None if box is None else _cut(self._stored(name), box, self._shapes[name])
         slot = adapters.weights.slot(self._model.keys[name])
         if slot.copy is not None:
             return None if box is None else _cut(getattr(*slot.copy).detach(), box, self._shapes[name])
@@ -79,16 +87,30 @@ class LivePieces:
 
     def _stored(self, name: str) -> Tensor:
         """The tensor in memory, frozen where adapters change it: a shard, where it is sharded."""
-        adapters = self._model.adapters
-        if adapters is None:
-            return self._model.weights[name]
-        return adapters.base.slot(self._model.keys[name]).tensor.detach()
+        key, adapters = self._model.keys[name], self._model.adapters
+        if adapters is not None:
+            return adapters.base.slot(key).tensor.detach()
+        if self._parts[key] > 1:
+            expert, as_first = _expert_of(name)
+            one = self._model.model.get_parameter(key).detach()[expert : expert + 1]
+            return self._model.architecture.split(key, one)[as_first]
+        return copy.copy(self._model.weights)[name]  # what the mapping itself has read last, it would keep
 
     def _readable(self, name: str) -> bool:
-        if not self._model.sharded and self._model.adapters is None:
-            return True
-        stored_whole = self._parts[self._model.keys[name]] == 1
-        return stored_whole and tuple(self._stored(name).shape) == tuple(self._shapes[name])
+        """Whether its piece can be read by itself: not out of a stack, but for plain stacks of experts."""
+        key = self._model.keys[name]
+        if self._parts[key] == 1:
+            plain = not self._model.sharded and self._model.adapters is None
+            return plain or tuple(self._stored(name).shape) == tuple(self._shapes[name])
+        if self._model.sharded or self._model.adapters is not None or ".experts." not in name:
+            return False
+        stack = self._outlines.get(key)
+        if stack is None:
+            return False
+        one = self._model.architecture.split(key, stack[:1])
+        first = one.get(_expert_of(name)[1])
+        experts = self._parts[key] == len(one) * stack.shape[0]
+        return experts and first is not None and tuple(first.shape) == tuple(self._shapes[name])
 
     def _is_trained(self, name: str) -> bool:
         key, adapters = self._model.keys[name], self._model.adapters
@@ -102,6 +124,18 @@ class LivePieces:
         except AttributeError:  # under another name, or computed from other tensors
             return True
         return bool(parameter.requires_grad) or not isinstance(parameter, nn.Parameter)
+
+
+def _expert_of(name: str) -> tuple[int, str]:
+    """The number of an expert, and what its weight would be called if it were the first.
+
+    Example:
+        >>> _expert_of("layers.0.mlp.experts.17.up_proj.weight")
+        (17, 'layers.0.mlp.experts.0.up_proj.weight')
+    """
+    before, _, after = name.rpartition(".experts.")
+    number, _, rest = after.partition(".")
+    return int(number), f"{before}.experts.0.{rest}"
 
 
 def _merged(slot: Slot, box: Box | None, shape_MN: tuple[int, ...]) -> Tensor | None:
