@@ -23,6 +23,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -37,11 +38,18 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from daq_lightning import DeltaAwareQuantization
 
 STRATEGIES = ["ddp2", "fsdp2", "tp2", "ddp4", "fsdp4", "fsdp2tp2"]
+HIDDEN = 128
 SHARD = 60_000  # bytes: several files for each rank, and an odd number of them
 
 
 def model(lora: bool) -> nn.Module:
-    made: nn.Module = tiny_llama(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4)
+    made: nn.Module = tiny_llama(
+        hidden=HIDDEN,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -326,13 +334,60 @@ def validated(folder: Path, kind: str) -> None:
     (folder / f"kept{rank()}").write_text(said)
 
 
+def survival(folder: Path, kind: str) -> None:
+    """What is logged of the survival: of full runs by blocks and by rows, and of LoRA."""
+    global HIDDEN
+    HIDDEN = 512  # so that the shards of two ranks are whole blocks
+    from daq_lightning.training.survival import Survival
+
+    kept: list[torch.Tensor] = []
+    measured = Survival._measured
+
+    def keeping(self: Survival) -> torch.Tensor:
+        sums = measured(self)
+        whole = sums.clone()
+        if self._sample.live.sharded:
+            dist.all_reduce(whole)
+        kept.append(whole)
+        return sums
+
+    Survival._measured = keeping  # type: ignore[method-assign]
+    found = {}
+    for run, settings, lora in (
+        ("full", {"scheme": "FP8_BLOCK"}, False),
+        ("rows", {"scheme": "FP8_DYNAMIC"}, False),
+        ("lora", {"scheme": "FP8_BLOCK"}, True),
+    ):
+        callback = quantization(folder / run, log_survival_every_n_steps=2, **settings)
+        trainer = fit(folder / run, kind, callback, lora=lora)
+        for name in ("daq/survival", "daq/survival_searched"):
+            found[f"{run}-{name}"] = float(trainer.callback_metrics[name])
+        if rank() == 0:
+            torch.save(kept[-1], folder / f"{run}.pt")
+    (folder / f"survival{rank()}.json").write_text(json.dumps(found))
+
+
+def survival_of_flat_shards(folder: Path, kind: str) -> None:
+    """FSDP1 is refused before the first step."""
+    said = ""
+    try:
+        fit(folder, kind, quantization(folder, log_survival_every_n_steps=1))
+    except MisconfigurationException as error:
+        said = str(error)
+    (folder / f"said{rank()}").write_text(said)
+
+
 def note(folder: Path, name: str, callback: DeltaAwareQuantization, trainer: L.Trainer) -> None:
     """Writes what a user reads on this rank."""
     shared = {key: float(value) for key, value in trainer.callback_metrics.items() if "daq/" in key}
+    figures = dict(callback.metrics)
+    for clock in ("daq/search_seconds", "daq/export_seconds"):  # of two runs, never the same
+        assert shared.pop(clock) > 0
+        assert figures.pop(clock) > 0
     assert callback.report is not None
     content = {
         "exports": [path.name for path in callback.exports],
-        "metrics": callback.metrics,
+        "metrics": figures,
         "trainer": shared,
         "tensors": callback.report.to_dict()["tensors"],
     }
@@ -388,5 +443,6 @@ def launch(
 if __name__ == "__main__":
     scenario, kind, place = sys.argv[1:]
     known = (everything, bases, failing, identical, without_checkpoints, left_alone, validated)
+    known += (survival, survival_of_flat_shards)
     {run.__name__: run for run in known}[scenario](Path(place), kind)
     end_process_group()

@@ -32,6 +32,7 @@ from daq_lightning.export.manifest import make_manifest
 from daq_lightning.export.ranks import ALONE, Agreement, RankLostError, Ranks
 from daq_lightning.export.sampled import curve_names, look
 from daq_lightning.export.stream import Batch, Pair, stream
+from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import Work, open_on_all, share_out
 from daq_lightning.numerics.search.search import search_batch
 from daq_lightning.numerics.search.stages import SearchResult
@@ -55,6 +56,7 @@ def run(
     ranks: Ranks = ALONE,
     resume: bool = False,
     judge: Judge | None = None,
+    timings: Timings | None = None,
 ) -> ExportReport:
     """Writes the checkpoint of a job.
 
@@ -68,6 +70,7 @@ def run(
             completed; and to leave them there if this one is cut off too. Only between folders.
         judge: Called on all ranks when the files are written and not yet published, with their folder and
             names and the report; returns the report to publish. If it raises, nothing is published.
+        timings: A clock to be told how long it took, on all ranks or on none.
 
     Returns:
         The report, also written as `daq_report.json` and `daq_report.html`; the same on every rank.
@@ -77,6 +80,7 @@ def run(
             same files or do not plan the same, or one of them is gone.
         ValueError: NaN or Inf in a weight, by name.
     """
+    clock = Timings() if timings is None else timings
     ranks.together(lambda: (check_inputs(out, job.inputs()), check_destination(out), existing_card(job)))
     shards = plan_shards(job.plan.stored_together, job.settings.max_shard_bytes)
     records = Records(job)
@@ -104,7 +108,9 @@ def run(
         )
         writer.keep = resume and records.possible
         try:
-            mine = _write_tensors(job, work, writer, records, ranks, device=device, progress=progress)
+            mine = _write_tensors(
+                job, work, writer, records, ranks, device=device, progress=progress, clock=clock
+            )
             parts = [mine] if ranks.size == 1 else map(Finished.from_dict, ranks.gather(mine.to_dict()))
             every = Finished.joined([done, *parts])
         except RankLostError:
@@ -125,6 +131,9 @@ def run(
         if judge is not None:
             report = judge(writer.folder, tuple(shards), report)
         ranks.together(lambda: _publish(job, writer, report, every.prints, out) if ranks.rank == 0 else None)
+    if timings is not None:
+        ranks.together(lambda: timings.weigh(out) if ranks.rank == 0 else None)
+        timings.collect(ranks)
     return report
 
 
@@ -146,6 +155,7 @@ def _write_tensors(
     *,
     device: str | torch.device | None,
     progress: bool,
+    clock: Timings,
 ) -> Finished:
     """Searches and writes what is dealt to this rank, in step with the others."""
     mine, curves = Finished(), curve_names(job)
@@ -179,7 +189,8 @@ def _write_tensors(
                     _check_finite(tensor, plan.spec.name)
                     behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
                     continue
-                results = _search(job, batch)
+                with clock.searching():
+                    results = _search(job, batch)
                 samples = look(job, batch, results, curves)
                 reports = batch_reports(job, batch, results, samples)
                 for pair, report, result in zip(batch, reports, results, strict=True):

@@ -33,7 +33,7 @@ from daq_lightning.training.other_callbacks import averaged_state, check_savers,
 from daq_lightning.training.published import PublishedExports, raise_at_end, warn_of_nothing
 from daq_lightning.training.resume import KeepsReference
 from daq_lightning.training.run import Run
-from daq_lightning.training.run_settings import MissingBase, RunSettings, make_settings
+from daq_lightning.training.run_settings import LogSettings, MissingBase, RunSettings, make_settings
 from daq_lightning.training.saves import saved_by_model_checkpoint, unwatch, watch
 from daq_lightning.training.schedule import ExportOn, Moment, Schedule, Which
 from daq_lightning.training.strategies import check_judging, check_strategy, restores_late
@@ -77,6 +77,9 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
         on_failure: If it is worse: "raise" publishes nothing, and raises when training is over; "warn"
             publishes and says so; "fallback" tries `schemes`.
         schemes: What to fall back to, in order: schemes, or "keep:8" for the 8 worst layers in 16 bit.
+        log_per_layer: Whether figures of each weight, and pictures, go to the loggers; see `loggers.py`.
+        log_survival_every_n_steps: Every so many optimizer steps log `daq/survival`, the share of the update
+            that plain FP8 would keep if training stopped now; see `survival.py`.
 
     With WeightAveraging, exports hold the averages, as ModelCheckpoint's files do. `schedule` says when it
     exports, under which name; `moment` what `should_export` is asked about.
@@ -124,6 +127,8 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
         max_degradation: dict[str, float] | None = None,
         on_failure: OnFailure = "raise",
         schemes: list[str] | None = None,
+        log_per_layer: bool = False,
+        log_survival_every_n_steps: int | None = None,
     ) -> None:
         super().__init__()
         check.flag("export_on_exception", export_on_exception)
@@ -155,6 +160,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
                 on_failure=on_failure,
                 schemes=() if schemes is None else schemes,
             ),
+            logs=LogSettings(per_layer=log_per_layer, survival_every_n_steps=log_survival_every_n_steps),
         )
         self._run: Run | None = None
         self._ranks: Ranks = ALONE
@@ -198,9 +204,11 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Exports every `every_n_train_steps` optimizer steps."""
+        """Logs the survival, and exports every `every_n_train_steps` optimizer steps."""
         if trainer.global_step != self._last_step:  # not in between, with accumulated gradients
             self._last_step = trainer.global_step
+            if self._run is not None and self._run.survival is not None:
+                self._run.survival.after_step(trainer)
             self._consider("step", trainer)
 
     @override

@@ -29,6 +29,7 @@ from daq_lightning.export.plan import ExportPlan, plan_export
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import run
 from daq_lightning.export.source import Source
+from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import deal, dealt
 from daq_lightning.model.complete import check_complete
 from daq_lightning.model.live import LiveModel, find_model
@@ -39,12 +40,15 @@ from daq_lightning.training.base import read_lightning_checkpoint, resolve_base,
 from daq_lightning.training.claims import free_name, remove_own
 from daq_lightning.training.fallback import check_fallbacks, export_judged
 from daq_lightning.training.judge import Judge
+from daq_lightning.training.layer_logs import log_layers
 from daq_lightning.training.other_callbacks import best_saver
 from daq_lightning.training.published import Published
 from daq_lightning.training.references import Base, BaseRequest
 from daq_lightning.training.resume import own_state, reference_of
 from daq_lightning.training.run_settings import RunSettings
 from daq_lightning.training.schedule import Kept
+from daq_lightning.training.source import source_of
+from daq_lightning.training.survival import survival_in
 
 
 class Run:
@@ -65,6 +69,7 @@ class Run:
         state: The reference to the base, in primitives, for training checkpoints.
         step: The step whose weights were exported last, or -1.
         error: The first error of an export.
+        survival: Is told of every step, and logs; None if that was not asked for.
 
     Raises:
         MisconfigurationException: As for `resolve_base` and `find_model`.
@@ -124,6 +129,7 @@ class Run:
             )
             ranks.together(lambda: check_inputs(dirpath / "step=0", self._job.inputs()))
             ranks.together(lambda: check_fallbacks(self._job, settings.validation.schemes))
+            self.survival = survival_in(trainer, model, self._job, self.base, settings, ranks)
         except Exception:
             self.remove_unused_base()
             raise
@@ -215,10 +221,11 @@ class Run:
         if checkpoint is not None:
             training["checkpoint"] = str(checkpoint.absolute())
         model.gather_adapters()
-        job = self.ranks.together(lambda: self._job.after_training(self._source(model), training))
+        job = self.ranks.together(lambda: self._job.after_training(source_of(self._trainer, model), training))
         with contextlib.ExitStack() as stack:
             name = Path(settings.dirpath) / settings.schedule.name(trainer)
             out = self.ranks.first(lambda: stack.enter_context(free_name(name)))
+            timings = Timings()
             if self._judges:
                 judge = Judge(
                     trainer=trainer,
@@ -230,20 +237,24 @@ class Run:
                     ranks=self.ranks,
                     keep=self.keep,
                 )
-                report = export_judged(judge, lambda job, judge: self._run(job, out, judge))
+                report = export_judged(judge, lambda job, judge: self._run(job, out, timings, judge))
             else:
-                report = self._run(job, out)
+                report = self._run(job, out, timings)
         self._kept.exports.append(out)
         self.step = trainer.global_step
-        self._published.publish(trainer, report, self._kept.exports)
+        self._published.publish(trainer, report, self._kept.exports, timings)
+        if settings.logs.per_layer:
+            log_layers(trainer, report)
         rank_zero_info(report.summary())
         if settings.reference == "previous_checkpoint":
             self.base = self._retaken or self._snapshot(model)
             self._job = self._job.against(self.base.weights, kind=self.base.kind, path=self.base.path)
             self.state["base"] = self.base.state()
+            if self.survival is not None:
+                self.survival.retake_base()
         self._kept.forget_old(remove=trainer.is_global_zero)
 
-    def _run(self, job: Job, out: Path, judge: Judge | None = None) -> ExportReport:
+    def _run(self, job: Job, out: Path, timings: Timings, judge: Judge | None = None) -> ExportReport:
         bar = self._trainer.progress_bar_callback
         return run(
             job,
@@ -252,6 +263,7 @@ class Run:
             progress=isinstance(bar, TQDMProgressBar) and bar.is_enabled,
             ranks=self.ranks,
             judge=judge,
+            timings=timings,
         )
 
     def _planned(self) -> tuple[str, LiveModel, Source, ExportPlan]:
@@ -263,7 +275,7 @@ class Run:
             check_complete(model)
             if self._judges:
                 check_swappable(model)
-        source = self._source(model)
+        source = source_of(self._trainer, model)
         return name, model, source, plan_export(source.specs, source.outline, self._settings.choices)
 
     def _model(self, state: Mapping[str, Any] | None) -> LiveModel:
@@ -274,21 +286,6 @@ class Run:
             state,
             merge=self._settings.merge_adapters,
             trained=self._trainer.strategy.model,
-        )
-
-    def _source(self, model: LiveModel) -> Source:
-        def copy_files(folder: Path) -> None:
-            model.copy_files(
-                folder, self._trainer.lightning_module, getattr(self._trainer, "datamodule", None)
-            )
-
-        return Source(
-            weights=model.weights,
-            specs=model.specs,
-            outline=model.architecture.outline(model.keys),
-            keys_of=model.architecture.keys_of,
-            config=model.config(),
-            copy_files=copy_files,
         )
 
     def _snapshot(self, model: LiveModel) -> Base:

@@ -26,6 +26,23 @@ MissingBase: TypeAlias = Literal["error", "absmax"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """What is logged beside the figures of each export; checked when it is made.
+
+    Attributes:
+        per_layer: Whether figures of each weight, and pictures, are logged.
+        survival_every_n_steps: How often `daq/survival` is, in optimizer steps; None never.
+    """
+
+    per_layer: bool
+    survival_every_n_steps: int | None
+
+    def __post_init__(self) -> None:
+        check.flag("log_per_layer", self.per_layer)
+        check.count("log_survival_every_n_steps", self.survival_every_n_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """What a run exports, where to, against what; the fields are arguments of `DeltaAwareQuantization`."""
 
@@ -39,6 +56,7 @@ class RunSettings:
     choices: ExportSettings
     schedule: Schedule
     validation: ValidationSettings
+    logs: LogSettings
 
     def __post_init__(self) -> None:
         named = self.module is None or isinstance(self.module, str)
