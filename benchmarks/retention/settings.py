@@ -1,0 +1,156 @@
+"""The settings of the study: how scales are searched, how codes are rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from benchmarks.retention.subjects import BaseKind
+from daq_lightning.numerics.search.settings import METRICS, ScaleSearch
+
+RANGES = ((0.5, 2.0), (0.8, 1.25), (0.9, 1.11))
+"""Of alpha, those of the paper."""
+Rounding: TypeAlias = Literal[
+    "nearest", "update", "inputs+update", "gptq", "activations", "gradients", "self"
+]
+"""Where the curvature comes from: nowhere; the update; inputs of the layers right and the update left; inputs
+alone, one side; inputs and output gradients of tokens (K-FAC); gradients of the weights, one a step; as
+"activations", on text that the model wrote."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How the weights of a model are quantized.
+
+    Attributes:
+        kind: "fp8", or a model to compare with: "base", "post", or a name of `others`.
+        objective: "absmax" or one of METRICS; scales are those of `scheme` searched for it.
+        scheme: FP8_BLOCK or FP8_DYNAMIC.
+        scope: One alpha a "group" or a "tensor".
+        low: Lower end of the range of alpha.
+        high: Upper end.
+        rounding: Of the codes at these scales.
+        update: Share of the update's own statistics in the curvature.
+        damping_in: Share of the identity beside the inputs' statistics.
+        damping_out: Beside the outputs'.
+        ordered: Whether rows and columns of the largest curvature come first.
+        activations: Whether the inputs of the layers are rounded to FP8 as well, as servers do.
+    """
+
+    kind: str = "fp8"
+    objective: str = "absmax"
+    scheme: str = "FP8_BLOCK"
+    scope: str = "group"
+    low: float = 1.0
+    high: float = 1.0
+    rounding: Rounding = "nearest"
+    update: float = 0.0
+    damping_in: float = 0.0
+    damping_out: float = 0.0
+    ordered: bool = False
+    activations: bool = False
+
+    @property
+    def name(self) -> str:
+        """One line, unique among settings."""
+        parts = [self.kind] if self.kind != "fp8" else [self.scheme, self.objective]
+        if self.low != self.high:
+            parts += [f"[{self.low:g} {self.high:g}]", self.scope]
+        if self.rounding != "nearest":
+            order = "ordered" if self.ordered else "natural"
+            parts += [self.rounding, f"{self.damping_in:g}/{self.damping_out:g}", order]
+        if self.update:
+            parts.append(f"+{self.update:g} update")
+        return " ".join(parts) + (" +activations" if self.activations else "")
+
+    def search(self) -> ScaleSearch:
+        """Of the scales."""
+        if self.objective == "absmax":
+            return ScaleSearch.absmax()
+        return ScaleSearch(
+            metric=self.objective,  # type: ignore[arg-type]
+            alpha_min=self.low,
+            alpha_max=self.high,
+            alpha_scope="layer" if self.scope == "tensor" else "group",
+        )
+
+
+def settings(model: str, base_kind: BaseKind, *, first: bool = True, quick: bool = False) -> list[Setting]:
+    """Of one subject, each once.
+
+    Args:
+        model: "toy" or "minilm".
+        base_kind: What was fine-tuned.
+        first: Whether this is the first seed, which has all settings; the others have those of CORE.
+        quick: The few of a quick run.
+    """
+    found = [Setting(kind="post"), Setting(kind="base"), Setting(), Setting(scheme="FP8_DYNAMIC")]
+    found += _searched(model, base_kind, quick)
+    rounded = list(_rounded(model, base_kind, quick))
+    found += rounded
+    found += [Setting(kind="post", activations=True)]
+    seen = [one for one in [Setting(), HYBRID, *rounded] if _served(one)]
+    found += [replace(one, activations=True) for one in seen]
+    return [one for one in dict.fromkeys(found) if first or one in CORE]
+
+
+HYBRID = Setting(objective="hybrid", low=0.5, high=2.0)
+UPDATE = Setting(rounding="update", damping_in=0.1, damping_out=0.3)
+INPUTS_UPDATE = Setting(rounding="inputs+update", damping_in=0.001, damping_out=0.1, ordered=True)
+ACTIVATIONS = Setting(rounding="activations", damping_in=0.001, damping_out=0.01, ordered=True)
+ACTIVATIONS_UPDATE = Setting(
+    rounding="activations", update=0.1, damping_in=0.001, damping_out=0.01, ordered=True
+)
+ACTIVATIONS_MUCH_UPDATE = replace(ACTIVATIONS_UPDATE, update=1.0)
+GRADIENTS = Setting(rounding="gradients", damping_in=0.001, damping_out=0.01, ordered=True)
+SELF = Setting(rounding="self", damping_in=0.001, damping_out=0.01, ordered=True)
+
+
+def gptq() -> list[Setting]:
+    """One side, tuned over order and damping."""
+    return [
+        Setting(rounding="gptq", damping_in=damping, ordered=ordered)
+        for ordered in (False, True)
+        for damping in (0.1, 0.01, 0.001)
+    ]
+
+
+CORE = (
+    *(Setting(kind=kind) for kind in ("post", "base")),
+    *(Setting(scheme=scheme) for scheme in ("FP8_BLOCK", "FP8_DYNAMIC")),
+    *(Setting(objective=metric, low=0.5, high=2.0) for metric in METRICS),
+    *(Setting(objective=metric, low=low, high=high) for metric in ("sign", "cosine") for low, high in RANGES),
+    *(UPDATE, INPUTS_UPDATE, *gptq()[-2:], ACTIVATIONS, ACTIVATIONS_UPDATE, GRADIENTS),
+    Setting(kind="post", activations=True),
+    *(replace(one, activations=True) for one in (Setting(), ACTIVATIONS_UPDATE)),
+)
+"""The settings of every seed but the first."""
+
+
+def _searched(model: str, base_kind: BaseKind, quick: bool) -> Iterator[Setting]:
+    """All on the toy with a base in FP8, where they differ most; elsewhere blocks, and the widest range."""
+    full = base_kind.startswith("fp8") and not quick
+    for metric in METRICS:
+        for low, high in RANGES if full else RANGES[:1]:
+            yield Setting(objective=metric, low=low, high=high)
+            if full and model == "toy":
+                yield Setting(objective=metric, low=low, high=high, scheme="FP8_DYNAMIC")
+                yield Setting(objective=metric, low=low, high=high, scope="tensor")
+
+
+def _rounded(model: str, base_kind: BaseKind, quick: bool) -> Iterator[Setting]:
+    yield UPDATE
+    if quick:
+        yield ACTIVATIONS_UPDATE
+        return
+    yield from (INPUTS_UPDATE, *gptq(), ACTIVATIONS, ACTIVATIONS_UPDATE, GRADIENTS)
+    if base_kind.startswith("fp8"):
+        yield ACTIVATIONS_MUCH_UPDATE
+    if model == "toy":
+        yield SELF
+
+
+def _served(setting: Setting) -> bool:
+    """Those that are looked at with FP8 activations too."""
+    return setting in (Setting(), HYBRID, UPDATE, gptq()[1], ACTIVATIONS, ACTIVATIONS_UPDATE)
