@@ -23,11 +23,11 @@ from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.model.hub import is_repository, repository_of
 from daq_lightning.report.card import CardFacts, model_card
+from daq_lightning.report.eval_results import Evaluation
 from daq_lightning.report.front_matter import dump
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job
-    from daq_lightning.report.eval_results import Evaluation
     from daq_lightning.report.figures import ExportReport
 
 AGAIN = "../made-again"
@@ -117,9 +117,18 @@ def make_card(job: Job, report: ExportReport, recipe: bool, *, evaluation: Evalu
         base_card=base_card,
         recipe=recipe,
         trained=bool(job.training),
-        evaluation=evaluation,
+        evaluation=evaluation or _validated(report),
     )
     return model_card(existing_card(job), facts)
+
+
+def _validated(report: ExportReport) -> Evaluation | None:
+    """The figures of the Trainer's validation, if it ran with the exported weights."""
+    if not report.validation:
+        return None
+    figures = {name: values["served"] for name, values in report.validation.items()}
+    figures |= {f"{name} unquantized": values["unquantized"] for name, values in report.validation.items()}
+    return Evaluation(figures=figures, dataset="the validation data of the training run")
 
 
 def _are_text(values: Iterable[object]) -> bool:

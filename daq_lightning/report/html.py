@@ -28,7 +28,14 @@ from daq_lightning.report.levels import worst_rows
 from daq_lightning.report.markup import items, name, scrolling, sentence, text, visible
 from daq_lightning.report.names import split_name
 from daq_lightning.report.rows import Figures, Row, rows_of, totals_of
-from daq_lightning.report.sections import COLUMNS, depth_charts, figure_table, heat_maps, worst_list
+from daq_lightning.report.sections import (
+    COLUMNS,
+    depth_charts,
+    figure_table,
+    heat_maps,
+    validation_table,
+    worst_list,
+)
 from daq_lightning.report.verdict import Verdict, judge, reason_of
 
 if TYPE_CHECKING:
@@ -115,6 +122,7 @@ def page(report: ExportReport, manifest: Manifest | None = None) -> str:
         "form-action 'none'"
     )
     sections = [
+        ("Validated as it will be served", validation_table(report.validation)),
         ("What to look at first", worst_list(worst, total_sq, reason_of)),
         ("By depth", depth_charts(list(stacks.items()))),
         ("Layer by projection", heat_maps(list(stacks.items()))),

@@ -42,6 +42,7 @@ def check_report(content: Mapping[str, Any], file: Path, sums_of: Sequence[str])
     )
     check(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "a list of text in notes")
     check(isinstance(tensors, dict) and len(tensors) > 0, "quantized tensors in tensors")
+    check(_is_validation(content.get("validation", {})), "unquantized and served figures in validation")
     for name, entry in content["tensors"].items():
         check(isinstance(entry, dict), f"an object for {name}")
         shape, alpha = entry.get("shape"), entry.get("alpha")
@@ -74,6 +75,16 @@ def _are_sums(sums: Mapping[str, Any], names: Sequence[str]) -> bool:
         all(map(_is_count, counts))
         and _is_number(sums["dot"])
         and all(_is_number(x) and x >= 0 for x in squares)
+    )
+
+
+def _is_validation(value: Any) -> bool:
+    """Whether a foreign value is what `ExportReport.to_dict` writes of a validation."""
+    return isinstance(value, dict) and all(
+        isinstance(sides, dict)
+        and set(sides) == {"unquantized", "served"}
+        and all(map(_is_number_or_none, sides.values()))
+        for sides in value.values()
     )
 
 

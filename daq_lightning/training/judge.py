@@ -27,7 +27,7 @@ from daq_lightning.model.fusion import fused_groups
 from daq_lightning.model.swap import Swap, linears_of, put_back
 from daq_lightning.numerics.divergence import compare_logits
 from daq_lightning.training.gate import ExportRejectedError, ValidationSettings
-from daq_lightning.training.validate import validate
+from daq_lightning.training.validate import mean_of_ranks, validate
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job
@@ -132,10 +132,7 @@ class Judge:
                 found = self._logits()
             stats = [compare_logits(one, other) for one, other in zip(found, reference, strict=True)]
             total = sum(float(one.kld) for one in stats) / max(1, sum(int(one.n) for one in stats))
-            mean = self.trainer.strategy.reduce(
-                torch.tensor(total, device=self.trainer.strategy.root_device), reduce_op="mean"
-            )
-            self.costs[tuple(group)] = float(mean)
+            self.costs[tuple(group)] = mean_of_ranks(self.trainer, total)
             self._afresh(swap)
 
     def _afresh(self, swap: Swap) -> None:

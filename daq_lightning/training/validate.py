@@ -62,8 +62,7 @@ def validate(trainer: Trainer, *, batches: int | None = None) -> dict[str, float
         with _data_as_it_was(loop):
             logged = loop.run()
         found = {name: value for outputs in logged for name, value in outputs.items()}
-        # own tensors: what a Trainer reduces, it may reduce in place
-        return {name: _mean_of_ranks(trainer, value) for name, value in found.items()}
+        return {name: mean_of_ranks(trainer, value) for name, value in found.items()}
 
 
 def _loop_like(other: _EvaluationLoop, batches: int | None) -> _EvaluationLoop:
@@ -82,9 +81,9 @@ def _loop_like(other: _EvaluationLoop, batches: int | None) -> _EvaluationLoop:
     return loop
 
 
-def _mean_of_ranks(trainer: Trainer, value: Any) -> float:
-    tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-    tensor = tensor.detach().to(trainer.strategy.root_device, torch.float64, copy=True)
+def mean_of_ranks(trainer: Trainer, value: Any) -> float:
+    """The mean of what the ranks have. A collective."""
+    tensor = torch.full((), float(value), dtype=torch.float64, device=trainer.strategy.root_device)
     return float(trainer.strategy.reduce(tensor, reduce_op="mean"))
 
 

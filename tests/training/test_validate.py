@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForCausalLM
 
-from daq_lightning import DeltaAwareQuantization, ExportReport, ScaleSearch, load_checkpoint
+from daq_lightning import CheckpointError, DeltaAwareQuantization, ExportReport, ScaleSearch, load_checkpoint
 from daq_lightning.training.gate import ExportRejectedError
 from daq_lightning.training.validate import validate
 
@@ -262,6 +262,13 @@ def test_figures_reach_loggers_report_and_whoever_watches(tmp_path):
     assert "as it will be served" in report.summary()
     content = json.loads((export.exports[0] / "daq_report.json").read_text())
     assert content["validation"]["val_loss"]["served"] == export.metrics["daq/val_loss"]
+    shown = f"{export.metrics['daq/val_loss']:.6g}"
+    assert shown in (export.exports[0] / "daq_report.html").read_text()
+    assert "| val loss unquantized |" in (export.exports[0] / "README.md").read_text()
+    content["validation"]["val_loss"]["served"] = "low"
+    (export.exports[0] / "daq_report.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="unquantized and served figures in validation"):
+        ExportReport.load(export.exports[0])
 
 
 def test_it_runs_inside_a_save_at_the_end_of_validation_and_for_the_best_checkpoint(tmp_path):
