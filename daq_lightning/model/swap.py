@@ -18,7 +18,7 @@ Source: PEFT 0.21 `BaseTunerLayer.disable_adapters`; torch `distribute_tensor` (
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ from daq_lightning.model.outline import owner_of
 from daq_lightning.model.placeholders import Placeholder, unwrapped
 
 if TYPE_CHECKING:
+    from daq_lightning.model.architecture import Architecture
     from daq_lightning.model.live import LiveModel
 
 
@@ -87,13 +88,12 @@ class Swap:
             whole = torch.empty(place.shape, dtype=place.dtype, device=place.device)
             if len(wanted) < len(parts):
                 _fill_own(whole, place)
-            views = {key: whole} if parts == [key] else model.architecture.split(key, whole)
-            for name in wanted:
-                if views[name].untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
-                    raise ValueError(f"{name} is no slice of {key} in memory, so it cannot be put in place.")
-                value = weights[name]
-                _check_shape(name, value.shape, views[name])
-                views[name].copy_(value)
+            if parts == [key]:
+                value = weights[key]
+                _check_shape(key, value.shape, whole)
+                whole.copy_(value)
+            else:
+                _fill(whole, key, weights, wanted, model.architecture)
             self._put(place, whole)
         if model.merges:
             self._switch_off_adapters()
@@ -227,6 +227,26 @@ def _part(place: Any, whole: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, place.device_mesh, place.placements, src_data_rank=None).to_local()
+
+
+def _fill(
+    whole: Tensor, key: str, weights: Mapping[str, Tensor], names: Sequence[str], architecture: Architecture
+) -> None:
+    """Puts the tensors of a checkpoint where the architecture, splitting the tensor in memory, takes them
+    from.
+
+    A split may copy, so where an element comes from is found by splitting the coordinates, one axis at a
+    time: an arange that is expanded to the shape.
+    """
+    axes = []
+    for axis, size in enumerate(whole.shape):
+        ruler = torch.arange(size, dtype=torch.int32, device=whole.device)
+        shape = [size if other == axis else 1 for other in range(whole.ndim)]
+        axes.append(architecture.split(key, ruler.reshape(shape).expand(whole.shape)))
+    for name in names:
+        value = weights[name]  # one at a time
+        _check_shape(name, value.shape, axes[0][name])
+        whole[tuple(axis[name].long() for axis in axes)] = value.to(whole.device, whole.dtype)
 
 
 def _fill_own(whole: Tensor, place: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
+import tiny_models
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
@@ -22,6 +23,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForCausalLM
 
 from daq_lightning import CheckpointError, DeltaAwareQuantization, ExportReport, ScaleSearch, load_checkpoint
+from daq_lightning.model.live import LiveModel
+from daq_lightning.model.swap import put_back
 from daq_lightning.training.gate import ExportRejectedError
 from daq_lightning.training.validate import validate
 
@@ -431,3 +434,20 @@ def test_all_batches_of_all_dataloaders_are_seen_once(tmp_path):
     expected = [torch.cat(list(loader)).double().mean() for loader in (held_out(), data())]
     assert found["val_mean/dataloader_idx_0"] == pytest.approx(float(expected[0]), rel=1e-6)
     assert found["val_mean/dataloader_idx_1"] == pytest.approx(float(expected[1]), rel=1e-6)
+
+
+def test_stacked_experts_are_validated_as_they_will_be_served(tmp_path):
+    torch.manual_seed(0)
+    module = Tuning(tiny_models.qwen3_moe())
+    export = quantization(tmp_path, scheme="FP8_BLOCK", quantize_activations=False)
+    fit(tmp_path, export, module=module)
+    exact = Tuning(tiny_models.qwen3_moe()).eval()
+    with torch.no_grad(), put_back(exact) as swap:
+        swap.weights(LiveModel(exact), load_checkpoint(export.exports[0], torch.float32))
+        losses = [float(exact.model(input_ids=b, labels=b).loss) for b in held_out(shuffle=False)]
+    assert export.metrics["daq/val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert export.metrics["daq/val_loss"] != export.metrics["daq/unquantized_val_loss"]
+    activations = quantization(tmp_path / "activations", scheme="FP8_BLOCK")
+    torch.manual_seed(0)
+    fit(tmp_path, activations, module=Tuning(tiny_models.qwen3_moe()))
+    assert activations.metrics["daq/val_loss"] != export.metrics["daq/val_loss"]
