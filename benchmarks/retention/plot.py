@@ -20,7 +20,7 @@ _LINES: list[tuple[str, list[Setting]]] = [
     ("inputs, update", [s.INPUTS_UPDATE]),
     ("gradients", [s.GRADIENTS]),
     ("activations", [s.ACTIVATIONS]),
-    ("act. + update", [s.ACTIVATIONS_UPDATE, s.ACTIVATIONS_MUCH_UPDATE]),
+    ("act. + update", [s.ACTIVATIONS_UPDATE]),
     ("own text", [s.SELF]),
 ]
 """Of a line, the best setting of each seed is filled, the others are open."""
@@ -37,7 +37,7 @@ def draw(rows: Rows, out: Path) -> Path:
 
     shown = subjects(rows)
     figure = Figure(figsize=(2.6 * len(shown) + 1.2, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     for panel, (model, base) in zip(panels, shown, strict=True):
         for place, (_, settings) in enumerate(_LINES):
             found = [[row["style_kld_mean"] for row in rows.of(model, base, one)] for one in settings]
@@ -50,6 +50,7 @@ def draw(rows: Rows, out: Path) -> Path:
         panel.title.set_fontsize(8)
         panel.grid(axis="x", alpha=0.3)
         panel.tick_params(labelsize=8)
+        panel.minorticks_off()
     panels[0].set_yticks(range(len(_LINES)), [label for label, _ in _LINES])
     panels[0].invert_yaxis()
     with mpl.rc_context({"svg.hashsalt": "retention", "svg.fonttype": "none"}):

@@ -87,7 +87,7 @@ def settings(model: str, base_kind: BaseKind, *, first: bool = True, quick: bool
     """
     found = [Setting(kind="post"), Setting(kind="base"), Setting(), Setting(scheme="FP8_DYNAMIC")]
     found += _searched(model, base_kind, quick)
-    rounded = list(_rounded(model, base_kind, quick))
+    rounded = list(_rounded(model, quick))
     found += rounded
     found += [Setting(kind="post", activations=True)]
     seen = [one for one in [Setting(), HYBRID, *rounded] if _served(one)]
@@ -102,7 +102,6 @@ ACTIVATIONS = Setting(rounding="activations", damping_in=0.001, damping_out=0.01
 ACTIVATIONS_UPDATE = Setting(
     rounding="activations", update=0.1, damping_in=0.001, damping_out=0.01, ordered=True
 )
-ACTIVATIONS_MUCH_UPDATE = replace(ACTIVATIONS_UPDATE, update=1.0)
 GRADIENTS = Setting(rounding="gradients", damping_in=0.001, damping_out=0.01, ordered=True)
 SELF = Setting(rounding="self", damping_in=0.001, damping_out=0.01, ordered=True)
 
@@ -139,14 +138,12 @@ def _searched(model: str, base_kind: BaseKind, quick: bool) -> Iterator[Setting]
                 yield Setting(objective=metric, low=low, high=high, scope="tensor")
 
 
-def _rounded(model: str, base_kind: BaseKind, quick: bool) -> Iterator[Setting]:
+def _rounded(model: str, quick: bool) -> Iterator[Setting]:
     yield UPDATE
     if quick:
         yield ACTIVATIONS_UPDATE
         return
     yield from (INPUTS_UPDATE, *gptq(), ACTIVATIONS, ACTIVATIONS_UPDATE, GRADIENTS)
-    if base_kind.startswith("fp8"):
-        yield ACTIVATIONS_MUCH_UPDATE
     if model == "toy":
         yield SELF
 

@@ -37,8 +37,8 @@ def _small(value: float) -> str:
     return f"{value:.1e}".replace("e-0", "e-").replace("e+00", "")
 
 
-def _times(value: float) -> str:
-    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 2 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
 def _two(value: float) -> str:
@@ -64,8 +64,8 @@ WEIGHT_COLUMNS = (
 )
 ROUNDING_COLUMNS = (
     Column("KL, style", "style_kld_mean", _small),
-    Column("absmax / KL", "less", _times),
-    Column("KL / best GPTQ", "of_gptq", _two),
+    Column("absmax / KL", "less", _ratio),
+    Column("KL / best GPTQ", "of_gptq", _ratio),
     Column("gap kept %", "style_gap_kept", _percent),
     Column("KL, other text", "other_kld_mean", _small),
     Column("update gain", "style_update_gain", _two, ranged=False),
@@ -73,7 +73,7 @@ ROUNDING_COLUMNS = (
 )
 SERVED_COLUMNS = (
     Column("KL, style", "style_kld_mean", _small),
-    Column("KL / floor", "of_floor", _two),
+    Column("KL / floor", "of_floor", _ratio),
     Column("gap kept %", "style_gap_kept", _percent),
     Column("KL, other text", "other_kld_mean", _small),
     Column("update gain", "style_update_gain", _two, ranged=False),
@@ -137,7 +137,6 @@ ROUNDING: list[tuple[str, Setting]] = [
     ),
     ("activations (K-FAC), .001/.01", s.ACTIVATIONS),
     ("activations + .1 update", s.ACTIVATIONS_UPDATE),
-    ("activations + 1 update", s.ACTIVATIONS_MUCH_UPDATE),
     ("gradients of 16 steps", s.GRADIENTS),
     ("activations, text of its own", s.SELF),
 ]
