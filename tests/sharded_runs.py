@@ -23,8 +23,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live import Tuning, data, end_process_group, make_trainer, tiny_llama
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -36,11 +38,18 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from daq_lightning import DeltaAwareQuantization
 
 STRATEGIES = ["ddp2", "fsdp2", "tp2", "ddp4", "fsdp4", "fsdp2tp2"]
+HIDDEN = 128
 SHARD = 60_000  # bytes: several files for each rank, and an odd number of them
 
 
 def model(lora: bool) -> nn.Module:
-    made: nn.Module = tiny_llama(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4)
+    made: nn.Module = tiny_llama(
+        hidden=HIDDEN,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -160,13 +169,14 @@ def fit(
     lora: bool = False,
     meta: bool = False,
     ckpt: Path | None = None,
+    held_out: Any = None,
     **changes: Any,
 ) -> L.Trainer:
     L.seed_everything(3, verbose=False)
     chosen, devices = strategy(kind)
     settings: dict[str, Any] = {"max_epochs": 1, "max_steps": -1, "use_distributed_sampler": False}
     trainer = make_trainer(folder, *callbacks, strategy=chosen, devices=devices, **(settings | changes))
-    trainer.fit(Steps(lora, meta), data(4), ckpt_path=ckpt)
+    trainer.fit(Steps(lora, meta), data(4), held_out, ckpt_path=ckpt)
     return trainer
 
 
@@ -232,14 +242,19 @@ def left_alone(folder: Path, kind: str) -> None:
 
 
 def without_checkpoints(folder: Path, kind: str) -> None:
-    """Exports alone: Lightning's own checkpoints of FSDP1 crash on a CPU. LoRA is refused under FSDP1."""
+    """Exports alone: Lightning's own checkpoints of FSDP1 crash on a CPU. LoRA and validation are refused."""
     fit(folder, kind, quantization(folder, every_n_train_steps=2), max_epochs=2)
-    said = ""
-    try:
-        fit(folder, kind, quantization(folder / "lora"), lora=True)
-    except ValueError as error:
-        said = str(error)
-    (folder / f"said{rank()}").write_text(said)
+    refused: list[tuple[str, dict[str, Any], bool]] = [
+        ("said", {}, True),
+        ("judged", {"validate": True}, False),
+    ]
+    for name, settings, lora in refused:
+        said = ""
+        try:
+            fit(folder / name, kind, quantization(folder / name, **settings), lora=lora, held_out=data(4))
+        except (ValueError, MisconfigurationException) as error:
+            said = str(error)
+        (folder / f"{name}{rank()}").write_text(said)
 
 
 def failing(folder: Path, kind: str) -> None:
@@ -292,13 +307,87 @@ def identical(folder: Path, kind: str) -> None:
     assert any(bool(moment.any()) for moment in moments)
 
 
+def validated(folder: Path, kind: str) -> None:
+    """Validation of every export, a fallback that keeps layers, and weights that end as without it."""
+    states = []
+    settings: dict[str, Any] = {"every_n_train_steps": 1, "scheme": "FP8_DYNAMIC"}
+    for lora in (False, True):
+        for judged in (True, False):
+            callback = quantization(folder / f"{lora}-{judged}", validate=judged, **settings)
+            options: dict[str, Any] = {"lora": lora, "num_sanity_val_steps": 0}
+            trainer = fit(folder, kind, callback, held_out=data(4), **options)
+            states.append({
+                name: p.to_local() if isinstance(p, DTensor) else p
+                for name, p in trainer.lightning_module.state_dict().items()
+            })  # fmt: skip
+            if judged:
+                note(folder, f"lora={lora}", callback, trainer)
+        one, two = states[-2:]
+        assert all(torch.equal(one[name], two[name]) for name in two)
+    gate: dict[str, Any] = {"max_degradation": {"val_loss": 1e-9}, "on_failure": "fallback"}
+    callback = quantization(folder / "kept", validate=True, schemes=["keep:2"], **gate, **settings)
+    said = ""
+    try:
+        fit(folder, kind, callback, held_out=data(4), num_sanity_val_steps=0)
+    except RuntimeError as error:
+        said = str(error)
+    (folder / f"kept{rank()}").write_text(said)
+
+
+def survival(folder: Path, kind: str) -> None:
+    """What is logged of the survival: of full runs by blocks and by rows, and of LoRA."""
+    global HIDDEN
+    HIDDEN = 512  # so that the shards of two ranks are whole blocks
+    from daq_lightning.training.survival import Survival
+
+    kept: list[torch.Tensor] = []
+    measured = Survival._measured
+
+    def keeping(self: Survival) -> torch.Tensor:
+        sums = measured(self)
+        whole = sums.clone()
+        if self._sample.live.sharded:
+            dist.all_reduce(whole)
+        kept.append(whole)
+        return sums
+
+    Survival._measured = keeping  # type: ignore[method-assign]
+    found = {}
+    for run, settings, lora in (
+        ("full", {"scheme": "FP8_BLOCK"}, False),
+        ("rows", {"scheme": "FP8_DYNAMIC"}, False),
+        ("lora", {"scheme": "FP8_BLOCK"}, True),
+    ):
+        callback = quantization(folder / run, log_survival_every_n_steps=2, **settings)
+        trainer = fit(folder / run, kind, callback, lora=lora)
+        for name in ("daq/survival", "daq/survival_searched"):
+            found[f"{run}-{name}"] = float(trainer.callback_metrics[name])
+        if rank() == 0:
+            torch.save(kept[-1], folder / f"{run}.pt")
+    (folder / f"survival{rank()}.json").write_text(json.dumps(found))
+
+
+def survival_of_flat_shards(folder: Path, kind: str) -> None:
+    """FSDP1 is refused before the first step."""
+    said = ""
+    try:
+        fit(folder, kind, quantization(folder, log_survival_every_n_steps=1))
+    except MisconfigurationException as error:
+        said = str(error)
+    (folder / f"said{rank()}").write_text(said)
+
+
 def note(folder: Path, name: str, callback: DeltaAwareQuantization, trainer: L.Trainer) -> None:
     """Writes what a user reads on this rank."""
     shared = {key: float(value) for key, value in trainer.callback_metrics.items() if "daq/" in key}
+    figures = dict(callback.metrics)
+    for clock in ("daq/search_seconds", "daq/export_seconds"):  # of two runs, never the same
+        assert shared.pop(clock) > 0
+        assert figures.pop(clock) > 0
     assert callback.report is not None
     content = {
         "exports": [path.name for path in callback.exports],
-        "metrics": callback.metrics,
+        "metrics": figures,
         "trainer": shared,
         "tensors": callback.report.to_dict()["tensors"],
     }
@@ -353,6 +442,7 @@ def launch(
 
 if __name__ == "__main__":
     scenario, kind, place = sys.argv[1:]
-    known = (everything, bases, failing, identical, without_checkpoints, left_alone)
+    known = (everything, bases, failing, identical, without_checkpoints, left_alone, validated)
+    known += (survival, survival_of_flat_shards)
     {run.__name__: run for run in known}[scenario](Path(place), kind)
     end_process_group()

@@ -20,7 +20,7 @@ ONLY_IN = {
     "huggingface_hub": ("model",),
     "lightning": ("training",),
     "peft": ("model",),
-    "torchmetrics": ("metrics", "report.model_figures"),
+    "torchmetrics": ("metrics", "report.model_figures", "training.validate"),
     "transformers": ("model",),
     "triton": ("numerics.backends",),
     "yaml": ("report.front_matter",),
@@ -29,6 +29,7 @@ ONLY_IN = {
 LAZY = {"huggingface_hub", "jsonargparse", "matplotlib", "peft", "regex", "tqdm", "transformers", "yaml"}
 """Packages that are imported inside functions only."""
 WITHOUT_TORCH = {
+    "numerics.bins",
     "numerics.formats",
     "numerics.formats.fp8",
     "numerics.rounding.settings",

@@ -59,8 +59,10 @@ def test_sums_leave_the_device_once_per_batch(in_a_chain, monkeypatch):
     report = run(job, folder / "out")
     assert len(transfers) == len(batches)
     assert all(tensor.root is not None for tensor in report.tensors)
-    sums = 4 * 10 + 4  # of four sides, and of the alphas
-    assert transfers == [sums * len(batch) for batch in batches]
+    sums = 4 * 10 + 4 + 2 * 13 * 3  # of four sides, of the alphas, of outcomes by the size of the change
+    scores = {tensor.name: len(tensor.curve.score) + 1 for tensor in report.tensors if tensor.curve}
+    of_curves = [sum(scores.get(pair.spec.name, 0) for pair in batch) for batch in batches]
+    assert transfers == [sums * len(batch) + more for batch, more in zip(batches, of_curves, strict=True)]
     read = load_checkpoint(folder / "out", dtype=torch.float32)
     for tensor in report.tensors:  # each has its own
         exact = measure(job.source.weights[tensor.name], job.base[tensor.name], read[tensor.name])

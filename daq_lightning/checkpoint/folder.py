@@ -26,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "daq_manifest.json"
 REPORT = "daq_report.json"
+PAGE = "daq_report.html"
 CARD = "README.md"
 RECIPE = "recipe.yaml"
 

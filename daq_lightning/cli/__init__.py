@@ -1,7 +1,8 @@
-"""The command `daq-lightning`: quantize, inspect, follow and verify checkpoints, without a Trainer.
+"""The command `daq-lightning`: quantize, inspect, evaluate, follow and verify checkpoints, without a Trainer.
 
     daq-lightning quantize POST --base BASE --out OUT
     daq-lightning inspect OUT
+    daq-lightning evaluate OUT --post POST --base BASE --text FILE
     daq-lightning chain OUT
     daq-lightning verify OUT
 
@@ -30,16 +31,18 @@ from collections.abc import Iterator, Sequence
 
 from daq_lightning.cli import commands
 from daq_lightning.cli.arguments import in_options, make_parser, normalized
+from daq_lightning.cli.evaluate import evaluate
 from daq_lightning.cli.ranks import speaker, spread_over_gpus
 
 _COMMANDS = {
     "quantize": commands.quantize,
     "inspect": commands.inspect,
+    "evaluate": evaluate,
     "chain": commands.chain,
     "verify": commands.verify,
 }
 # options that are paths: `~` is the home folder
-_PATHS = ("post", "base", "out", "adapter", "parent", "folder", "html")
+_PATHS = ("post", "base", "out", "adapter", "parent", "folder", "html", "text", "tokenizer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

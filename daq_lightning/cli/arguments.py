@@ -24,12 +24,17 @@ Rounding to FP8 is coarser than most fine-tuning updates; each scale is searched
 Exit codes: 0 fine, 1 problems were found, 2 wrong arguments or input, 70 an error in this program,
 130 interrupted."""
 ABOUT_QUANTIZE = """Writes an FP8 checkpoint of a fine-tuned model. POST and BASE are Hugging Face model
-folders (safetensors; FP8 folders too).
+folders (safetensors; FP8 folders too), or names on the Hub: ORG/NAME, ORG/NAME@REVISION.
 Example: daq-lightning quantize my-model --base its-base --out my-model-fp8
 On several processes or nodes: torchrun --nproc-per-node 8 -m daq_lightning quantize ..."""
 ABOUT_INSPECT = """Shows how much of the update each weight of an export kept, worst first. With --base and
 --post every figure is computed again from the files and compared with the report (exit code 1 if they
 differ). --html FILE writes a page for people: a verdict in words, what is worst and why, and what to do."""
+ABOUT_EVALUATE = """Judges the model that an export makes a server serve, on a text: how far its predictions
+are from those of POST, and, with --base, how many of the tokens whose first choice training changed keep the
+new one, fall back to the base's, or go elsewhere. One model is in memory at a time; hidden states go to a
+temporary folder (TMPDIR).
+Example: daq-lightning evaluate my-model-fp8 --post my-model --base its-base --text held-out.txt"""
 ABOUT_CHAIN = """Shows the exports that led to this one, each fine-tuned from the one before, and what is left
 of the change since its base and since the root. Exit code 1 if a file of any of them was altered, is missing
 or foreign."""
@@ -121,6 +126,15 @@ def make_parser() -> ArgumentParser:
         action="store_true",
         help="go on from the files that an export to OUT completed before it was cut off",
     )
+    hub = quantize.add_argument_group("on the Hugging Face Hub")
+    hub.add_argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="upload the export there, once `verify` finds no problem; OUT stays in any case",
+    )
+    hub.add_argument(
+        "--private", action="store_true", help="a repository that --push-to-hub creates is private"
+    )
     quantize.add_argument(
         "--config", action="config", metavar="FILE", help="YAML of options, as --print_config prints"
     )
@@ -143,6 +157,43 @@ def make_parser() -> ArgumentParser:
     commands.add_subcommand(
         "inspect", inspect, help="show what an export kept of the update, weight by weight"
     )
+
+    evaluate = new(
+        ABOUT_EVALUATE, usage="daq-lightning evaluate OUT --post FOLDER --base FOLDER --text FILE [options]"
+    )
+    evaluate.add_argument("out", metavar="OUT", help="folder of an export")
+    evaluate.add_argument("--post", metavar="FOLDER", help="the fine-tuned model that was given to quantize")
+    evaluate.add_argument("--base", metavar="FOLDER", help="the base that was given to quantize")
+    evaluate.add_argument("--adapter", metavar="FOLDER", help="the adapter that was given to quantize")
+    evaluate.add_argument(
+        "--text",
+        metavar="FILE",
+        help='UTF-8: .txt, one text; or .jsonl, {"text": ...} or {"messages": [...]} a line',
+    )
+    evaluate.add_argument(
+        "--tokenizer", metavar="FOLDER", help="where the tokenizer is; left out, OUT, else POST"
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="read only the first N tokens of the text")
+    evaluate.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens that are read together; left out, 512 or as many as the model takes",
+    )
+    evaluate.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="texts of that length at a time"
+    )
+    evaluate.add_argument(
+        "--device", metavar="DEVICE", help="where to compute: cuda, cuda:1, ...; left out, the CPU"
+    )
+    evaluate.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="leave activations in 16 bit, to see what the weights alone cost",
+    )
+    evaluate.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_output(evaluate)
+    commands.add_subcommand("evaluate", evaluate, help="judge the served model on a text")
 
     chain = new(ABOUT_CHAIN, usage="daq-lightning chain FOLDER [options]")
     chain.add_argument("folder", metavar="FOLDER", help="the last export of the chain")

@@ -6,10 +6,11 @@ A command imports what it needs itself: `chain` of a folder does not wait for th
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from daq_lightning.cli.inputs import checkpoint_of, export_folder, model_folder, print_json, weights_of
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -27,6 +28,7 @@ def quantize(options: Namespace) -> int:
     from daq_lightning.export.run import check_device, run
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.export.source import Source
+    from daq_lightning.model.hub import is_repository
     from daq_lightning.numerics.search.settings import ScaleSearch
 
     if options.base is None and options.adapter is None:
@@ -53,14 +55,16 @@ def quantize(options: Namespace) -> int:
         missing_base=options.missing_base,
         max_shard_bytes=options.max_shard_bytes,
     )
+    if options.push_to_hub is not None and not is_repository(options.push_to_hub):
+        raise ValueError(f"--push-to-hub expects ORG/NAME, got {options.push_to_hub}.")
     device = device_of_rank(options.device)
     with all_ranks() as ranks:
 
         def opened() -> tuple[Source, Checkpoint]:
             check_device(device)
-            adapter = None if options.adapter is None else _folder(options.adapter, "--adapter")
-            source = Source.from_folder(_folder(options.post, "POST"), adapter)
-            return source, _checkpoint(options.base or options.post, "--base")
+            adapter = None if options.adapter is None else model_folder(options.adapter, "--adapter")
+            source = Source.from_folder(model_folder(options.post, "POST"), adapter)
+            return source, checkpoint_of(options.base or options.post, "--base")
 
         source, base = ranks.together(opened)
         job = prepare(
@@ -79,9 +83,31 @@ def quantize(options: Namespace) -> int:
     if ranks.rank:
         return 0
     if options.json:
-        _print_json({"path": report.path, **report.to_dict()})
+        print_json({"path": report.path, **report.to_dict()})
     elif not options.quiet:
         print(report.summary())
+    return 0 if options.push_to_hub is None else _push(report.path, options)
+
+
+def _push(folder: str, options: Namespace) -> int:
+    """Uploads an export that its readers will understand; one that fails stays where it is."""
+    from daq_lightning.audit.verify import verify_checkpoint
+    from daq_lightning.model.hub import HubError, push_folder
+
+    problems = verify_checkpoint(folder)
+    if problems:
+        print(
+            f"not uploaded, because `daq-lightning verify {folder}` finds: {'; '.join(problems[:_SHOWN])}",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        url = push_folder(folder, options.push_to_hub, private=options.private)
+    except HubError as error:
+        print(f"daq-lightning: error: {error}", file=sys.stderr)
+        return 1
+    if not options.json and not options.quiet:
+        print(f"uploaded: {url}")
     return 0
 
 
@@ -92,7 +118,7 @@ def _show_plan(job: Job, options: Namespace) -> int:
         check_inputs(Path(options.out), job.inputs())
         check_destination(Path(options.out))
     if options.json:
-        _print_json(job.plan.to_dict() | {"without_base": dict(job.without_base)})
+        print_json(job.plan.to_dict() | {"without_base": dict(job.without_base)})
         return 0
     quantized, missing = len(job.plan.quantized), len(job.without_base)
     print(job.plan.table())
@@ -120,7 +146,7 @@ def inspect(options: Namespace) -> int:
         raise ValueError(
             "--base and --post (or --base and --adapter) belong together: figures need all of them."
         )
-    report = found = ExportReport.load(_export_folder(options.out))
+    report = found = ExportReport.load(export_folder(options.out))
     manifest = None
     if options.html is not None:
         check_page(options.html)
@@ -128,7 +154,7 @@ def inspect(options: Namespace) -> int:
     if base is not None:
         progress = sys.stderr.isatty()
         found = recompute(
-            report, _weights(post, options.adapter), _checkpoint(base, "--base"), progress=progress
+            report, weights_of(post, options.adapter), checkpoint_of(base, "--base"), progress=progress
         )
     differing = differences(report, found)
     if options.html is not None:
@@ -139,7 +165,7 @@ def inspect(options: Namespace) -> int:
         content = found.to_dict()
         names = [tensor.name for tensor in worst_first(found)][: options.limit]
         content["tensors"] = {name: content["tensors"][name] for name in names}
-        _print_json({"path": found.path, "recomputed": base is not None, "differences": differing, **content})
+        print_json({"path": found.path, "recomputed": base is not None, "differences": differing, **content})
         return 1 if differing else 0
     print(table(found, options.limit))
     if base is not None:
@@ -169,7 +195,7 @@ def chain(options: Namespace) -> int:
     from daq_lightning.checkpoint.folder import MANIFEST
     from daq_lightning.checkpoint.tensor_file import CheckpointError
 
-    if not (Path(_folder(options.folder, "FOLDER")) / MANIFEST).is_file():
+    if not (Path(model_folder(options.folder, "FOLDER")) / MANIFEST).is_file():
         raise ValueError(f"{options.folder} has no {MANIFEST}, so it is not an export by this package.")
     stages, problems, text = [], [], ""
     try:
@@ -182,7 +208,7 @@ def chain(options: Namespace) -> int:
     except CheckpointError as error:  # a manifest or report that was altered, or a stage that is gone
         problems.append(str(error))
     if options.json:
-        _print_json({"path": options.folder, "stages": stages, "problems": problems})
+        print_json({"path": options.folder, "stages": stages, "problems": problems})
     else:
         verdict = [f"FAILED  {problem}" for problem in problems] or ["all is as it was exported"]
         print("\n".join([*filter(None, [text]), *verdict]))
@@ -195,55 +221,7 @@ def verify(options: Namespace) -> int:
 
     checks = run_checks(options.out)
     if options.json:
-        _print_json({"path": options.out, "checks": [dataclasses.asdict(check) for check in checks]})
+        print_json({"path": options.out, "checks": [dataclasses.asdict(check) for check in checks]})
     else:
         print(checklist(checks))
     return 1 if any(check.problems for check in checks) else 0
-
-
-def _weights(post: str, adapter: str | None) -> Checkpoint:
-    """The fine-tuned weights: of a folder, or of a folder with an adapter merged in."""
-    from daq_lightning.checkpoint.adapter import read_adapter
-    from daq_lightning.export.source import AdaptedCheckpoint
-
-    if adapter is None:
-        return _checkpoint(post, "POST")
-    return AdaptedCheckpoint(_folder(post, "POST"), read_adapter(_folder(adapter, "--adapter")))
-
-
-def _checkpoint(path: str, role: str) -> Checkpoint:
-    from daq_lightning.checkpoint.reader import Checkpoint
-
-    return Checkpoint(_folder(path, role))
-
-
-def _folder(path: str, role: str) -> str:
-    """The path, if it is a folder; else an error that guesses what was meant."""
-    if not Path(path).is_dir():
-        hub = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-        meant = f" To take it from the Hub: hf download {path} --local-dir FOLDER" if hub else ""
-        raise ValueError(
-            f"{role}: {path} is {'not a folder' if Path(path).exists() else 'not there'}.{meant}"
-        )
-    if (
-        role != "--adapter"
-        and (Path(path) / "adapter_config.json").is_file()
-        and not (Path(path) / "config.json").is_file()
-    ):
-        raise ValueError(
-            f"{role}: {path} is a LoRA adapter. Pass the model it was trained on as POST, and --adapter "
-            f"{path}"
-        )
-    return path
-
-
-def _export_folder(path: str) -> str:
-    if not (Path(_folder(path, "OUT")) / "daq_report.json").is_file():
-        raise ValueError(f"{path} has no daq_report.json, so it was not written by `daq-lightning quantize`.")
-    return path
-
-
-def _print_json(content: Any) -> None:
-    # the escapes of an encoding that cannot hold a name are JSON's own only above 8 bits
-    plain = "utf" not in (sys.stdout.encoding or "utf-8").lower()
-    print(json.dumps(content, indent=2, ensure_ascii=plain))

@@ -16,20 +16,33 @@ from daq_lightning.report.figures import ALPHA_STATISTICS, Side, TensorReport, a
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job
+    from daq_lightning.export.sampled import Looked
     from daq_lightning.export.stream import Batch, Pair
 
 
-def batch_reports(job: Job, batch: Batch, results: Sequence[SearchResult]) -> list[TensorReport]:
-    """The lines of a batch in the report. All that they say leaves the device in one transfer."""
+def batch_reports(
+    job: Job, batch: Batch, results: Sequence[SearchResult], samples: Sequence[Looked | None]
+) -> list[TensorReport]:
+    """The lines of a batch in the report. All that they say leaves the device in one transfer.
+
+    Args:
+        job: What is exported.
+        batch: Weights of one shape, with their bases.
+        results: Of their search.
+        samples: What was looked at of each more closely, if anything.
+    """
     sides = [_sides(job, pair, result) for pair, result in zip(batch, results, strict=True)]
     parts: list[Tensor] = []
-    for result, of_tensor in zip(results, sides, strict=True):
+    for result, of_tensor, looked in zip(results, sides, samples, strict=True):
         parts += [alpha_statistics(result.alpha), *(stats.packed() for stats in of_tensor.values())]
+        parts += [] if looked is None else looked.packed()
     arrived = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
     reports = []
-    for pair, of_tensor in zip(batch, sides, strict=True):
+    for pair, of_tensor, looked in zip(batch, sides, samples, strict=True):
         alpha: dict[str, float] = dict(zip(ALPHA_STATISTICS, map(float, next(arrived).tolist()), strict=True))
         sums = {side: DeltaStats.unpacked(next(arrived)) for side in of_tensor}
+        by_step = None if looked is None else looked.by_step(arrived)
+        curve = None if looked is None else looked.alpha_curve(arrived)
         fits = bool(sums["dequantized"].delta_q_sq.isfinite())
         reports.append(
             TensorReport(
@@ -43,6 +56,8 @@ def batch_reports(job: Job, batch: Batch, results: Sequence[SearchResult]) -> li
                 root=sums.get("root"),
                 dequantized=sums["dequantized"] if fits else None,
                 without_base=job.without_base.get(pair.plan.spec.name, ""),
+                by_step=by_step,
+                curve=curve,
             )
         )
     return reports

@@ -21,8 +21,10 @@ from daq_lightning.checkpoint.folder import config_dtype, read_card
 from daq_lightning.checkpoint.manifest import relative_to
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.model.hub import is_repository, repository_of
 from daq_lightning.report.card import CardFacts, model_card
-from daq_lightning.report.front_matter import dump, is_repository, repository_of
+from daq_lightning.report.eval_results import Evaluation
+from daq_lightning.report.front_matter import dump
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job
@@ -87,8 +89,15 @@ def existing_card(job: Job) -> str:
     return read_card(source.places[-1]) if isinstance(source, Checkpoint) else ""
 
 
-def make_card(job: Job, report: ExportReport, recipe: bool) -> str:
-    """The content of README.md."""
+def make_card(job: Job, report: ExportReport, recipe: bool, *, evaluation: Evaluation | None = None) -> str:
+    """The content of README.md.
+
+    Args:
+        job: What was exported.
+        report: What became of it.
+        recipe: Whether there is a recipe.yaml.
+        evaluation: What was measured of the quantized model, if anything.
+    """
     source, base = job.source.weights, job.base
     published = from_base = base_card = ""
     named = (job.source.config or {}).get("_name_or_path")
@@ -108,8 +117,18 @@ def make_card(job: Job, report: ExportReport, recipe: bool) -> str:
         base_card=base_card,
         recipe=recipe,
         trained=bool(job.training),
+        evaluation=evaluation or _validated(report),
     )
     return model_card(existing_card(job), facts)
+
+
+def _validated(report: ExportReport) -> Evaluation | None:
+    """The figures of the Trainer's validation, if it ran with the exported weights."""
+    if not report.validation:
+        return None
+    figures = {name: values["served"] for name, values in report.validation.items()}
+    figures |= {f"{name} unquantized": values["unquantized"] for name, values in report.validation.items()}
+    return Evaluation(figures=figures, dataset="the validation data of the training run")
 
 
 def _are_text(values: Iterable[object]) -> bool:
@@ -127,7 +146,11 @@ def _is_plain(checkpoint: Checkpoint) -> bool:
 
 
 def _from(folder: Path, out: Path, path: Path) -> str:
-    """A path from the folder of an export: as the manifest has it, or without links where that fails."""
+    """A path from the folder of an export: as the manifest has it, or without links where that fails; of a
+    model in the Hub's cache, its name and commit, which are the same on every machine."""
+    repository = repository_of(path.absolute())
+    if repository:
+        return f"{repository}@{path.name}"
     short = relative_to(str(path.absolute()), out.absolute())
     if os.path.exists(folder / short) and os.path.samefile(folder / short, path):
         return short

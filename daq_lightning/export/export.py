@@ -17,6 +17,7 @@ from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import check_device, run
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
+from daq_lightning.model.hub import local_folder, push_folder
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.report.figures import ExportReport
@@ -43,12 +44,15 @@ def export_checkpoint(
     progress: bool = False,
     distributed: bool = False,
     resume: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> ExportReport:
     """Writes an FP8 checkpoint whose scales preserve the difference between two sets of weights.
 
     Args:
-        weights: The fine-tuned model: a Hugging Face folder, what `load_checkpoint` returned of one, or
-            checkpoint names -> tensors. A mapping that computes its tensors is read once and held.
+        weights: The fine-tuned model: a Hugging Face folder, `org/name` (or `org/name@revision`) on the Hub,
+            what `load_checkpoint` returned of a folder, or checkpoint names -> tensors. A mapping that
+            computes its tensors is read once and held.
         base: The model it was trained from, likewise. An FP8 folder is dequantized.
         out: Destination folder. An earlier export there is replaced on success; anything else is refused.
         adapter: Folder of a LoRA adapter (PEFT), merged into `weights` (then the folder it was trained on) in
@@ -73,13 +77,15 @@ def export_checkpoint(
             files. They need a file system in common.
         resume: Whether to go on from what an export to the same place, which was cut off, has completed, and
             to leave what is complete if this one is cut off too. Only between folders.
+        push_to_hub: `org/name` to upload the export to, when it is complete.
+        private: Whether a repository that is created for it is private.
 
     Returns:
         The report, also written as `daq_report.json`.
 
     Raises:
         CheckpointError: A folder cannot be read, base and weights do not fit, or the destination cannot be
-            written.
+            written. `HubError`, of these: the Hub lacks a model, or the upload failed; the export stays.
         ValueError: NaN or Inf in a weight, a device that is not there, or settings that contradict each
             other.
 
@@ -109,11 +115,16 @@ def export_checkpoint(
 
         def opened() -> tuple[Source, Mapping[str, Tensor]]:
             check_device(device)
-            before = base if isinstance(base, Mapping) else Checkpoint(base)
-            return Source.of(weights, adapter), before
+            before = base if isinstance(base, Mapping) else Checkpoint(local_folder(base))
+            after = weights if isinstance(weights, Mapping) else local_folder(weights)
+            return Source.of(after, None if adapter is None else local_folder(adapter)), before
 
         source, before = ranks.together(opened)
         job = prepare(source, before, settings, parent=parent, chain_from=chain_from, ranks=ranks)
-        return run(job, Path(out).expanduser(), device=device, progress=progress, ranks=ranks, resume=resume)
+        place = Path(out).expanduser()
+        report = run(job, place, device=device, progress=progress, ranks=ranks, resume=resume)
+        if push_to_hub is not None:
+            ranks.first(lambda: push_folder(place, push_to_hub, private=private))
+        return report
     finally:
         ranks.close()

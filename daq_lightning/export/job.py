@@ -83,6 +83,22 @@ class Job:
         names = {tensor.spec.name: tensor.spec.name for tensor in self.plan.quantized}
         return dataclasses.replace(self, base=base, base_names=names, without_base={}, lineage=lineage)
 
+    def planned_as(self, settings: ExportSettings) -> Job:
+        """The same export under other settings, of which scheme and ignored modules may differ.
+
+        Raises:
+            CheckpointError: As for `plan_export`.
+        """
+        plan = plan_export(self.source.specs, self.source.outline, settings)
+        quantized = {tensor.spec.name for tensor in plan.quantized}
+        return dataclasses.replace(
+            self,
+            settings=settings,
+            plan=plan,
+            base_names={name: base for name, base in self.base_names.items() if name in quantized},
+            without_base={name: why for name, why in self.without_base.items() if name in quantized},
+        )
+
     def after_training(self, source: Source, training: Mapping[str, Any]) -> Job:
         """The same export with the weights of another step of the run.
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.destination import check_destination, check_inputs
-from daq_lightning.checkpoint.folder import CARD, MANIFEST, RECIPE, REPORT
+from daq_lightning.checkpoint.folder import CARD, MANIFEST, PAGE, RECIPE, REPORT
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.writer import CheckpointWriter, plan_shards
 from daq_lightning.export.account import as_searched, batch_reports, config_of, notes_of
@@ -30,11 +30,16 @@ from daq_lightning.export.card import existing_card, make_card, make_recipe
 from daq_lightning.export.finished import Finished, Records, TensorPrints, find_leftover, prints_of
 from daq_lightning.export.manifest import make_manifest
 from daq_lightning.export.ranks import ALONE, Agreement, RankLostError, Ranks
+from daq_lightning.export.sampled import curve_names, look
 from daq_lightning.export.stream import Batch, Pair, stream
+from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import Work, open_on_all, share_out
 from daq_lightning.numerics.search.search import search_batch
 from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ExportReport
+from daq_lightning.report.html import page
+
+Judge: TypeAlias = Callable[[Path, Collection[str], ExportReport], ExportReport]
 
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.tensor_file import TensorSpec
@@ -50,6 +55,8 @@ def run(
     progress: bool = False,
     ranks: Ranks = ALONE,
     resume: bool = False,
+    judge: Judge | None = None,
+    timings: Timings | None = None,
 ) -> ExportReport:
     """Writes the checkpoint of a job.
 
@@ -61,15 +68,19 @@ def run(
         ranks: The processes that share the work; all of them call this.
         resume: Whether to go on from the files that an export to the same place, which was killed, had
             completed; and to leave them there if this one is cut off too. Only between folders.
+        judge: Called on all ranks when the files are written and not yet published, with their folder and
+            names and the report; returns the report to publish. If it raises, nothing is published.
+        timings: A clock to be told how long it took, on all ranks or on none.
 
     Returns:
-        The report, also written as `daq_report.json`; the same on every rank.
+        The report, also written as `daq_report.json` and `daq_report.html`; the same on every rank.
 
     Raises:
         CheckpointError: A tensor cannot be read, the destination cannot be written, the ranks do not see the
             same files or do not plan the same, or one of them is gone.
         ValueError: NaN or Inf in a weight, by name.
     """
+    clock = Timings() if timings is None else timings
     ranks.together(lambda: (check_inputs(out, job.inputs()), check_destination(out), existing_card(job)))
     shards = plan_shards(job.plan.stored_together, job.settings.max_shard_bytes)
     records = Records(job)
@@ -97,7 +108,9 @@ def run(
         )
         writer.keep = resume and records.possible
         try:
-            mine = _write_tensors(job, work, writer, records, ranks, device=device, progress=progress)
+            mine = _write_tensors(
+                job, work, writer, records, ranks, device=device, progress=progress, clock=clock
+            )
             parts = [mine] if ranks.size == 1 else map(Finished.from_dict, ranks.gather(mine.to_dict()))
             every = Finished.joined([done, *parts])
         except RankLostError:
@@ -115,7 +128,12 @@ def run(
             notes=(*job.plan.notes, *notes_of(job, every.reports)),
             dtype=str(job.plan.dtype).removeprefix("torch."),
         )
+        if judge is not None:
+            report = judge(writer.folder, tuple(shards), report)
         ranks.together(lambda: _publish(job, writer, report, every.prints, out) if ranks.rank == 0 else None)
+    if timings is not None:
+        ranks.together(lambda: timings.weigh(out) if ranks.rank == 0 else None)
+        timings.collect(ranks)
     return report
 
 
@@ -137,9 +155,10 @@ def _write_tensors(
     *,
     device: str | torch.device | None,
     progress: bool,
+    clock: Timings,
 ) -> Finished:
     """Searches and writes what is dealt to this rank, in step with the others."""
-    mine = Finished()
+    mine, curves = Finished(), curve_names(job)
     agreement = Agreement(ranks)
     files = {file: records.of(file, writer.shards[file]) for file in work.files(ranks.rank)}
     with (
@@ -170,10 +189,11 @@ def _write_tensors(
                     _check_finite(tensor, plan.spec.name)
                     behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
                     continue
-                results = _search(job, batch)
-                for pair, report, result in zip(
-                    batch, batch_reports(job, batch, results), results, strict=True
-                ):
+                with clock.searching():
+                    results = _search(job, batch)
+                samples = look(job, batch, results, curves)
+                reports = batch_reports(job, batch, results, samples)
+                for pair, report, result in zip(batch, reports, results, strict=True):
                     mine.reports[pair.plan.spec.name] = report
                     behind.run(finish, pair, result)
         with agreement.attempt():
@@ -196,6 +216,8 @@ def _publish(
     if job.source.config is not None:
         writer.write_json("config.json", config_of(job))
     writer.write_json(REPORT, report.to_dict())
+    # without the folder's name, and before there is a manifest: the same weights give the same page anywhere
+    writer.add_text(PAGE, page(dataclasses.replace(report, path="")), "backslashreplace")
     recipe = make_recipe(job, writer.folder, out)
     if recipe:
         writer.add_text(RECIPE, recipe)

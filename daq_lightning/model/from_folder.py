@@ -2,6 +2,7 @@
 
     config.json -> outline known from before
                 -> else transformers -> model without memory -> Architecture -> outline
+    config.json and tensors -> transformers -> model with weights
 
 transformers takes seconds to import and is asked only where no earlier process has kept its answer.
 """
@@ -20,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from daq_lightning.checkpoint.folder import read_json, replace_json
-from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.checkpoint.tensor_file import CheckpointError, LazyTensors
 from daq_lightning.model.architecture import Architecture
 from daq_lightning.model.outline import Outline
 from daq_lightning.model.outline_cache import outline_key, read_outline, write_outline
@@ -75,6 +76,56 @@ class FolderModel:
             write_outline(key, outline)
         return outline
 
+    def load(self, weights: LazyTensors, dtype: torch.dtype) -> nn.Module:
+        """The model with its weights, on the CPU, for evaluation.
+
+        Names, stacks of experts, tied copies and computed buffers are left to transformers, which reads the
+        tensors one at a time, in threads.
+
+        Args:
+            weights: Tensors under checkpoint names.
+            dtype: Of the parameters.
+
+        Raises:
+            CheckpointError: A model that transformers does not know, or tensors that are missing or of
+                another shape.
+        """
+        content = _without_code(read_json(self._folder / "config.json"))
+        slices = {name: _Slice(weights, name) for name in weights}
+        with _explained(self._folder), quiet_and_offline(), _without_bars():
+            model_class, config = _described(content, self._folder, self._limit)
+            if not hasattr(model_class, "_from_config"):
+                raise ValueError("it names no architecture")
+            with _at_most_modules(self._limit):
+                model, found = model_class.from_pretrained(
+                    None,
+                    config=config,
+                    state_dict=slices,
+                    dtype=dtype,
+                    experts_implementation="eager",
+                    output_loading_info=True,
+                )
+            absent = sorted(found["missing_keys"])
+            if absent:
+                raise ValueError(
+                    f"{len(absent)} parameters are not in its files: {', '.join(absent[:4])}"
+                    + (", ..." if len(absent) > 4 else "")
+                )
+        return model.eval()
+
+
+class _Slice:
+    """A tensor that is read when transformers slices it, as those of safetensors are."""
+
+    def __init__(self, weights: LazyTensors, name: str) -> None:
+        self._weights, self._name = weights, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._weights[self._name][index]
+
+    def get_shape(self) -> list[int]:
+        return list(self._weights.spec(self._name).shape)
+
 
 def _build(content: Mapping[str, Any], folder: Path, limit: int) -> Architecture:
     """The architecture that a config.json describes.
@@ -82,22 +133,35 @@ def _build(content: Mapping[str, Any], folder: Path, limit: int) -> Architecture
     It is foreign input: nothing that it names is imported or downloaded, attention is the plain one, and a
     model of many more modules than the files hold tensors is not built.
     """
+    with _explained(folder), quiet_and_offline():
+        model_class, config = _described(content, folder, limit)
+        build = getattr(model_class, "_from_config", None) or model_class.from_config
+        with torch.device("meta"), _at_most_modules(limit):
+            model = build(config, attn_implementation="eager")
+        return Architecture(model)
+
+
+def _described(content: Mapping[str, Any], folder: Path, limit: int) -> tuple[Any, Any]:
+    """The class and the configuration that a config.json's content stands for, without quantization."""
+    import transformers
+
+    _check_counts(content, limit)
+    config = _read_config(content, folder.name)
+    names = config.architectures or []
+    model_class = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
+    if names and not issubclass(model_class, transformers.PreTrainedModel):
+        raise ValueError(f"{names[0]} is not a model class")
+    # a quantized folder is described by its config too: the plain architecture is asked for here
+    vars(config).pop("quantization_config", None)
+    return model_class, config
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
     import transformers
 
     try:
-        _check_counts(content, limit)
-        with _quiet_and_offline():
-            config = _read_config(content, folder.name)
-            names = config.architectures or []
-            model_class = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
-            if names and not issubclass(model_class, transformers.PreTrainedModel):
-                raise ValueError(f"{names[0]} is not a model class")
-            # a quantized folder is described by its config too: the plain architecture is asked for here
-            vars(config).pop("quantization_config", None)
-            build = getattr(model_class, "_from_config" if names else "from_config")
-            with torch.device("meta"), _at_most_modules(limit):
-                model = build(config, attn_implementation="eager")
-            return Architecture(model)
+        yield
     except Exception as error:  # foreign input: transformers raises whatever it trips over
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot build the model that {folder / 'config.json'} "
@@ -161,7 +225,21 @@ def _at_most_modules(limit: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_and_offline() -> Iterator[None]:
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging as shown
+
+    if not shown.is_progress_bar_enabled():
+        yield
+        return
+    shown.disable_progress_bar()
+    try:
+        yield
+    finally:
+        shown.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def quiet_and_offline() -> Iterator[None]:
     """Without transformers' warnings and the Hub: a config.json may name repositories in many fields."""
     from huggingface_hub import constants
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.model.outline import Role, owner_of
@@ -15,6 +15,22 @@ FUSED = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 """Projections that servers join into one matrix."""
+
+
+def fused_groups(names: Iterable[str]) -> list[list[str]]:
+    """The weights that are one to a server: q, k and v; gate and up; all experts of a layer; else one alone.
+
+    Example:
+        >>> fused_groups(["mlp.gate_proj.weight", "mlp.down_proj.weight", "mlp.up_proj.weight"])
+        [['mlp.gate_proj.weight', 'mlp.up_proj.weight'], ['mlp.down_proj.weight']]
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        prefix, _, leaf = name.removesuffix(".weight").rpartition(".")
+        layer, expert, _ = name.rpartition(".experts.")
+        fused = next((group for group in FUSED if leaf in group), (leaf,))
+        groups.setdefault((layer, "experts") if expert else (prefix, *fused), []).append(name)
+    return list(groups.values())
 
 
 def check_fused(chosen: Collection[str], roles: Mapping[str, Role]) -> None:

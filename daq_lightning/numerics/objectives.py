@@ -208,7 +208,7 @@ def measure_by_magnitude(weight: Tensor, base: Tensor, dequantized: Tensor) -> M
     """
     _one_shape(weight, base, dequantized)
     weight, base, dequantized = (tensor.float().flatten() for tensor in (weight, base, dequantized))
-    sign, sign_q = _sign_of_difference(weight, base), _sign_of_difference(dequantized, base)
+    sign, sign_q = sign_of_difference(weight, base), sign_of_difference(dequantized, base)
     edges = torch.tensor(MAGNITUDES[1:], dtype=torch.float32, device=weight.device)
     bins = 1 + torch.bucketize((weight - base).abs(), edges, right=True)
     bins = torch.where(sign == 0, 0, bins)
@@ -220,7 +220,7 @@ def sums(weight: Tensor, base: Tensor, dequantized: Tensor) -> DeltaStats:
     """Sums over the last dimension of float32 tensors that broadcast against each other."""
     delta, delta_q, error = weight - base, dequantized - base, dequantized - weight
     # compared, not subtracted: a difference of two tiny numbers may be flushed to zero on some devices
-    sign, sign_q = _sign_of_difference(weight, base), _sign_of_difference(dequantized, base)
+    sign, sign_q = sign_of_difference(weight, base), sign_of_difference(dequantized, base)
     changed = sign != 0
     shape = torch.broadcast_tensors(delta, delta_q)[0].shape[:-1]  # torch.broadcast_shapes imports sympy
 
@@ -253,5 +253,6 @@ def _one_shape(weight: Tensor, base: Tensor, dequantized: Tensor) -> None:
         )
 
 
-def _sign_of_difference(left: Tensor, right: Tensor) -> Tensor:
+def sign_of_difference(left: Tensor, right: Tensor) -> Tensor:
+    """-1, 0 or 1 as int8; compared, so that no tiny difference is flushed to zero."""
     return (left > right).to(torch.int8) - (left < right).to(torch.int8)

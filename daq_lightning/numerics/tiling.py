@@ -10,11 +10,26 @@ Legend: M out, N in, G groups, E elements in a (filled) group.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from daq_lightning.numerics.formats import Granularity, PerBlock, PerTensor
+
+
+class Box(NamedTuple):
+    """Rows from `top` up to `bottom`, columns from `left` up to `right`."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def within(self, weight_MN: Tensor, origin: Box) -> Tensor:
+        """These rows and columns of a tensor that holds those of `origin`."""
+        rows = slice(self.top - origin.top, self.bottom - origin.top)
+        return weight_MN[rows, self.left - origin.left : self.right - origin.left]
 
 
 def to_groups(weight_MN: Tensor, granularity: Granularity) -> Tensor:

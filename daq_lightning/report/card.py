@@ -11,12 +11,15 @@ the same weights give the same card anywhere; and nothing in it that comes from 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from daq_lightning.report.front_matter import is_repository, merge, read_texts, split_card
+from daq_lightning.model.hub import is_repository
+from daq_lightning.report.eval_results import Evaluation, model_index, table
+from daq_lightning.report.front_matter import merge, read_texts, split_card
 from daq_lightning.report.serving import creation, serving
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ class CardFacts:
         base_card: Card of the base: says license and language, where the model's own does not.
         recipe: Whether there is a recipe.yaml.
         trained: Whether the callback made it.
+        evaluation: What was measured of the quantized model, if anything.
     """
 
     report: ExportReport
@@ -53,6 +57,7 @@ class CardFacts:
     base_card: str = ""
     recipe: bool = False
     trained: bool = False
+    evaluation: Evaluation | None = None
 
 
 def model_card(existing: str, facts: CardFacts) -> str:
@@ -115,6 +120,10 @@ def _metadata(front: str, facts: CardFacts) -> str:
     tags += ["fp8", "quantized", "vllm", "daq-lightning"]
     if facts.layout.quantization_config(())["quant_method"] == "compressed-tensors":
         tags.append("compressed-tensors")
+    if facts.evaluation is not None and facts.evaluation.known:
+        ours["model-index"] = model_index(
+            f"FP8 of {facts.published or facts.base or 'model'}", facts.evaluation
+        )
     return merge(front, ours | {"tags": list(dict.fromkeys(tags))}, replaced)
 
 
@@ -137,6 +146,7 @@ def _section(facts: CardFacts) -> str:
         _about(facts),
         "### What was kept of the update",
         _figures(facts.report),
+        *_evaluation(facts.evaluation),
         "### Deployment",
         serving(facts.layout, facts.config is not None),
         "### Creation",
@@ -205,6 +215,16 @@ def _figures(report: ExportReport) -> str:
             *([f"\n- and {len(report.notes) - _LISTED} more in `daq_report.json`"] * (len(report.notes) > 3)),
         ]
     )
+
+
+def _evaluation(evaluation: Evaluation | None) -> list[str]:
+    """The section on the quantized model's own figures, if there are any."""
+    if evaluation is None or not evaluation.known:
+        return []
+    tokens = f", {evaluation.tokens:,} tokens" if evaluation.tokens else ""
+    about = f"Of the quantized model, on {plain(evaluation.dataset)}{tokens}:"
+    names = {plain(name): value for name, value in evaluation.known.items()}
+    return ["### Evaluation", about, table(dataclasses.replace(evaluation, figures=names))]
 
 
 def plain(text: str) -> str:

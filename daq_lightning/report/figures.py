@@ -25,7 +25,9 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.folder import REPORT, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.numerics.bins import STEP_EDGES
 from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
+from daq_lightning.report.sampled import AlphaCurve, ByStep
 from daq_lightning.report.shape import FLOAT_SUMS, check_report
 
 Side: TypeAlias = Literal["searched", "dequantized", "absmax", "root"]
@@ -53,6 +55,9 @@ class TensorReport:
             does not hold all values, and in reports of a version that did not look at it.
         without_base: Why it has no base; its scale is the plain one, and it is left out of the totals. ""
             with a base.
+        by_step: Outcomes by the size of the change, of a sample; None without a base, and in reports of a
+            version that did not look at it.
+        curve: The objective over alpha, of the same sample; None for most weights.
     """
 
     name: str
@@ -65,6 +70,8 @@ class TensorReport:
     root: DeltaStats | None = None
     dequantized: DeltaStats | None = None
     without_base: str = ""
+    by_step: ByStep | None = None
+    curve: AlphaCurve | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in `daq_report.json`, under its name."""
@@ -80,6 +87,8 @@ class TensorReport:
             "alpha": dict(self.alpha),
             **sides,
             **({"without_base": self.without_base} if self.without_base else {}),
+            **({} if self.by_step is None else {"by_step": self.by_step.to_dict()}),
+            **({} if self.curve is None else {"curve": self.curve.to_dict()}),
         }
 
     @classmethod
@@ -96,6 +105,8 @@ class TensorReport:
             root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
             dequantized=_stats_from(entry["dequantized"]["sums"]) if "dequantized" in entry else None,
             without_base=entry.get("without_base", ""),
+            by_step=ByStep.from_dict(entry["by_step"]) if "by_step" in entry else None,
+            curve=AlphaCurve.from_dict(entry["curve"]) if "curve" in entry else None,
         )
 
 
@@ -111,6 +122,8 @@ class ExportReport:
         kept: Name -> why it was not quantized.
         notes: What the user should know: fallbacks, casts, missing bases.
         dtype: What a reader dequantizes to: the dtype of the kept tensors.
+        validation: Figure of the Trainer's validation -> "unquantized" and "served" -> its value: of the
+            model as it was, and with the exported weights; empty where there was none.
     """
 
     path: str
@@ -120,6 +133,7 @@ class ExportReport:
     kept: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     dtype: str = "bfloat16"
+    validation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def totals(self, side: Side = "searched") -> DeltaStats:
         """Sums over all quantized tensors whose base is known."""
@@ -148,8 +162,10 @@ class ExportReport:
                 if side in self._sides()
             },
             "search": dict(self.search),
+            "step_edges": list(STEP_EDGES),
             "totals": {side: _with_sums(self.totals(side)) for side in self._sides()},
             "notes": list(self.notes),
+            **({"validation": _finite(self.validation)} if self.validation else {}),
             "tensors": {tensor.name: tensor.to_dict() for tensor in self.tensors},
             "kept": dict(self.kept),
         }
@@ -180,10 +196,14 @@ class ExportReport:
             kept=content["kept"],
             notes=tuple(content["notes"]),
             dtype=content.get("dtype", "bfloat16"),
+            validation={
+                name: {side: math.nan if value is None else value for side, value in values.items()}
+                for name, values in content.get("validation", {}).items()
+            },
         )
 
     def summary(self) -> str:
-        """At most eleven lines for a person: where it is, what was kept of the update, what to know."""
+        """At most fourteen lines for a person: where it is, what was kept, how it validates, what to know."""
         count = len(self.tensors)
         lines = [
             f"FP8 export: {self.path}",
@@ -201,6 +221,10 @@ class ExportReport:
             if values["delta_norm"] == 0:
                 direction = f"{'-':>10}{'-':>10}{'-':>10}"
             lines.append(f"  {side:12}{direction}{values['mse']:>12.3e}{values['lost']:>9.2%}")
+        lines += [
+            f"  {name}: {values['unquantized']:.5g}, as it will be served {values['served']:.5g}"
+            for name, values in list(self.validation.items())[:3]
+        ]
         notes = list(self.notes)
         if len(notes) > 4:
             notes = [*notes[:3], f"and {len(notes) - 3} more in daq_report.json"]
@@ -238,6 +262,14 @@ def alpha_statistics(alpha: Tensor) -> Tensor:
     """min, mean, max and moved (share of groups with alpha != 1) of a tensor's alphas: float64, on its
     device."""
     return torch.stack([alpha.min(), alpha.mean(), alpha.max(), (alpha != 1).double().mean()])
+
+
+def _finite(validation: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """JSON has no word for NaN."""
+    return {
+        name: {side: value if math.isfinite(value) else None for side, value in values.items()}
+        for name, values in validation.items()
+    }
 
 
 def _with_sums(stats: DeltaStats) -> dict[str, Any]:

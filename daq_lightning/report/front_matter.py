@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 _BLOCK = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 # characters; cards with the scores of hundreds of tests have some 0.4 million
 _LARGEST = 1 << 20
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _NULL = "tag:yaml.org,2002:null"
 
 
@@ -80,39 +78,20 @@ def merge(front: str, ours: Mapping[str, Any], replaced: Collection[str]) -> str
     return merged
 
 
-def dump(content: Mapping[str, Any]) -> str:
+def dump(content: Mapping[str, Any] | list[dict[str, Any]]) -> str:
     """YAML in blocks, in the order given; nothing for nothing."""
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        """Writes a value that is there twice twice, not as an alias."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    plain = dict(content) if isinstance(content, Mapping) else content
     # as wide as it takes: a folded line is hard to read, and to change
-    return (
-        yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=1 << 20) if content else ""
-    )
-
-
-def is_repository(name: object) -> bool:
-    """Whether this can be the name of a model on the Hub: `org/name`, and no path.
-
-    Example:
-        >>> [is_repository(name) for name in ("org/model-7B", "/home/me/model", "model", "../model")]
-        [True, False, False, False]
-    """
-    return (
-        isinstance(name, str)
-        and _REPOSITORY.fullmatch(name) is not None
-        and len(name) <= 96
-        and not any(part in name for part in ("--", ".."))
-        and not name.endswith((".", "-", ".git"))
-    )
-
-
-def repository_of(folder: Path) -> str:
-    """The name on the Hub of a folder in its cache, `models--org--name/snapshots/<commit>`; else ""."""
-    if folder.parent.name != "snapshots":
-        return ""
-    kind, _, name = folder.parent.parent.name.partition("--")
-    name = name.replace("--", "/", 1)
-    return name if kind == "models" and is_repository(name) else ""
+    options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 1 << 20}
+    return yaml.dump(plain, Dumper=Dumper, **options) if content else ""
 
 
 def _entries(front: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:

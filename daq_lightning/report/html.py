@@ -21,11 +21,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daq_lightning.checkpoint.folder import MANIFEST
+from daq_lightning.checkpoint.folder import MANIFEST, PAGE
+from daq_lightning.report.charts import curve_charts, step_charts
 from daq_lightning.report.figures import ExportReport, Side
+from daq_lightning.report.levels import worst_rows
 from daq_lightning.report.markup import items, name, scrolling, sentence, text, visible
-from daq_lightning.report.rows import Figures, Row, rows_of, split_name, totals_of, worst_rows
-from daq_lightning.report.sections import COLUMNS, depth_charts, figure_table, heat_maps, worst_list
+from daq_lightning.report.names import split_name
+from daq_lightning.report.rows import Figures, Row, rows_of, totals_of
+from daq_lightning.report.sections import (
+    COLUMNS,
+    depth_charts,
+    figure_table,
+    heat_maps,
+    validation_table,
+    worst_list,
+)
 from daq_lightning.report.verdict import Verdict, judge, reason_of
 
 if TYPE_CHECKING:
@@ -73,8 +83,8 @@ def check_page(file: str | os.PathLike[str]) -> None:
         raise ValueError(f"{file} cannot be written: there is no folder {file.absolute().parent}.")
     if (file.absolute().parent / MANIFEST).exists():
         raise ValueError(
-            f"{file} is in an export, which would no longer be what its {MANIFEST} says: choose a place "
-            "beside it."
+            f"{file} is in an export, which has a {PAGE} of its own and would no longer be what its "
+            f"{MANIFEST} says: choose a place beside it."
         )
     if file.exists():
         if not file.is_file():
@@ -88,7 +98,7 @@ def page(report: ExportReport, manifest: Manifest | None = None) -> str:
     """A report as the text of an HTML file.
 
     Args:
-        report: The report.
+        report: The report. One without a path gives a page without the folder's name.
         manifest: Of the same export: adds versions and origin.
 
     Example:
@@ -105,16 +115,19 @@ def page(report: ExportReport, manifest: Manifest | None = None) -> str:
         if row.layer:
             stacks.setdefault(split_name(row.names[0])[0], []).append(row)
     total_sq = sum(row.searched.delta_sq for row in worst)
-    called = f"DAQ report: {Path(os.path.abspath(report.path)).name}"
+    called = f"DAQ report: {Path(os.path.abspath(report.path)).name}" if report.path else "DAQ report"
     style, script = _file("page.css"), _file("page.js")
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; "
         "form-action 'none'"
     )
     sections = [
+        ("Validated as it will be served", validation_table(report.validation)),
         ("What to look at first", worst_list(worst, total_sq, reason_of)),
         ("By depth", depth_charts(list(stacks.items()))),
         ("Layer by projection", heat_maps(list(stacks.items()))),
+        ("By size of the change", step_charts(report)),
+        ("Objective over alpha", curve_charts(report)),
         (
             "All figures",
             _downloads(report, totals, verdict, rows, manifest) + figure_table(ordered, reason_of),

@@ -15,8 +15,7 @@ for one that is lost:
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.report.figures import ALPHA_STATISTICS, ExportReport, Side, TensorReport, figures
 from daq_lightning.report.levels import level_of
+from daq_lightning.report.names import split_name
 
 SIDES: tuple[Side, ...] = ("searched", "absmax", "dequantized")
 
@@ -157,36 +157,6 @@ def totals_of(report: ExportReport) -> dict[Side, Figures]:
     measured = [tensor for tensor in report.tensors if not tensor.without_base]
     stats: dict[Side, list[Any]] = {side: [getattr(tensor, side) for tensor in measured] for side in SIDES}
     return {side: figures_of(of_side) for side, of_side in stats.items() if measured and None not in of_side}
-
-
-def worst_rows(rows: Iterable[Row]) -> list[Row]:
-    """The rows with an update, those first of which least is served; of equals, the lowest cosine."""
-    return sorted(
-        (row for row in rows if row.measured),
-        key=lambda row: (row.searched.served, row.searched.cosine or 0.0),
-    )
-
-
-def split_name(name: str) -> tuple[str, str, str]:
-    """A name as (stack, layer, projection), with `*` for the numbers of the projection.
-
-    Example:
-        >>> split_name("model.layers.3.mlp.experts.17.down_proj.weight")
-        ('model.layers', 'model.layers.3', 'mlp.experts.*.down_proj')
-        >>> split_name("lm_head.weight")
-        ('', '', 'lm_head')
-    """
-    parts = name.removesuffix(".weight").split(".")
-    first = next((index for index, part in enumerate(parts) if is_number(part)), None)
-    if first is None or first == len(parts) - 1:
-        return "", "", ".".join(parts)
-    projection = ["*" if is_number(part) else part for part in parts[first + 1 :]]
-    return ".".join(parts[:first]), ".".join(parts[: first + 1]), ".".join(projection)
-
-
-def is_number(part: str) -> bool:
-    """Whether a part of a name is a number of a few digits."""
-    return re.fullmatch(r"[0-9]{1,9}", part) is not None
 
 
 def _row(layer: str, projection: str, without_base: str, members: Sequence[TensorReport]) -> Row:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from daq_lightning.report.levels import level_of, percent
@@ -92,6 +92,25 @@ COLUMNS = (
     Column("alpha max", "largest multiple", lambda row: row.alpha["max"]),
     Column("moved", "share of scales that are not the plain ones", lambda row: row.alpha["moved"], percent),
 )
+
+
+def validation_table(validation: Mapping[str, Mapping[str, float]]) -> str:
+    """The Trainer's own figures of the model as it was and with the exported weights; "" without any."""
+    if not validation:
+        return ""
+    rows = "".join(
+        f"<tr><th scope=row>{text(figure)}</th>"
+        f"<td>{number(values['unquantized'], '.6g')}</td><td>{number(values['served'], '.6g')}</td>"
+        f"<td>{number(values['served'] - values['unquantized'], '+.3g')}</td></tr>"
+        for figure, values in validation.items()
+    )
+    head = "<tr><th scope=col>figure</th>" + "".join(
+        f"<th scope=col>{title}</th>" for title in ("unquantized", "as served", "difference")
+    )
+    return (
+        "<p>The Trainer's validation, with the weights as they were and with those of the files.</p>"
+        + scrolling(f"<table><thead>{head}</tr></thead><tbody>{rows}</tbody></table>", "Validation")
+    )
 
 
 def worst_list(worst: Sequence[Row], total_sq: float, reason: Callable[[Row], str]) -> str:

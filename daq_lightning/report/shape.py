@@ -3,15 +3,18 @@ used."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.numerics.bins import OUTCOMES, STEP_BINS
 
 FLOAT_SUMS = ("dot", "delta_sq", "delta_q_sq", "error_sq")
 """The sums that are no counts."""
+_LONGEST = 1 << 10  # of a list of numbers
 
 
 def check_report(content: Mapping[str, Any], file: Path, sums_of: Sequence[str]) -> None:
@@ -39,6 +42,7 @@ def check_report(content: Mapping[str, Any], file: Path, sums_of: Sequence[str])
     )
     check(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "a list of text in notes")
     check(isinstance(tensors, dict) and len(tensors) > 0, "quantized tensors in tensors")
+    check(_is_validation(content.get("validation", {})), "unquantized and served figures in validation")
     for name, entry in content["tensors"].items():
         check(isinstance(entry, dict), f"an object for {name}")
         shape, alpha = entry.get("shape"), entry.get("alpha")
@@ -52,6 +56,8 @@ def check_report(content: Mapping[str, Any], file: Path, sums_of: Sequence[str])
         check(
             is_alpha and all(map(_is_number, alpha.values())), f"min, mean, max and moved in alpha of {name}"
         )
+        check("by_step" not in entry or _is_by_step(entry["by_step"]), f"counts in by_step of {name}")
+        check("curve" not in entry or _is_curve(entry["curve"]), f"scores over alpha in curve of {name}")
         for side in ("searched", "absmax", *(side for side in ("dequantized", "root") if side in entry)):
             sums = entry[side].get("sums") if isinstance(entry.get(side), dict) else None
             listed = ", ".join(sums_of)
@@ -70,6 +76,50 @@ def _are_sums(sums: Mapping[str, Any], names: Sequence[str]) -> bool:
         and _is_number(sums["dot"])
         and all(_is_number(x) and x >= 0 for x in squares)
     )
+
+
+def _is_validation(value: Any) -> bool:
+    """Whether a foreign value is what `ExportReport.to_dict` writes of a validation."""
+    return isinstance(value, dict) and all(
+        isinstance(sides, dict)
+        and set(sides) == {"unquantized", "served"}
+        and all(map(_is_number_or_none, sides.values()))
+        for sides in value.values()
+    )
+
+
+def _is_by_step(entry: Any) -> bool:
+    """Whether a foreign value is what `ByStep.to_dict` writes."""
+    if not isinstance(entry, dict) or not _is_count(entry.get("sampled")):
+        return False
+    sides: list[Any] = [entry.get("searched"), entry.get("absmax")]
+    if not all(isinstance(side, dict) and set(side) == set(OUTCOMES) for side in sides):
+        return False
+    lists = [entry.get("n"), *(counts for side in sides for counts in side.values())]
+    if not all(_is_list(counts, _is_count) and len(counts) == STEP_BINS for counts in lists):
+        return False
+    totals = [list(map(sum, zip(*(side[outcome] for outcome in OUTCOMES), strict=True))) for side in sides]
+    return totals == [lists[0]] * 2 and sum(lists[0]) <= entry["sampled"]
+
+
+def _is_curve(entry: Any) -> bool:
+    """Whether a foreign value is what `AlphaCurve.to_dict` writes."""
+    if not isinstance(entry, dict) or not _is_count(entry.get("sampled")):
+        return False
+    alpha: Any = entry.get("alpha")
+    score: Any = entry.get("score")
+    if not (_is_list(alpha, _is_number) and _is_list(score, _is_number_or_none)):
+        return False
+    ascending = all(one < two for one, two in itertools.pairwise(alpha))
+    return len(alpha) == len(score) >= 1 and ascending and _is_number_or_none(entry.get("found"))
+
+
+def _is_list(value: Any, holds: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and len(value) <= _LONGEST and all(map(holds, value))
+
+
+def _is_number_or_none(value: object) -> bool:
+    return value is None or _is_number(value)
 
 
 def _is_count(value: object) -> bool:

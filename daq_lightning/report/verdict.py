@@ -11,13 +11,17 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from daq_lightning.model.fusion import FUSED
 from daq_lightning.numerics.search.settings import WIDE_RANGE
-from daq_lightning.report.figures import ExportReport, Side
-from daq_lightning.report.levels import FAIR, GOOD, Level, level_of, percent, times
+from daq_lightning.report.levels import FAIR, GOOD, Level, level_of, percent, times, worst_rows
 from daq_lightning.report.markup import number
-from daq_lightning.report.rows import Figures, Row, is_number, worst_rows
+from daq_lightning.report.names import is_number
+
+if TYPE_CHECKING:
+    from daq_lightning.report.figures import ExportReport, Side
+    from daq_lightning.report.rows import Figures, Row
 
 _MANY = 0.25  # share of changed elements that makes "lost" or "flipped" a reason
 _BAD = f"{100 * FAIR:.0f} %"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from daq_lightning.checkpoint.destination import check_destination
@@ -28,17 +28,18 @@ from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.training import settings_check as check
+from daq_lightning.training.gate import OnFailure, ValidationSettings
 from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging
 from daq_lightning.training.published import PublishedExports, raise_at_end, warn_of_nothing
-from daq_lightning.training.resume import states_in
+from daq_lightning.training.resume import KeepsReference
 from daq_lightning.training.run import Run
-from daq_lightning.training.run_settings import RunSettings
+from daq_lightning.training.run_settings import LogSettings, MissingBase, RunSettings, make_settings
 from daq_lightning.training.saves import saved_by_model_checkpoint, unwatch, watch
 from daq_lightning.training.schedule import ExportOn, Moment, Schedule, Which
-from daq_lightning.training.strategies import check_strategy, restores_late
+from daq_lightning.training.strategies import check_judging, check_strategy, restores_late
 
 
-class DeltaAwareQuantization(PublishedExports, Callback):
+class DeltaAwareQuantization(PublishedExports, KeepsReference):
     """Exports the trained model as an FP8 checkpoint that keeps what training changed.
 
     Args:
@@ -69,6 +70,16 @@ class DeltaAwareQuantization(PublishedExports, Callback):
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
         missing_base: A weight without its like in the base is an "error", or gets a plain "absmax" scale.
         max_shard_bytes: Size at which a new file begins; ranks share out the files, whole.
+        validate: Whether to run the Trainer's validation with the exported weights before they are published;
+            its figures are logged as "daq/val_loss" beside "daq/unquantized_val_loss".
+        quantize_activations: Whether activations are quantized in that validation, as servers do.
+        max_degradation: Figure -> by how much it may be worse than unquantized: {"val_loss": 0.02}.
+        on_failure: If it is worse: "raise" publishes nothing, and raises when training is over; "warn"
+            publishes and says so; "fallback" tries `schemes`.
+        schemes: What to fall back to, in order: schemes, or "keep:8" for the 8 worst layers in 16 bit.
+        log_per_layer: Whether figures of each weight, and pictures, go to the loggers; see `loggers.py`.
+        log_survival_every_n_steps: Every so many optimizer steps log `daq/survival`, the share of the update
+            that plain FP8 would keep if training stopped now; see `survival.py`.
 
     With WeightAveraging, exports hold the averages, as ModelCheckpoint's files do. `schedule` says when it
     exports, under which name; `moment` what `should_export` is asked about.
@@ -109,8 +120,15 @@ class DeltaAwareQuantization(PublishedExports, Callback):
         parent: str | None = None,
         chain_from: ChainFrom | None = None,
         export_on_exception: bool = False,
-        missing_base: check.MissingBase = "error",
+        missing_base: MissingBase = "error",
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        validate: bool = False,
+        quantize_activations: bool = True,
+        max_degradation: dict[str, float] | None = None,
+        on_failure: OnFailure = "raise",
+        schemes: list[str] | None = None,
+        log_per_layer: bool = False,
+        log_survival_every_n_steps: int | None = None,
     ) -> None:
         super().__init__()
         check.flag("export_on_exception", export_on_exception)
@@ -131,46 +149,23 @@ class DeltaAwareQuantization(PublishedExports, Callback):
             merge_adapters=merge_adapters,
             parent=parent,
             chain_from=chain_from,
-            choices=check.make_settings(
+            choices=make_settings(
                 scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes
             ),
             schedule=self.schedule,
+            validation=ValidationSettings(
+                validate=validate,
+                quantize_activations=quantize_activations,
+                max_degradation={} if max_degradation is None else max_degradation,
+                on_failure=on_failure,
+                schemes=() if schemes is None else schemes,
+            ),
+            logs=LogSettings(per_layer=log_per_layer, survival_every_n_steps=log_survival_every_n_steps),
         )
         self._run: Run | None = None
         self._ranks: Ranks = ALONE
-        self._place: int | None = None  # among the callbacks of this class in the Trainer
-        self._state: dict[str, Any] | None = None
-        self._states: list[dict[str, Any]] = []
-        self._referenced = False  # by a checkpoint, which needs the base to be resumed
         self._last_step = 0
         self.moment: Moment = "end"
-
-    @property
-    @override
-    def state_key(self) -> str:
-        """The class, numbered from the second of a Trainer on; settings may change, see `resume.py`."""
-        name = type(self).__qualname__
-        if self._place is None:  # no Trainer yet: only the settings tell two callbacks apart
-            return self._generate_state_key(
-                **self._settings.description(model=self._settings.module, place=None)
-            )
-        return f"{name}[{self._place}]" if self._place else name
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Adds the reference to the base, in primitives."""
-        self._referenced = True
-        if self._state is not None:
-            checkpoint.setdefault("callbacks", {})[self.state_key] = dict(self._state)
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Keeps the references that the checkpoint holds; the own one is found in `on_fit_start`."""
-        self._states = states_in(checkpoint.get("callbacks", {}))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -181,6 +176,7 @@ class DeltaAwareQuantization(PublishedExports, Callback):
             return
         check_strategy(trainer, self._settings, alone=self._export_on_exception)
         check_savers(trainer, self.schedule)
+        check_judging(trainer, self._settings)
         self._ranks = Ranks.all()
         self._ranks.first(lambda: check_destination(Path(self._settings.dirpath) / "step=0"))
         place_after_averaging(trainer, self)
@@ -208,9 +204,11 @@ class DeltaAwareQuantization(PublishedExports, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Exports every `every_n_train_steps` optimizer steps."""
+        """Logs the survival, and exports every `every_n_train_steps` optimizer steps."""
         if trainer.global_step != self._last_step:  # not in between, with accumulated gradients
             self._last_step = trainer.global_step
+            if self._run is not None and self._run.survival is not None:
+                self._run.survival.after_step(trainer)
             self._consider("step", trainer)
 
     @override
@@ -243,7 +241,7 @@ class DeltaAwareQuantization(PublishedExports, Callback):
         """
         run = self._run if self._export_on_exception and trainer.is_global_zero else None
         if run is not None and run.step != trainer.global_step:
-            run.ranks = ALONE
+            run.leave_alone()
             run.export(averaged_state(trainer))
         self._release(trainer)
 

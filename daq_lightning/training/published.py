@@ -17,22 +17,21 @@ Source: lightning 2.6 `_MultiProcessingLauncher._recover_results_in_main_process
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from daq_lightning.checkpoint.folder import read_json, replace_json
+from daq_lightning.export.timings import Timings
 from daq_lightning.metrics import delta_metrics
 from daq_lightning.report.figures import ExportReport
+from daq_lightning.training.loggers import share
 
 
 def _new_record() -> Path:
@@ -63,23 +62,19 @@ class Published:
         self.exports = []
         self.in_worker = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
-    def publish(self, trainer: Trainer, report: ExportReport, exports: list[Path]) -> None:
+    def publish(self, trainer: Trainer, report: ExportReport, exports: list[Path], timings: Timings) -> None:
         """Tells of an export; on every rank.
 
         Args:
             trainer: Whose metrics and loggers are told.
             report: Of the export.
             exports: All that are kept; the list may change later.
+            timings: What it cost.
         """
-        self.report, self.exports, self.metrics = report, exports, metrics_of(report)
+        self.report, self.exports, self.metrics = report, exports, metrics_of(report) | timings.metrics()
         warn_if_unchanged(report)
         share(trainer, self.metrics)
-        if not trainer.is_global_zero:
-            return
-        numbers = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
-        if self.in_worker:
+        if self.in_worker and trainer.is_global_zero:
             content = {"exports": [str(path.absolute()) for path in exports], "metrics": self.metrics}
             replace_json(self.record, content)
 
@@ -107,7 +102,7 @@ class PublishedExports:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures of the last export, also logged to every logger of the Trainer."""
+        """Figures and cost of the last export, also logged to every logger of the Trainer."""
         return self._published.known().metrics
 
     @property
@@ -122,22 +117,17 @@ class PublishedExports:
 
 
 def metrics_of(report: ExportReport) -> dict[str, float]:
-    """The metrics of the written scales ("daq/...") and of plain absmax scales ("daq/absmax_...")."""
+    """The metrics of the written scales ("daq/...") and of plain absmax scales ("daq/absmax_..."), and those
+    of validation with the exported weights and with the unquantized ones ("daq/unquantized_...")."""
     metrics: dict[str, float] = {}
     for side, prefix in (("searched", "daq/"), ("absmax", "daq/absmax_")):
         collection = delta_metrics(prefix=prefix, sync=False)  # each rank has the sums of all
         collection.update(report.totals(side))  # type: ignore[arg-type]
         metrics |= {name: float(value) for name, value in collection.compute().items()}
+    for name, values in report.validation.items():
+        metrics[f"daq/{name}"] = values["served"]
+        metrics[f"daq/unquantized_{name}"] = values["unquantized"]
     return metrics
-
-
-def share(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Puts metrics where EarlyStopping and others look for them; what is no number any more is taken away."""
-    for name, value in metrics.items():
-        if math.isfinite(value):
-            trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float32, device="cpu")
-        else:
-            trainer.callback_metrics.pop(name, None)
 
 
 def warn_if_unchanged(report: ExportReport) -> None:

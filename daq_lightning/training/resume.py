@@ -14,9 +14,55 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from daq_lightning.training.run_settings import RunSettings
 
 State = Mapping[str, Any]
+
+
+class KeepsReference(Callback):
+    """The part of a callback that training checkpoints hold: the reference to the base of its run."""
+
+    _settings: RunSettings
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._place: int | None = None  # among the callbacks of this class in the Trainer
+        self._state: dict[str, Any] | None = None
+        self._states: list[dict[str, Any]] = []
+        self._referenced = False  # by a checkpoint, which needs the base to be resumed
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """The class, numbered from the second of a Trainer on; settings may change."""
+        name = type(self).__qualname__
+        if self._place is None:  # no Trainer yet: only the settings tell two callbacks apart
+            return self._generate_state_key(
+                **self._settings.description(model=self._settings.module, place=None)
+            )
+        return f"{name}[{self._place}]" if self._place else name
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds the reference to the base, in primitives."""
+        self._referenced = True
+        if self._state is not None:
+            checkpoint.setdefault("callbacks", {})[self.state_key] = dict(self._state)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the references that the checkpoint holds; the own one is found in `on_fit_start`."""
+        self._states = states_in(checkpoint.get("callbacks", {}))
 
 
 def states_in(callbacks: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -26,21 +26,29 @@ from daq_lightning.checkpoint.manifest import Lineage
 from daq_lightning.checkpoint.writer import plan_shards
 from daq_lightning.export.job import Job, parts_of, prepare
 from daq_lightning.export.plan import ExportPlan, plan_export
-from daq_lightning.export.ranks import Ranks
+from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import run
 from daq_lightning.export.source import Source
+from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import deal, dealt
 from daq_lightning.model.complete import check_complete
 from daq_lightning.model.live import LiveModel, find_model
+from daq_lightning.model.swap import check_swappable
+from daq_lightning.report.figures import ExportReport
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.base import read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.claims import free_name, remove_own
+from daq_lightning.training.fallback import check_fallbacks, export_judged
+from daq_lightning.training.judge import Judge
+from daq_lightning.training.layer_logs import log_layers
 from daq_lightning.training.other_callbacks import best_saver
 from daq_lightning.training.published import Published
 from daq_lightning.training.references import Base, BaseRequest
 from daq_lightning.training.resume import own_state, reference_of
 from daq_lightning.training.run_settings import RunSettings
 from daq_lightning.training.schedule import Kept
+from daq_lightning.training.source import source_of
+from daq_lightning.training.survival import survival_in
 
 
 class Run:
@@ -61,6 +69,7 @@ class Run:
         state: The reference to the base, in primitives, for training checkpoints.
         step: The step whose weights were exported last, or -1.
         error: The first error of an export.
+        survival: Is told of every step, and logs; None if that was not asked for.
 
     Raises:
         MisconfigurationException: As for `resolve_base` and `find_model`.
@@ -83,6 +92,8 @@ class Run:
         self._retaken: Base | None = None
         self.step = -1
         self.error: Exception | None = None
+        self._judges = settings.validation.validate
+        self._modes = settings.validation.modes(trainer)
         model_name, model, source, plan = ranks.together(self._planned)
         self._sharded = model.sharded
         # before the base is read, which ranks of different plans would do in different orders
@@ -117,6 +128,8 @@ class Run:
                 ranks=ranks,
             )
             ranks.together(lambda: check_inputs(dirpath / "step=0", self._job.inputs()))
+            ranks.together(lambda: check_fallbacks(self._job, settings.validation.schemes))
+            self.survival = survival_in(trainer, model, self._job, self.base, settings, ranks)
         except Exception:
             self.remove_unused_base()
             raise
@@ -160,7 +173,7 @@ class Run:
 
     def _export(self, state: Mapping[str, Any] | None, checkpoint: Path | None) -> None:
         try:
-            self._write(self.ranks.together(lambda: self._model(state)), checkpoint)
+            self._write(self.ranks.together(lambda: self._model(state)), state, checkpoint)
         except Exception as error:
             self.keep(error)
 
@@ -198,33 +211,60 @@ class Run:
             self.error = error
             rank_zero_warn(f"FP8 export failed, training goes on: {error}")
 
-    def _write(self, model: LiveModel, checkpoint: Path | None) -> None:
+    def leave_alone(self) -> None:
+        """From now on this rank exports alone what it has whole, and judges nothing: others may be gone."""
+        self.ranks, self._judges = ALONE, False
+
+    def _write(self, model: LiveModel, state: Mapping[str, Any] | None, checkpoint: Path | None) -> None:
         trainer, settings = self._trainer, self._settings
-        bar = trainer.progress_bar_callback
         training: dict[str, Any] = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
         if checkpoint is not None:
             training["checkpoint"] = str(checkpoint.absolute())
         model.gather_adapters()
-        job = self.ranks.together(lambda: self._job.after_training(self._source(model), training))
+        job = self.ranks.together(lambda: self._job.after_training(source_of(self._trainer, model), training))
         with contextlib.ExitStack() as stack:
             name = Path(settings.dirpath) / settings.schedule.name(trainer)
             out = self.ranks.first(lambda: stack.enter_context(free_name(name)))
-            report = run(
-                job,
-                out,
-                device=trainer.strategy.root_device,
-                progress=isinstance(bar, TQDMProgressBar) and bar.is_enabled,
-                ranks=self.ranks,
-            )
+            timings = Timings()
+            if self._judges:
+                judge = Judge(
+                    trainer=trainer,
+                    settings=settings.validation,
+                    modes=self._modes,
+                    job=job,
+                    model=model,
+                    state=state,
+                    ranks=self.ranks,
+                    keep=self.keep,
+                )
+                report = export_judged(judge, lambda job, judge: self._run(job, out, timings, judge))
+            else:
+                report = self._run(job, out, timings)
         self._kept.exports.append(out)
         self.step = trainer.global_step
-        self._published.publish(trainer, report, self._kept.exports)
+        self._published.publish(trainer, report, self._kept.exports, timings)
+        if settings.logs.per_layer:
+            log_layers(trainer, report)
         rank_zero_info(report.summary())
         if settings.reference == "previous_checkpoint":
             self.base = self._retaken or self._snapshot(model)
             self._job = self._job.against(self.base.weights, kind=self.base.kind, path=self.base.path)
             self.state["base"] = self.base.state()
+            if self.survival is not None:
+                self.survival.retake_base()
         self._kept.forget_old(remove=trainer.is_global_zero)
+
+    def _run(self, job: Job, out: Path, timings: Timings, judge: Judge | None = None) -> ExportReport:
+        bar = self._trainer.progress_bar_callback
+        return run(
+            job,
+            out,
+            device=self._trainer.strategy.root_device,
+            progress=isinstance(bar, TQDMProgressBar) and bar.is_enabled,
+            ranks=self.ranks,
+            judge=judge,
+            timings=timings,
+        )
 
     def _planned(self) -> tuple[str, LiveModel, Source, ExportPlan]:
         """What this rank has, and what happens to it."""
@@ -233,7 +273,9 @@ class Run:
         model = self._model(None)
         with check.as_misconfiguration():
             check_complete(model)
-        source = self._source(model)
+            if self._judges:
+                check_swappable(model)
+        source = source_of(self._trainer, model)
         return name, model, source, plan_export(source.specs, source.outline, self._settings.choices)
 
     def _model(self, state: Mapping[str, Any] | None) -> LiveModel:
@@ -244,21 +286,6 @@ class Run:
             state,
             merge=self._settings.merge_adapters,
             trained=self._trainer.strategy.model,
-        )
-
-    def _source(self, model: LiveModel) -> Source:
-        def copy_files(folder: Path) -> None:
-            model.copy_files(
-                folder, self._trainer.lightning_module, getattr(self._trainer, "datamodule", None)
-            )
-
-        return Source(
-            weights=model.weights,
-            specs=model.specs,
-            outline=model.architecture.outline(model.keys),
-            keys_of=model.architecture.keys_of,
-            config=model.config(),
-            copy_files=copy_files,
         )
 
     def _snapshot(self, model: LiveModel) -> Base:

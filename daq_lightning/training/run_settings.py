@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from daq_lightning.checkpoint.manifest import ChainFrom
+from daq_lightning.checkpoint.schemes import SchemeName
 from daq_lightning.export.settings import ExportSettings
+from daq_lightning.numerics.formats import ScaleFormat
+from daq_lightning.numerics.objectives import Metric
+from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.training import settings_check as check
+from daq_lightning.training.gate import ValidationSettings
 
 if TYPE_CHECKING:
     from daq_lightning.training.schedule import Schedule
+
+
+MissingBase: TypeAlias = Literal["error", "absmax"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """What is logged beside the figures of each export; checked when it is made.
+
+    Attributes:
+        per_layer: Whether figures of each weight, and pictures, are logged.
+        survival_every_n_steps: How often `daq/survival` is, in optimizer steps; None never.
+    """
+
+    per_layer: bool
+    survival_every_n_steps: int | None
+
+    def __post_init__(self) -> None:
+        check.flag("log_per_layer", self.per_layer)
+        check.count("log_survival_every_n_steps", self.survival_every_n_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +55,8 @@ class RunSettings:
     chain_from: ChainFrom | None
     choices: ExportSettings
     schedule: Schedule
+    validation: ValidationSettings
+    logs: LogSettings
 
     def __post_init__(self) -> None:
         named = self.module is None or isinstance(self.module, str)
@@ -60,3 +90,61 @@ class RunSettings:
             "settings": repr(self.choices),
             **dataclasses.asdict(self.schedule),
         }
+
+
+def make_settings(
+    scheme: SchemeName,
+    metric: Metric | None,
+    alpha_range: tuple[float, float] | None,
+    search: ScaleSearch | None,
+    ignore: Sequence[str] | None,
+    scale_format: ScaleFormat | None,
+    missing_base: MissingBase,
+    max_shard_bytes: int,
+) -> ExportSettings:
+    """The settings of an export from the arguments of `DeltaAwareQuantization`.
+
+    Raises:
+        MisconfigurationException: A value of a wrong kind, or values that contradict each other.
+    """
+    check.choice("scheme", scheme, get_args(SchemeName))
+    check.require(
+        metric is None or isinstance(metric, str), "metric", metric, "None or a str, such as 'cosine'"
+    )
+    check.require(
+        search is None or isinstance(search, ScaleSearch), "search", search,
+        "a ScaleSearch, or None; what to maximize alone is said by metric='cosine'",
+    )  # fmt: skip
+    check.require(
+        ignore is None
+        or (isinstance(ignore, (list, tuple)) and all(isinstance(name, str) for name in ignore)),
+        "ignore", ignore, "a list of names, such as ['lm_head']",
+    )  # fmt: skip
+    check.choice("scale_format", scale_format, (None, "ue8m0"))
+    check.choice("missing_base", missing_base, ("error", "absmax"))
+    whole = isinstance(max_shard_bytes, int) and not isinstance(max_shard_bytes, bool)
+    check.require(whole, "max_shard_bytes", max_shard_bytes, "a whole number of bytes, such as 2_000_000_000")
+    if alpha_range is not None:
+        two = isinstance(alpha_range, (list, tuple)) and len(alpha_range) == 2
+        numbers = two and all(
+            isinstance(end, (int, float)) and not isinstance(end, bool) for end in alpha_range
+        )
+        check.require(numbers, "alpha_range", alpha_range, "two numbers, such as (0.8, 1.25)")
+    if search is not None and (metric is not None or alpha_range is not None):
+        raise MisconfigurationException(
+            "search=... already holds metric and range: leave metric and alpha_range out."
+        )
+    try:
+        if search is None:
+            low, high = alpha_range or (ScaleSearch.alpha_min, ScaleSearch.alpha_max)
+            search = ScaleSearch(metric=metric or ScaleSearch.metric, alpha_min=low, alpha_max=high)
+        return ExportSettings(
+            scheme=scheme,
+            search=search,
+            ignore=tuple(ignore or ()),
+            scale_format=scale_format,
+            missing_base=missing_base,
+            max_shard_bytes=max_shard_bytes,
+        )
+    except (TypeError, ValueError) as error:
+        raise MisconfigurationException(str(error)) from error

@@ -5,17 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-from daq_lightning.checkpoint.schemes import SchemeName
-from daq_lightning.export.settings import ExportSettings
-from daq_lightning.numerics.formats import ScaleFormat
-from daq_lightning.numerics.objectives import Metric
-from daq_lightning.numerics.search.settings import ScaleSearch
-
-MissingBase: TypeAlias = Literal["error", "absmax"]
 
 
 def require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -89,59 +81,3 @@ def chain(parent: Any, chain_from: Any, base: str) -> str | None:
             "for a run that goes on from none."
         )
     return parent
-
-
-def make_settings(
-    scheme: SchemeName,
-    metric: Metric | None,
-    alpha_range: tuple[float, float] | None,
-    search: ScaleSearch | None,
-    ignore: Sequence[str] | None,
-    scale_format: ScaleFormat | None,
-    missing_base: MissingBase,
-    max_shard_bytes: int,
-) -> ExportSettings:
-    """The settings of an export from the arguments of `DeltaAwareQuantization`.
-
-    Raises:
-        MisconfigurationException: A value of a wrong kind, or values that contradict each other.
-    """
-    choice("scheme", scheme, get_args(SchemeName))
-    require(metric is None or isinstance(metric, str), "metric", metric, "None or a str, such as 'cosine'")
-    require(
-        search is None or isinstance(search, ScaleSearch), "search", search,
-        "a ScaleSearch, or None; what to maximize alone is said by metric='cosine'",
-    )  # fmt: skip
-    require(
-        ignore is None
-        or (isinstance(ignore, (list, tuple)) and all(isinstance(name, str) for name in ignore)),
-        "ignore", ignore, "a list of names, such as ['lm_head']",
-    )  # fmt: skip
-    choice("scale_format", scale_format, (None, "ue8m0"))
-    choice("missing_base", missing_base, ("error", "absmax"))
-    whole = isinstance(max_shard_bytes, int) and not isinstance(max_shard_bytes, bool)
-    require(whole, "max_shard_bytes", max_shard_bytes, "a whole number of bytes, such as 2_000_000_000")
-    if alpha_range is not None:
-        two = isinstance(alpha_range, (list, tuple)) and len(alpha_range) == 2
-        numbers = two and all(
-            isinstance(end, (int, float)) and not isinstance(end, bool) for end in alpha_range
-        )
-        require(numbers, "alpha_range", alpha_range, "two numbers, such as (0.8, 1.25)")
-    if search is not None and (metric is not None or alpha_range is not None):
-        raise MisconfigurationException(
-            "search=... already holds metric and range: leave metric and alpha_range out."
-        )
-    try:
-        if search is None:
-            low, high = alpha_range or (ScaleSearch.alpha_min, ScaleSearch.alpha_max)
-            search = ScaleSearch(metric=metric or ScaleSearch.metric, alpha_min=low, alpha_max=high)
-        return ExportSettings(
-            scheme=scheme,
-            search=search,
-            ignore=tuple(ignore or ()),
-            scale_format=scale_format,
-            missing_base=missing_base,
-            max_shard_bytes=max_shard_bytes,
-        )
-    except (TypeError, ValueError) as error:
-        raise MisconfigurationException(str(error)) from error

@@ -24,8 +24,10 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from daq_lightning.training.validate import check_validation
+
 if TYPE_CHECKING:
-    from daq_lightning.training.run import RunSettings
+    from daq_lightning.training.run_settings import RunSettings
 
 _SHARDED = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
 
@@ -66,6 +68,31 @@ def check_strategy(trainer: Trainer, settings: RunSettings, *, alone: bool = Fal
         raise MisconfigurationException(
             f"WeightAveraging does not average the weights of {name}, which are sharded: leave it out, or "
             "train with DDP."
+        )
+
+
+def check_judging(trainer: Trainer, settings: RunSettings) -> None:
+    """Refuses a validation of exports that cannot be made.
+
+    Raises:
+        MisconfigurationException: There is no validation; or a fallback, or the best checkpoint, that the
+            ranks of a sharded or shared out run cannot have.
+    """
+    wanted = settings.validation
+    if not wanted.validate:
+        return
+    check_validation(trainer)
+    sharded, several = isinstance(trainer.strategy, _SHARDED), trainer.world_size > 1
+    if settings.schedule.which == "best" and sharded and trainer.strategy.root_device.type != "cpu":
+        raise MisconfigurationException(
+            f"validate=True with which='best' runs when {type(trainer.strategy).__name__} has taken the "
+            "model off its devices: use export_on='checkpoint', which validates each checkpoint when it is "
+            "saved."
+        )
+    if wanted.schemes and several and settings.base == "memory":
+        raise MisconfigurationException(
+            "on_failure='fallback' deals the weights to the ranks anew, and with base='memory' each rank has "
+            "only the base of those that it was dealt first: use base='snapshot'."
         )
 
 

@@ -194,7 +194,7 @@ BAD_COMMANDS = {
     "no such post": (["quantize", "nowhere", "--base", "BASE", "--out", "OUT"], "nowhere is not there"),
     "a name of the Hub": (
         ["quantize", "some/model", "--base", "BASE", "--out", "OUT"],
-        "hf download some/model",
+        "POST: There is no folder some/model; some/model is not (completely) in the Hub's cache",
     ),
     "no such base": (
         ["quantize", "POST", "--base", "nowhere", "--out", "OUT"],

@@ -11,8 +11,9 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 
 from daq_lightning import DeltaAwareQuantization, ScaleSearch, export_checkpoint
+from daq_lightning.model.hub import repository_of
 from daq_lightning.report.card import BEGIN, END
-from daq_lightning.report.front_matter import merge, repository_of, split_card
+from daq_lightning.report.front_matter import merge, split_card
 
 QUICK = ScaleSearch(n_coarse=2, n_fine=0)
 OURS = """---

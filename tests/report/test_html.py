@@ -19,8 +19,9 @@ from daq_lightning.cli import main
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.report.figures import TensorReport, figures
 from daq_lightning.report.html import MARK, page, save_page
-from daq_lightning.report.levels import percent
-from daq_lightning.report.rows import figures_of, rows_of, split_name, totals_of, worst_rows
+from daq_lightning.report.levels import percent, worst_rows
+from daq_lightning.report.names import split_name
+from daq_lightning.report.rows import figures_of, rows_of, totals_of
 from daq_lightning.report.sections import COLUMNS
 from daq_lightning.report.verdict import ignore_options, judge, reason_of
 

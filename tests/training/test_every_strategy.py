@@ -47,6 +47,7 @@ def test_fsdp1_writes_the_same_files_and_refuses_adapters(tmp_path):
     assert folder_bytes(found / "exports") == folder_bytes(single / "exports")
     for rank in range(2):
         assert "adapters in a model that FSDP1" in (found / f"said{rank}").read_text()
+        assert "flat shard of FSDP1" in (found / f"judged{rank}").read_text()
     assert (single / "said0").read_text() == ""
 
 
@@ -87,3 +88,27 @@ def test_a_rank_that_is_left_alone_exports_and_waits_for_nobody(tmp_path):
     assert (tmp_path / "said1").read_text() == "rank 1 has failed"
     assert "rank 1 has failed" not in (tmp_path / "said0").read_text()  # of gloo: the connection is closed
     assert (tmp_path / "exports" / "step=1" / "config.json").is_file()
+
+
+def test_all_strategies_validate_what_will_be_served_to_the_same_figures(tmp_path):
+    kinds = ("single", "ddp2", "fsdp2", "fsdp2tp2")
+    found = {kind: launched(kind, tmp_path / kind, "validated") for kind in kinds}
+    for lora in (False, True):
+        expected = json.loads((found["single"] / f"lora={lora}-rank0.json").read_text())
+        assert expected["metrics"]["daq/val_loss"] != expected["metrics"]["daq/unquantized_val_loss"]
+        for kind, folder in found.items():
+            for rank in range(sharded_runs.strategy(kind)[1]):
+                got = json.loads((folder / f"lora={lora}-rank{rank}.json").read_text())
+                assert got["exports"] == expected["exports"]
+                for name in ("daq/val_loss", "daq/unquantized_val_loss"):
+                    assert got["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-5), kind
+    for kind, folder in found.items():
+        # rejected at first, then with layers kept: published, or rejected for good, by all ranks alike
+        said = [(folder / f"kept{rank}").read_text() for rank in range(sharded_runs.strategy(kind)[1])]
+        notes = [
+            note
+            for report in folder.glob("kept/exports/*/daq_report.json")
+            for note in json.loads(report.read_text())["notes"]
+        ]
+        assert "Kept in 16 bit, the largest KL alone" in said[0] + " ".join(notes)
+        assert len(set(said)) == 1

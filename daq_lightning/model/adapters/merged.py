@@ -149,29 +149,33 @@ class AdaptedTensors(Mapping[str, Tensor]):
     """Slots read on access; of a sharded model, `on` is the way to read them."""
 
     def __init__(self, slots: Mapping[str, Slot], read: Callable[[str, Slot, Gather], Tensor | None]) -> None:
-        self._slots, self._read = slots, read
+        self.slots, self._read = slots, read
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._read(name, self._slots[name], lambda part: tensor_on(part, None))
+        tensor = self._read(name, self.slots[name], lambda part: tensor_on(part, None))
         assert tensor is not None
         return tensor
 
+    def slot(self, name: str) -> Slot:
+        """Where a tensor lives, and what adapts it."""
+        return self.slots[name]
+
     def on(self, name: str, owner: int) -> Tensor | None:
         """The tensor on one rank, None on the others: a collective, see `tensor_on`."""
-        return self._read(name, self._slots[name], lambda part: tensor_on(part, owner))
+        return self._read(name, self.slots[name], lambda part: tensor_on(part, owner))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._slots
+        return name in self.slots
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._slots)
+        return iter(self.slots)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self.slots)
 
 
 def _outline(slot: Slot) -> Tensor:
-    tensor = getattr(*slot.copy) if slot.copy is not None else slot.tensor
+    tensor = slot.trained
     merged = slot.copy is None and bool(slot.adapters)
     return _like(tensor, torch.float32 if merged else None)
 
@@ -193,7 +197,7 @@ def _merged(values: Values, name: str, slot: Slot, gather: Gather) -> Tensor | N
         if weight is None or not biases:
             return weight
         return merge_lora_bias(weight, [(bias, scaling) for bias, scaling in biases if bias is not None])
-    adapters = [_factors(values, layer, adapter, gather) for layer, adapter in slot.adapters]
+    adapters = [factors_of(values, layer, adapter, gather) for layer, adapter in slot.adapters]
     if weight is None or not adapters:
         return weight
     here = [factors for factors in adapters if factors is not None]
@@ -207,7 +211,10 @@ def _merged(values: Values, name: str, slot: Slot, gather: Gather) -> Tensor | N
     return merge_lora(weight, here, transposed=layouts.pop())
 
 
-def _factors(values: Values, layer: Any, adapter: str, gather: Gather) -> LoraFactors | None:
+def factors_of(
+    values: Callable[[nn.Module, str], Tensor], layer: Any, adapter: str, gather: Gather
+) -> LoraFactors | None:
+    """The factors of one adapter of a layer; None where `gather` gives nothing."""
     if is_embedding(layer):
         A_RN, B_MR = values(layer.lora_embedding_A, adapter), values(layer.lora_embedding_B, adapter)
     else:
@@ -247,7 +254,7 @@ def _same_update(values: Values, one: Slot, two: Slot) -> bool:
         pairs = [
             factors
             for one_layer, one_adapter in ((layer, adapter), (other, other_adapter))
-            if (factors := _factors(values, one_layer, one_adapter, lambda part: tensor_on(part, None)))
+            if (factors := factors_of(values, one_layer, one_adapter, lambda part: tensor_on(part, None)))
         ]
         if any(factors.magnitude is not None for factors in pairs) or pairs[0].scaling != pairs[1].scaling:
             return False

@@ -50,6 +50,11 @@ class Slot:
         return getattr(self.owner, self.key)
 
     @property
+    def trained(self) -> Tensor:
+        """The tensor that the model computes with, without what adapters add to it."""
+        return self.tensor if self.copy is None else getattr(*self.copy)
+
+    @property
     def changed(self) -> bool:
         """Whether anything active changes it."""
         return self.copy is not None or bool(self.adapters)

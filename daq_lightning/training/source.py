@@ -1,0 +1,31 @@
+"""The model of a fit as the source of an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from daq_lightning.export.source import Source
+from daq_lightning.model.live import LiveModel
+
+
+def source_of(trainer: Trainer, model: LiveModel) -> Source:
+    """Weights, names, config and the files beside them, tokenizers of module and data module too.
+
+    Args:
+        trainer: Whose fit it is.
+        model: The model in its module.
+    """
+
+    def copy_files(folder: Path) -> None:
+        model.copy_files(folder, trainer.lightning_module, getattr(trainer, "datamodule", None))
+
+    return Source(
+        weights=model.weights,
+        specs=model.specs,
+        outline=model.architecture.outline(model.keys),
+        keys_of=model.architecture.keys_of,
+        config=model.config(),
+        copy_files=copy_files,
+    )
