@@ -14,7 +14,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks.retention import settings as s
-from benchmarks.retention.activations import fp8_inputs
 from benchmarks.retention.curvature import Curvature, gather
 from benchmarks.retention.in_memory import quantized
 from benchmarks.retention.measure import figures_of_model, figures_of_weights
@@ -23,7 +22,6 @@ from benchmarks.retention.settings import Setting, settings
 from benchmarks.retention.subjects import Batch, Subject
 from benchmarks.retention.tables import all_tables
 from daq_lightning import export_checkpoint, load_checkpoint
-from daq_lightning.checkpoint.schemes import SCHEMES
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +132,13 @@ def test_every_rounding_beats_nearest_by_its_own_statistics_or_changes_nothing(s
         assert (weight - nearest[name]).abs().max() <= 4 * step
 
 
-def test_inputs_are_rounded_only_while_it_is_open(subject):
-    subject.put(subject.post)
-    layers = [subject.network.get_submodule(name.removesuffix(".weight")) for name in subject.quantized]
-    plain = subject.logits("style")
-    with fp8_inputs(layers, SCHEMES["FP8_BLOCK"]):
-        rounded = subject.logits("style")
-    assert not torch.equal(rounded, plain)
-    torch.testing.assert_close(rounded, plain, rtol=0.1, atol=0.1)
-    assert torch.equal(subject.logits("style"), plain)
+def test_activations_are_rounded_where_a_setting_asks_for_it(subject):
+    figures = [
+        figures_of_model(subject, subject.post, Setting(kind="post", activations=activations))
+        for activations in (True, False)
+    ]
+    assert figures[0]["style_kld_mean"] > 0
+    assert figures[1]["style_kld_mean"] == 0  # and undone afterwards
 
 
 def test_rows_outlast_a_cut(tmp_path):

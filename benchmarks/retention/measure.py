@@ -8,10 +8,10 @@ from contextlib import nullcontext
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.retention.activations import fp8_inputs
 from benchmarks.retention.settings import Setting
 from benchmarks.retention.subjects import Subject
 from daq_lightning.checkpoint.schemes import SCHEMES
+from daq_lightning.model.activations import quantized_activations
 from daq_lightning.numerics.divergence import (
     compare_logits,
     kl_divergence_to_reference,
@@ -36,7 +36,7 @@ def figures_of_model(subject: Subject, weights: Mapping[str, Tensor], setting: S
     found: dict[str, float] = {}
     for text in subject.texts:
         scheme = SCHEMES[setting.scheme]
-        with fp8_inputs(layers, scheme) if setting.activations else nullcontext():
+        with quantized_activations(layers, scheme) if setting.activations else nullcontext():
             logits = subject.logits(text)
         post, base, target = known["post", text], known["base", text], subject.targets(text)
         sums = compare_logits(logits, post, target)
