@@ -26,6 +26,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.folder import REPORT, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
+from daq_lightning.report.rounding import Rounding
 from daq_lightning.report.shape import FLOAT_SUMS, check_report
 
 Side: TypeAlias = Literal["searched", "dequantized", "absmax", "root"]
@@ -53,6 +54,7 @@ class TensorReport:
             does not hold all values, and in reports of a version that did not look at it.
         without_base: Why it has no base; its scale is the plain one, and it is left out of the totals. ""
             with a base.
+        rounding: How its codes were chosen, in an export that rounds along a curvature.
     """
 
     name: str
@@ -65,6 +67,7 @@ class TensorReport:
     root: DeltaStats | None = None
     dequantized: DeltaStats | None = None
     without_base: str = ""
+    rounding: Rounding | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in `daq_report.json`, under its name."""
@@ -80,6 +83,7 @@ class TensorReport:
             "alpha": dict(self.alpha),
             **sides,
             **({"without_base": self.without_base} if self.without_base else {}),
+            **({} if self.rounding is None else {"rounding": self.rounding.to_dict()}),
         }
 
     @classmethod
@@ -96,6 +100,7 @@ class TensorReport:
             root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
             dequantized=_stats_from(entry["dequantized"]["sums"]) if "dequantized" in entry else None,
             without_base=entry.get("without_base", ""),
+            rounding=Rounding.from_dict(entry["rounding"]) if "rounding" in entry else None,
         )
 
 

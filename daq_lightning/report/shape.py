@@ -3,12 +3,12 @@ used."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.report.rounding import is_finite, is_rounding
 
 FLOAT_SUMS = ("dot", "delta_sq", "delta_q_sq", "error_sq")
 """The sums that are no counts."""
@@ -50,7 +50,10 @@ def check_report(content: Mapping[str, Any], file: Path, sums_of: Sequence[str])
         )
         is_alpha = isinstance(alpha, dict) and {"min", "mean", "max", "moved"} <= set(alpha)
         check(
-            is_alpha and all(map(_is_number, alpha.values())), f"min, mean, max and moved in alpha of {name}"
+            is_alpha and all(map(is_finite, alpha.values())), f"min, mean, max and moved in alpha of {name}"
+        )
+        check(
+            "rounding" not in entry or is_rounding(entry["rounding"]), f"how {name} was rounded in rounding"
         )
         for side in ("searched", "absmax", *(side for side in ("dequantized", "root") if side in entry)):
             sums = entry[side].get("sums") if isinstance(entry.get(side), dict) else None
@@ -67,14 +70,10 @@ def _are_sums(sums: Mapping[str, Any], names: Sequence[str]) -> bool:
     squares = [value for name, value in sums.items() if name.endswith("_sq")]
     return (
         all(map(_is_count, counts))
-        and _is_number(sums["dot"])
-        and all(_is_number(x) and x >= 0 for x in squares)
+        and is_finite(sums["dot"])
+        and all(is_finite(x) and x >= 0 for x in squares)
     )
 
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-def _is_number(value: object) -> bool:
-    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
