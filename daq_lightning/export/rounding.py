@@ -127,6 +127,7 @@ def _rounded(
         method="nearest" if found.kept_nearest else "curvature",
         source=sides.source(statistics),
         tokens=statistics.tokens,
+        left_out=statistics.left_out,
         update=settings.update,
         damping_in=settings.damping_in,
         damping_out=settings.damping_out,

@@ -19,6 +19,7 @@ class Rounding:
         method: What they are.
         source: Where the curvature comes from, such as "update" or "activations and update"; "" without one.
         tokens: How many tokens it was summed over; 0 for that of the update.
+        left_out: How many calls were left out of it because of NaN or Inf.
         update: Share of the update's own curvature beside what was collected.
         damping_in: Share of the identity in the curvature of the inputs.
         damping_out: The same of the outputs.
@@ -30,6 +31,7 @@ class Rounding:
     method: Literal["curvature", "nearest"]
     source: str = ""
     tokens: int = 0
+    left_out: int = 0
     update: float = 0.0
     damping_in: float = 0.0
     damping_out: float = 0.0
@@ -51,10 +53,13 @@ def is_rounding(entry: object) -> bool:
     """Whether an entry of a report, which anybody may have written, is what `to_dict` writes."""
     if not isinstance(entry, dict) or set(entry) != {field.name for field in dataclasses.fields(Rounding)}:
         return False
-    texts = all(isinstance(entry[name], str) for name in ("source", "reason"))
-    numbers = ("tokens", "update", "damping_in", "damping_out", "nearest_loss", "loss")
-    positive = all(is_finite(entry[name]) and entry[name] >= 0 for name in numbers)
-    return texts and positive and type(entry["tokens"]) is int and entry["method"] in ("curvature", "nearest")
+    counts, numbers = ("tokens", "left_out"), ("update", "damping_in", "damping_out", "nearest_loss", "loss")
+    return (
+        all(isinstance(entry[name], str) for name in ("source", "reason"))
+        and all(type(entry[name]) is int for name in counts)
+        and all(is_finite(entry[name]) and entry[name] >= 0 for name in (*counts, *numbers))
+        and entry["method"] in ("curvature", "nearest")
+    )
 
 
 def is_finite(value: object) -> bool:
@@ -80,6 +85,9 @@ def notes_on_rounding(roundings: Mapping[str, Rounding | None]) -> list[str]:
             f"{len(along)} of {len(known)} weights are rounded along their curvature ({sources}): predicted "
             f"loss {after / before:.3g} of that of nearest rounding at the same scales."
         )
+    left_out = [name for name, rounding in known.items() if rounding.left_out]
+    if left_out:
+        notes.append(f"batches with NaN or Inf were left out of the curvature of {_listed(left_out)}.")
     reasons: dict[str, list[str]] = {}
     for name, rounding in known.items():
         if rounding.reason:

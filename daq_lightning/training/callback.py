@@ -26,8 +26,11 @@ from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, SchemeName
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.numerics.objectives import Metric
+from daq_lightning.numerics.rounding.settings import RoundingChoice
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.training import settings_check as check
+from daq_lightning.training.collects import CollectsCurvature
+from daq_lightning.training.curvature import Collecting, Source, bytes_of
 from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging
 from daq_lightning.training.published import PublishedExports, raise_at_end, warn_of_nothing
 from daq_lightning.training.resume import KeepsReference
@@ -38,7 +41,7 @@ from daq_lightning.training.schedule import ExportOn, Moment, Schedule, Which
 from daq_lightning.training.strategies import check_strategy, restores_late
 
 
-class DeltaAwareQuantization(PublishedExports, KeepsReference):
+class DeltaAwareQuantization(PublishedExports, KeepsReference, CollectsCurvature):
     """Exports the trained model as an FP8 checkpoint that keeps what training changed.
 
     Args:
@@ -69,6 +72,12 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
         missing_base: A weight without its like in the base is an "error", or gets a plain "absmax" scale.
         max_shard_bytes: Size at which a new file begins; ranks share out the files, whole.
+        rounding: "curvature": codes whose errors cancel where the model is sensitive to them, which a few of
+            the run's own batches say. "nearest": each code by itself. "auto": "curvature", but "nearest"
+            where a search is asked for, or the strategy or a compiled model does not let it be collected.
+        curvature: What is collected: "activations", and the gradients at the outputs of layers.
+        curvature_memory: What sums may take at a time, in bytes or as "2 GB".
+        curvature_steps: Batches that each layer is observed for.
 
     With WeightAveraging, exports hold the averages, as ModelCheckpoint's files do. `schedule` says when it
     exports, under which name; `moment` what `should_export` is asked about.
@@ -111,6 +120,10 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
         export_on_exception: bool = False,
         missing_base: check.MissingBase = "error",
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        rounding: RoundingChoice = "auto",
+        curvature: Source = "auto",
+        curvature_memory: str | int = "2 GB",
+        curvature_steps: int = 4,
     ) -> None:
         super().__init__()
         check.flag("export_on_exception", export_on_exception)
@@ -123,6 +136,17 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
             keep_last=keep_last,
             filename=filename,
         )
+        choices = check.make_settings(
+            scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes, rounding
+        )
+        own = type(self).should_export is not DeltaAwareQuantization.should_export
+        collecting = Collecting(
+            source=curvature,
+            memory=bytes_of(curvature_memory),
+            steps=curvature_steps,
+            required=rounding == "curvature",
+            at_end=self.schedule.only_at_end and not own,
+        )
         self._settings = RunSettings(
             dirpath=dirpath,
             base=base,
@@ -131,10 +155,9 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
             merge_adapters=merge_adapters,
             parent=parent,
             chain_from=chain_from,
-            choices=check.make_settings(
-                scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes
-            ),
+            choices=choices,
             schedule=self.schedule,
+            collecting=None if choices.rounding == "nearest" else collecting,
         )
         self._run: Run | None = None
         self._ranks: Ranks = ALONE
@@ -178,6 +201,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Exports every `every_n_train_steps` optimizer steps."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.global_step != self._last_step:  # not in between, with accumulated gradients
             self._last_step = trainer.global_step
             self._consider("step", trainer)
@@ -261,8 +285,8 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
             self._run.export(content["state_dict"], checkpoint=path)
 
     def _release(self, trainer: Trainer) -> None:
-        if self._run is not None and not self._referenced:
-            self._run.remove_unused_base()
+        if self._run is not None:
+            self._run.close(referenced=self._referenced)
         self._run = None
         unwatch(trainer)
         self._ranks.close()

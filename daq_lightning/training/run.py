@@ -35,6 +35,7 @@ from daq_lightning.model.live import LiveModel, find_model
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.base import read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.claims import free_name, remove_own
+from daq_lightning.training.curvature import collector_of, settled
 from daq_lightning.training.other_callbacks import best_saver
 from daq_lightning.training.published import Published
 from daq_lightning.training.references import Base, BaseRequest
@@ -58,6 +59,7 @@ class Run:
     Attributes:
         ranks: Who exports. A rank that is left alone, by an exception, exports alone what it has whole.
         base: The weights that exports are measured against.
+        collector: Collects the curvature of the weights, if they are rounded along it.
         state: The reference to the base, in primitives, for training checkpoints.
         step: The step whose weights were exported last, or -1.
         error: The first error of an export.
@@ -77,6 +79,7 @@ class Run:
         place: int | None,
         ranks: Ranks,
     ) -> None:
+        settings = settled(settings, trainer)
         self._trainer, self._module, self._settings, self._published = trainer, module, settings, published
         self.ranks = ranks
         self._kept = Kept(settings.schedule.keep_last)
@@ -103,6 +106,9 @@ class Run:
             resumed_from=resumed_from,
             saved=saved,
         )
+        owners = {name: rank for rank, names in enumerate(request.parts) for name in names}
+        self.collector = collector_of(settings, model, plan.quantized, resumed=resumed_from is not None)
+        self._owners = owners
         self.base = resolve_base(request, model, ranks)
         root = (state or {}).get("root") or self.base.path
         try:
@@ -115,6 +121,7 @@ class Run:
                 parent=settings.parent,
                 chain_from=settings.chain_from,
                 ranks=ranks,
+                curvature=None if self.collector is None else {},
             )
             ranks.together(lambda: check_inputs(dirpath / "step=0", self._job.inputs()))
         except Exception:
@@ -184,6 +191,17 @@ class Run:
         except Exception as error:
             self.keep(error)
 
+    def close(self, *, referenced: bool) -> None:
+        """Lets everything go, and removes what nobody needs.
+
+        Args:
+            referenced: Whether a training checkpoint names the base.
+        """
+        if self.collector is not None:
+            self.collector.close()
+        if not referenced:
+            self.remove_unused_base()
+
     def remove_unused_base(self) -> None:
         """Removes a snapshot of this run that nothing needs: no step, no export, no checkpoint to come."""
         others = self._trainer.callbacks  # type: ignore[attr-defined]
@@ -205,7 +223,10 @@ class Run:
         if checkpoint is not None:
             training["checkpoint"] = str(checkpoint.absolute())
         model.gather_adapters()
-        job = self.ranks.together(lambda: self._job.after_training(self._source(model), training))
+        curvature = None
+        if self.collector is not None:
+            curvature = self.collector.curvature(self._owners, self.ranks)
+        job = self.ranks.together(lambda: self._job.after_training(self._source(model), training, curvature))
         with contextlib.ExitStack() as stack:
             name = Path(settings.dirpath) / settings.schedule.name(trainer)
             out = self.ranks.first(lambda: stack.enter_context(free_name(name)))
@@ -259,6 +280,7 @@ class Run:
             keys_of=model.architecture.keys_of,
             config=model.config(),
             copy_files=copy_files,
+            low_rank=model.adapters is not None,
         )
 
     def _snapshot(self, model: LiveModel) -> Base:

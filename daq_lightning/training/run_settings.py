@@ -11,6 +11,7 @@ from daq_lightning.export.settings import ExportSettings
 from daq_lightning.training import settings_check as check
 
 if TYPE_CHECKING:
+    from daq_lightning.training.curvature import Collecting
     from daq_lightning.training.schedule import Schedule
 
 
@@ -27,6 +28,7 @@ class RunSettings:
     chain_from: ChainFrom | None
     choices: ExportSettings
     schedule: Schedule
+    collecting: Collecting | None = None
 
     def __post_init__(self) -> None:
         named = self.module is None or isinstance(self.module, str)

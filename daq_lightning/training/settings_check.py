@@ -13,6 +13,7 @@ from daq_lightning.checkpoint.schemes import SchemeName
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import Metric
+from daq_lightning.numerics.rounding.settings import RoundingChoice
 from daq_lightning.numerics.search.settings import ScaleSearch
 
 MissingBase: TypeAlias = Literal["error", "absmax"]
@@ -100,6 +101,7 @@ def make_settings(
     scale_format: ScaleFormat | None,
     missing_base: MissingBase,
     max_shard_bytes: int,
+    rounding: RoundingChoice,
 ) -> ExportSettings:
     """The settings of an export from the arguments of `DeltaAwareQuantization`.
 
@@ -117,6 +119,7 @@ def make_settings(
         or (isinstance(ignore, (list, tuple)) and all(isinstance(name, str) for name in ignore)),
         "ignore", ignore, "a list of names, such as ['lm_head']",
     )  # fmt: skip
+    choice("rounding", rounding, get_args(RoundingChoice))
     choice("scale_format", scale_format, (None, "ue8m0"))
     choice("missing_base", missing_base, ("error", "absmax"))
     whole = isinstance(max_shard_bytes, int) and not isinstance(max_shard_bytes, bool)
@@ -131,6 +134,8 @@ def make_settings(
         raise MisconfigurationException(
             "search=... already holds metric and range: leave metric and alpha_range out."
         )
+    if rounding == "auto" and not (search is None and metric is None and alpha_range is None):
+        rounding = "nearest"  # of the scales that were asked for
     try:
         if search is None:
             low, high = alpha_range or (ScaleSearch.alpha_min, ScaleSearch.alpha_max)
@@ -138,6 +143,7 @@ def make_settings(
         return ExportSettings(
             scheme=scheme,
             search=search,
+            rounding=rounding,
             ignore=tuple(ignore or ()),
             scale_format=scale_format,
             missing_base=missing_base,

@@ -77,6 +77,22 @@ def _refuse(name: str, why: str) -> None:
     )
 
 
+def why_not_observed(trainer: Trainer) -> str:
+    """Why hooks do not see the activations of a model as they are; "" if they do."""
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        return f"{name} runs the layers in a way that was not looked at"
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = strategy.device_mesh
+        if mesh is not None and mesh["tensor_parallel"].size() > 1:
+            return "tensor parallel layers see a part of each activation"
+    assert strategy.model is not None
+    compiled = [part for part in strategy.model.modules() if getattr(part, "_compiled_call_impl", None)]
+    if compiled or any(type(part).__name__ == "OptimizedModule" for part in strategy.model.modules()):
+        return "a compiled model does not call hooks that come later"
+    return ""
+
+
 def restores_late(trainer: Trainer) -> bool:
     """Whether a resumed run loads its weights only after `on_fit_start`, not saying before that it is one."""
     return trainer.strategy.restore_checkpoint_after_setup

@@ -27,12 +27,14 @@ class Statistics:
         outputs: float32, shape (M, M); None where no gradient came.
         tokens: How many tokens were summed.
         source: Where they come from, in a word or two.
+        left_out: How many calls of the layer were left out because of NaN or Inf.
     """
 
     inputs: Tensor | None
     outputs: Tensor | None
     tokens: int
     source: str
+    left_out: int = 0
 
 
 Curvature: TypeAlias = Mapping[str, Statistics]
