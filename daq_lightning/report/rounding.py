@@ -67,6 +67,15 @@ def is_finite(value: object) -> bool:
     return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
 
 
+def predicted_loss(roundings: Iterable[Rounding | None]) -> float:
+    """The mean over weights of predicted loss over that of nearest rounding; NaN where none was predicted.
+
+    Losses of two weights have no unit in common, so they are not added.
+    """
+    known = [one for one in roundings if one is not None and one.nearest_loss > 0]
+    return sum(one.loss / one.nearest_loss for one in known) / len(known) if known else math.nan
+
+
 def notes_on_rounding(roundings: Mapping[str, Rounding | None]) -> list[str]:
     """What a reader of a report has to know of it: how many weights along which curvature, and which not.
 
@@ -79,11 +88,10 @@ def notes_on_rounding(roundings: Mapping[str, Rounding | None]) -> list[str]:
     along = [rounding for rounding in known.values() if rounding.method == "curvature"]
     notes = []
     if along:
-        before, after = sum(r.nearest_loss for r in along), sum(r.loss for r in along)
         sources = ", ".join(dict.fromkeys(rounding.source for rounding in along))
         notes.append(
             f"{len(along)} of {len(known)} weights are rounded along their curvature ({sources}): predicted "
-            f"loss {after / before:.3g} of that of nearest rounding at the same scales."
+            f"loss {predicted_loss(along):.3g} of that of nearest rounding at the same scales."
         )
     left_out = [name for name, rounding in known.items() if rounding.left_out]
     if left_out:

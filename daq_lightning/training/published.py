@@ -33,6 +33,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from daq_lightning.checkpoint.folder import read_json, replace_json
 from daq_lightning.metrics import delta_metrics
 from daq_lightning.report.figures import ExportReport
+from daq_lightning.report.rounding import predicted_loss
 
 
 def _new_record() -> Path:
@@ -122,12 +123,17 @@ class PublishedExports:
 
 
 def metrics_of(report: ExportReport) -> dict[str, float]:
-    """The metrics of the written scales ("daq/...") and of plain absmax scales ("daq/absmax_...")."""
+    """The metrics of what is written ("daq/...") and of plain absmax scales ("daq/absmax_...").
+
+    "daq/predicted_loss" is that of codes along a curvature, over that of nearest rounding.
+    """
     metrics: dict[str, float] = {}
     for side, prefix in (("searched", "daq/"), ("absmax", "daq/absmax_")):
         collection = delta_metrics(prefix=prefix, sync=False)  # each rank has the sums of all
         collection.update(report.totals(side))  # type: ignore[arg-type]
         metrics |= {name: float(value) for name, value in collection.compute().items()}
+    if any(tensor.rounding is not None for tensor in report.tensors):
+        metrics["daq/predicted_loss"] = predicted_loss(tensor.rounding for tensor in report.tensors)
     return metrics
 
 

@@ -103,6 +103,8 @@ def test_the_report_holds_what_the_files_say(tmp_path):
     found = recompute(callback.report, post, load_checkpoint(tmp_path / "base"))
     assert differences(callback.report, found) == {}
     assert "rounded along their curvature" in callback.report.summary()
+    assert 0 < callback.metrics["daq/predicted_loss"] < 0.5
+    assert 'rounding="curvature"' in (callback.exports[0] / "README.md").read_text()
 
 
 def test_auto_collects_unless_a_search_is_asked_for(tmp_path):
