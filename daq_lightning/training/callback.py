@@ -75,7 +75,8 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, CollectsCurvature
         rounding: "curvature": codes whose errors cancel where the model is sensitive to them, which a few of
             the run's own batches say. "nearest": each code by itself. "auto": "curvature", but "nearest"
             where a search is asked for, or the strategy or a compiled model does not let it be collected.
-        curvature: What is collected: "activations", and the gradients at the outputs of layers.
+        curvature: What is collected: "activations", and the gradients at the outputs of layers; or the
+            "gradients" of weights, without hooks. "auto" is "activations".
         curvature_memory: What sums may take at a time, in bytes or as "2 GB".
         curvature_steps: Batches that each layer is observed for.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 from typing_extensions import override
 
 if TYPE_CHECKING:
@@ -23,6 +24,14 @@ class CollectsCurvature(Callback):
         """Observes the layers in this batch, if it is one of those."""
         if self._run is not None and self._run.collector is not None:
             self._run.collector.begin_batch(trainer, batch_idx)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Reads gradients, which are whole, unscaled and not clipped now."""
+        if self._run is not None and self._run.collector is not None:
+            self._run.collector.before_step()
 
     @override
     def on_train_batch_end(

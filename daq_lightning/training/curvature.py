@@ -35,7 +35,9 @@ from daq_lightning.model.layers import linear_layers
 from daq_lightning.numerics.rounding.statistics import Curvature
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.collected import AllCollected, Collected, InFile
+from daq_lightning.training.gradients import GradientObserver
 from daq_lightning.training.observer import Layer, Observer, Sums
+from daq_lightning.training.parts import bytes_in, in_parts
 from daq_lightning.training.strategies import why_not_observed
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from daq_lightning.model.live import LiveModel
     from daq_lightning.training.run_settings import RunSettings
 
-Source: TypeAlias = Literal["auto", "activations"]
+Source: TypeAlias = Literal["auto", "activations", "gradients"]
 EVERY = 32
 """Of so many batches one is observed where the end of a run is not known."""
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -54,7 +56,8 @@ class Collecting:
     """How to collect; the fields are arguments of `DeltaAwareQuantization`, checked when it is made.
 
     Attributes:
-        source: What is collected; "auto" is "activations".
+        source: What is collected: "activations", and the gradients at the outputs of layers; "gradients" of
+            the weights at optimizer steps, which a compiled model has too; "auto" is "activations".
         memory: Bytes of sums that are held at a time, > 0.
         steps: Batches that each layer is observed for, >= 1.
         required: Whether a run that cannot collect is an error, or is exported without.
@@ -81,7 +84,7 @@ def settled(settings: RunSettings, trainer: Trainer) -> RunSettings:
     """
     if settings.collecting is None:
         return settings
-    reason = why_not_observed(trainer)
+    reason = why_not_observed(trainer, hooks=settings.collecting.source != "gradients")
     if not reason:
         choices = dataclasses.replace(settings.choices, rounding="curvature")
         return dataclasses.replace(settings, choices=choices)
@@ -107,6 +110,11 @@ def collector_of(
     """
     if settings.collecting is None:
         return None
+    if settings.collecting.source == "gradients" and model.adapters is not None:
+        raise MisconfigurationException(
+            "curvature='gradients' reads the gradients of weights, of which adapters leave them without any: "
+            "use curvature='activations'."
+        )
     modules = linear_layers(model, [tensor.spec.name for tensor in tensors])
     layers = [
         Layer(
@@ -139,12 +147,12 @@ class Collector:
         self._spilled: TemporaryDirectory[str] | None = None
         self._complete: dict[int, Collected] = {}  # by part: the newest
         self._sums, self._part = Sums(), 0
-        self._observer: Observer | None = None
+        self._observer: Observer | GradientObserver | None = None
         self._observed = self._batches = 0
 
     def describe(self) -> str:
         """What will be observed, for a person, before training begins."""
-        sizes = [_bytes_in(part) for part in self._parts]
+        sizes = [bytes_in(part) for part in self._parts]
         words = (
             f"Curvature for rounding: {sum(map(len, self._parts))} weights in {len(sizes)} parts, "
             f"{size_text(max(sizes, default=0))} of sums at a time ({size_text(sum(sizes))} in all), "
@@ -158,12 +166,20 @@ class Collector:
         return f"{words}."
 
     def begin_batch(self, trainer: Trainer, batch_idx: int) -> None:
-        """Hangs up hooks if this batch is to be observed."""
+        """Hangs up hooks, or waits for gradients, if this batch is to be observed."""
         if not self._parts or not self._is_due(trainer, batch_idx):
+            return
+        if self._from_gradients:
+            self._observer = GradientObserver(self._parts[self._part], self._sums)
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         factor = 1.0 if scaler is None else 1.0 / scaler.get_scale()
         self._observer = Observer(self._parts[self._part], self._sums, factor)
+
+    def before_step(self) -> None:
+        """Reads gradients, if it is they that are collected."""
+        if isinstance(self._observer, GradientObserver):
+            self._observer.step()
 
     def end_batch(self) -> None:
         """Takes the hooks away, and goes on to the next layers when these have been seen enough."""
@@ -188,10 +204,10 @@ class Collector:
         for part in range(len(self._parts)):
             unfinished = Collected.of(self._sums) if part == self._part else Collected({}, {}, {})
             collected = self._complete.get(part, unfinished)
-            if ranks.size > 1:
+            if ranks.size > 1 and not self._from_gradients:  # which are the same on all
                 collected = self._kept(collected.summed(owners, ranks), f"summed-{part}")
             parts.append(collected)
-        return AllCollected(parts, "activations")
+        return AllCollected(parts, "gradients" if self._from_gradients else "activations")
 
     def close(self) -> None:
         """Takes hooks and files away."""
@@ -201,13 +217,19 @@ class Collector:
             self._spilled.cleanup()
         self._observer, self._spilled, self._complete, self._sums = None, None, {}, Sums()
 
+    @property
+    def _from_gradients(self) -> bool:
+        return self._settings.source == "gradients"
+
     def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
         left = batches_left(trainer, batch_idx) if self._settings.at_end else None
-        needed = self._steps * len(self._parts)
+        step = trainer.accumulate_grad_batches if self._from_gradients else 1
+        needed = self._steps * len(self._parts) * step
         if left is None:
-            return self._observed < needed or self._batches % EVERY == 0
+            return self._observed < needed or self._batches % EVERY < step
         if self._observed == 0:  # of a run that is too short, each part gets its share
-            self._steps = min(self._settings.steps, max(1, left // len(self._parts)))
+            self._steps = min(self._settings.steps, max(1, left // (len(self._parts) * step)))
+            needed = self._steps * len(self._parts) * step
             return left <= needed + trainer.accumulate_grad_batches
         return self._observed < needed
 
@@ -237,33 +259,6 @@ def batches_left(trainer: Trainer, batch_idx: int) -> int | None:
         accumulated = trainer.accumulate_grad_batches
         ends.append((trainer.max_steps - trainer.global_step) * accumulated - batch_idx % accumulated)
     return min(ends, default=None)
-
-
-def in_parts(layers: Sequence[Layer], memory: int) -> tuple[list[list[Layer]], list[str]]:
-    """The layers in parts whose sums fit, those of a group together; and the names of those that never do."""
-    groups: dict[str, list[Layer]] = {}
-    for layer in layers:
-        groups.setdefault(layer.group, []).append(layer)
-    parts: list[list[Layer]] = []
-    too_large: list[str] = []
-    free = 0
-    for group in groups.values():
-        size = _bytes_in(group)
-        if size > memory:
-            too_large += [layer.name for layer in group]
-            continue
-        if size > free or not parts:
-            parts.append([])
-            free = memory
-        parts[-1] += group
-        free -= size
-    return parts, too_large
-
-
-def _bytes_in(layers: Sequence[Layer]) -> int:
-    """Of the sums of some layers; those of a group share the one of their inputs."""
-    inputs = {layer.group: layer.shape[1] for layer in layers}
-    return 4 * sum(size**2 for size in (*inputs.values(), *(layer.shape[0] for layer in layers)))
 
 
 def bytes_of(memory: str | int) -> int:

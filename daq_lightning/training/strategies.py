@@ -77,8 +77,13 @@ def _refuse(name: str, why: str) -> None:
     )
 
 
-def why_not_observed(trainer: Trainer) -> str:
-    """Why hooks do not see the activations of a model as they are; "" if they do."""
+def why_not_observed(trainer: Trainer, *, hooks: bool) -> str:
+    """Why a curvature cannot be collected, in a few words; "" if it can.
+
+    Args:
+        trainer: Whose model it is.
+        hooks: Whether by hooks, or from gradients.
+    """
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         return f"{name} runs the layers in a way that was not looked at"
@@ -86,7 +91,11 @@ def why_not_observed(trainer: Trainer) -> str:
         mesh = strategy.device_mesh
         if mesh is not None and mesh["tensor_parallel"].size() > 1:
             return "tensor parallel layers see a part of each activation"
+        if not hooks:
+            return f"under {name} no rank has whole gradients"
     assert strategy.model is not None
+    if not hooks:
+        return ""
     compiled = [part for part in strategy.model.modules() if getattr(part, "_compiled_call_impl", None)]
     if compiled or any(type(part).__name__ == "OptimizedModule" for part in strategy.model.modules()):
         return "a compiled model does not call hooks that come later"

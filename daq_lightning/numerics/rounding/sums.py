@@ -44,14 +44,23 @@ class KroneckerSum:
             used_T: bool.
             factor: Multiplies the values; 1 over the scale of a scaled loss.
         """
+        self.tokens += used_T.sum() * self._add(values_TK, used_T, factor)
+
+    @torch.no_grad()
+    def add_step(self, gradient_TK: Tensor) -> None:
+        """Adds all rows of the gradient of one optimizer step, which counts as one token."""
+        used_T = torch.ones(len(gradient_TK), dtype=torch.bool, device=gradient_TK.device)
+        self.tokens += self._add(gradient_TK, used_T, 1.0)
+
+    def _add(self, values_TK: Tensor, used_T: Tensor, factor: float) -> Tensor:
+        """Whether all values were finite, and hence added."""
         with torch.autocast(values_TK.device.type, enabled=False):
             values_TK = values_TK.float() * factor
             finite = values_TK.isfinite().all()
-            used_T = used_T & finite
-            values_TK = torch.where(used_T[:, None], values_TK, 0.0)
+            values_TK = torch.where((used_T & finite)[:, None], values_TK, 0.0)
             self.total.addmm_(values_TK.T, values_TK)
-            self.tokens += used_T.sum()
-            self.left_out += finite.logical_not()
+        self.left_out += finite.logical_not()
+        return finite
 
 
 @torch.no_grad()
