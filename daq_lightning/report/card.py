@@ -28,6 +28,15 @@ _OURS = re.compile(rf"\n*{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.esca
 _SPECIAL = re.compile(r"[\\`*\[\]<>|!&]")
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _LISTED = 3
+_SCALES = (
+    "The scales of these weights were searched so that rounding to FP8 keeps what fine-tuning changed "
+    "(Delta-Aware Quantization, [arXiv 2603.22324](https://arxiv.org/abs/2603.22324))."
+)
+_CODES = (
+    "The FP8 codes of these weights were chosen so that their errors cancel where the model is sensitive to "
+    "them, and what fine-tuning changed is kept (after GPTQ, "
+    "[arXiv 2210.17323](https://arxiv.org/abs/2210.17323), for both sides of a weight)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +168,7 @@ def _about(facts: CardFacts) -> str:
     ]
     return "\n".join(
         [
-            "The scales of these weights were searched so that rounding to FP8 keeps what fine-tuning "
-            "changed (Delta-Aware Quantization, [arXiv 2603.22324](https://arxiv.org/abs/2603.22324)).",
+            _CODES if any(tensor.rounding is not None for tensor in report.tensors) else _SCALES,
             "",
             f"- quantized: {len(report.tensors)} weights of linear layers, as {scheme.name}: FP8 (E4M3), one "
             f"{facts.layout.scale_format} scale for {shared}",

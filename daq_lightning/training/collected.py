@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from daq_lightning.checkpoint.tensor_file import read_header
-from daq_lightning.export.ranks import Ranks
+from daq_lightning.export.ranks import Agreement, Ranks
 from daq_lightning.numerics.rounding.statistics import Statistics
 from daq_lightning.training.observer import Sums
 
@@ -62,15 +61,17 @@ class Collected(NamedTuple):
         sizes = {name: size for of_rank in told for name, size in of_rank.items()}
         counts = ranks.gather((self.tokens, self.left_out))
         mine: dict[str, Tensor] = {}
+        agreement = Agreement(ranks)
         for name in sorted(sizes):
             owner = owners[_layers_of(name)[0]]
-            if name in self.tensors:
-                total = self.tensors[name].cpu().clone()
-            else:  # no token of this rank came there
-                total = torch.zeros(sizes[name], sizes[name], dtype=torch.float32, device="cpu")
-            dist.reduce(total, owner, group=ranks.group)
+            total = torch.zeros(sizes[name], sizes[name], dtype=torch.float32, device="cpu")
+            with agreement.attempt():
+                if name in self.tensors:  # else no token of this rank came there
+                    total += self.tensors[name].cpu()
+            ranks.add_up(total, owner)
             if owner == ranks.rank:
                 mine[name] = total
+        agreement.end()
         return Collected(
             tensors=mine,
             tokens={name: sum(tokens.get(name, 0) for tokens, _ in counts) for name in mine},

@@ -19,6 +19,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
@@ -58,7 +59,7 @@ class Collecting:
     Attributes:
         source: What is collected: "activations", and the gradients at the outputs of layers; "gradients" of
             the weights at optimizer steps, which a compiled model has too; "auto" is "activations".
-        memory: Bytes of sums that are held at a time, > 0.
+        memory: Bytes of sums that are held at a time, > 0; once more while sums are taken anew.
         steps: Batches that each layer is observed for, >= 1.
         required: Whether a run that cannot collect is an error, or is exported without.
         at_end: Whether only the last weights are exported.
@@ -205,7 +206,8 @@ class Collector:
             unfinished = Collected.of(self._sums) if part == self._part else Collected({}, {}, {})
             collected = self._complete.get(part, unfinished)
             if ranks.size > 1 and not self._from_gradients:  # which are the same on all
-                collected = self._kept(collected.summed(owners, ranks), f"summed-{part}")
+                added = collected.summed(owners, ranks)
+                collected = ranks.together(partial(self._kept, added, f"summed-{part}"))
             parts.append(collected)
         return AllCollected(parts, "gradients" if self._from_gradients else "activations")
 

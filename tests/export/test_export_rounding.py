@@ -217,6 +217,9 @@ def test_the_command_rounds_and_its_recipe_makes_it_again(pair, tmp_path, monkey
     assert main(["quantize", *arguments, "--rounding", "curvature"]) == 0
     manifest = json.loads((out / "daq_manifest.json").read_text())
     assert manifest["settings"]["rounding"] == "curvature"
+    card = (out / "README.md").read_text()
+    assert "codes of these weights were chosen so that their errors cancel" in card
+    assert "14 of 14 weights are rounded along their curvature (update)" in card
     monkeypatch.chdir(out)
     assert main(["quantize", "--config", "recipe.yaml", "--quiet"]) == 0
     again = folder_bytes(tmp_path / "made-again")

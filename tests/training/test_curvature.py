@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live import Tuning, data, fit, make_trainer, tiny_llama
+from tiny_models import qwen3_moe
 
 from daq_lightning import DeltaAwareQuantization, ExportReport, load_checkpoint
 from daq_lightning.audit.recompute import differences, recompute
@@ -177,6 +178,28 @@ def test_the_best_checkpoint_is_rounded_along_what_the_run_collected(tmp_path):
     callback = quantization(tmp_path, which="best")
     fit(tmp_path, saver, callback)
     assert sources(callback.report) == {"activations and update"}
+
+
+def test_stacked_experts_have_no_layer_of_their_own_and_are_rounded_along_their_update(tmp_path):
+    callback = quantization(tmp_path)
+    fit(tmp_path, callback, module=Tuning(qwen3_moe()), max_steps=2)
+    experts = {tensor.rounding.source for tensor in callback.report.tensors if ".experts." in tensor.name}
+    others = {tensor.rounding.source for tensor in callback.report.tensors if ".experts." not in tensor.name}
+    assert (experts, others) == ({"update"}, {"activations and update"})
+
+
+def test_two_layers_with_one_weight_add_up(tmp_path):
+    class Twice(Tuning):
+        def __init__(self) -> None:
+            super().__init__(torch.nn.Sequential(*(torch.nn.Linear(16, 16, bias=False) for _ in range(2))))
+            self.model[1].weight = self.model[0].weight
+
+        def training_step(self, batch, batch_idx):
+            return self.model(batch.float() @ torch.ones(8, 16)).square().mean()
+
+    callback = quantization(tmp_path)
+    fit(tmp_path, callback, module=Twice())
+    assert {tensor.rounding.tokens for tensor in callback.report.tensors} == {2 * 4 * 2}
 
 
 class Padded(Tuning):

@@ -55,7 +55,7 @@ class KroneckerSum:
     def _add(self, values_TK: Tensor, used_T: Tensor, factor: float) -> Tensor:
         """Whether all values were finite, and hence added."""
         with torch.autocast(values_TK.device.type, enabled=False):
-            values_TK = values_TK.float() * factor
+            values_TK = values_TK.float() if factor == 1 else values_TK.float() * factor
             finite = values_TK.isfinite().all()
             values_TK = torch.where((used_T & finite)[:, None], values_TK, 0.0)
             self.total.addmm_(values_TK.T, values_TK)
