@@ -27,6 +27,7 @@ from daq_lightning.checkpoint.folder import REPORT, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.bins import STEP_EDGES
 from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
+from daq_lightning.report.rounding import Rounding
 from daq_lightning.report.sampled import AlphaCurve, ByStep
 from daq_lightning.report.shape import FLOAT_SUMS, check_report
 
@@ -58,6 +59,7 @@ class TensorReport:
         by_step: Outcomes by the size of the change, of a sample; None without a base, and in reports of a
             version that did not look at it.
         curve: The objective over alpha, of the same sample; None for most weights.
+        rounding: How its codes were chosen, in an export that rounds along a curvature.
     """
 
     name: str
@@ -72,6 +74,7 @@ class TensorReport:
     without_base: str = ""
     by_step: ByStep | None = None
     curve: AlphaCurve | None = None
+    rounding: Rounding | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in `daq_report.json`, under its name."""
@@ -89,6 +92,7 @@ class TensorReport:
             **({"without_base": self.without_base} if self.without_base else {}),
             **({} if self.by_step is None else {"by_step": self.by_step.to_dict()}),
             **({} if self.curve is None else {"curve": self.curve.to_dict()}),
+            **({} if self.rounding is None else {"rounding": self.rounding.to_dict()}),
         }
 
     @classmethod
@@ -107,6 +111,7 @@ class TensorReport:
             without_base=entry.get("without_base", ""),
             by_step=ByStep.from_dict(entry["by_step"]) if "by_step" in entry else None,
             curve=AlphaCurve.from_dict(entry["curve"]) if "curve" in entry else None,
+            rounding=Rounding.from_dict(entry["rounding"]) if "rounding" in entry else None,
         )
 
 

@@ -104,6 +104,31 @@ def _refuse(name: str, why: str) -> None:
     )
 
 
+def why_not_observed(trainer: Trainer, *, hooks: bool) -> str:
+    """Why a curvature cannot be collected, in a few words; "" if it can.
+
+    Args:
+        trainer: Whose model it is.
+        hooks: Whether by hooks, or from gradients.
+    """
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        return f"{name} runs the layers in a way that was not looked at"
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = strategy.device_mesh
+        if mesh is not None and mesh["tensor_parallel"].size() > 1:
+            return "tensor parallel layers see a part of each activation"
+        if not hooks:
+            return f"under {name} no rank has whole gradients"
+    assert strategy.model is not None
+    if not hooks:
+        return ""
+    compiled = [part for part in strategy.model.modules() if getattr(part, "_compiled_call_impl", None)]
+    if compiled or any(type(part).__name__ == "OptimizedModule" for part in strategy.model.modules()):
+        return "a compiled model does not call hooks that come later"
+    return ""
+
+
 def restores_late(trainer: Trainer) -> bool:
     """Whether a resumed run loads its weights only after `on_fit_start`, not saying before that it is one."""
     return trainer.strategy.restore_checkpoint_after_setup
