@@ -45,8 +45,8 @@ def batch_reports(job: Job, batch: Batch, chosen: Sequence[Chosen]) -> list[Tens
                 absmax=sums["absmax"],
                 root=sums.get("root"),
                 dequantized=sums["dequantized"] if fits else None,
-                without_base=job.without_base.get(pair.plan.spec.name, ""),
                 rounding=one.rounding,
+                without_base=job.without_base.get(pair.plan.spec.name, ""),
             )
         )
     return reports

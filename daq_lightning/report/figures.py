@@ -52,9 +52,9 @@ class TensorReport:
         root: Sums of the written scales against the first base of a chain, if the tensor is part of one.
         dequantized: Sums of the written scales for a reader that dequantizes to 16 bit; None where its dtype
             does not hold all values, and in reports of a version that did not look at it.
+        rounding: How its codes were chosen, in an export that rounds along a curvature.
         without_base: Why it has no base; its scale is the plain one, and it is left out of the totals. ""
             with a base.
-        rounding: How its codes were chosen, in an export that rounds along a curvature.
     """
 
     name: str
@@ -66,8 +66,8 @@ class TensorReport:
     absmax: DeltaStats
     root: DeltaStats | None = None
     dequantized: DeltaStats | None = None
-    without_base: str = ""
     rounding: Rounding | None = None
+    without_base: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in `daq_report.json`, under its name."""
@@ -82,8 +82,8 @@ class TensorReport:
             "dtype": self.dtype,
             "alpha": dict(self.alpha),
             **sides,
-            **({"without_base": self.without_base} if self.without_base else {}),
             **({} if self.rounding is None else {"rounding": self.rounding.to_dict()}),
+            **({"without_base": self.without_base} if self.without_base else {}),
         }
 
     @classmethod
@@ -99,8 +99,8 @@ class TensorReport:
             absmax=_stats_from(entry["absmax"]["sums"]),
             root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
             dequantized=_stats_from(entry["dequantized"]["sums"]) if "dequantized" in entry else None,
-            without_base=entry.get("without_base", ""),
             rounding=Rounding.from_dict(entry["rounding"]) if "rounding" in entry else None,
+            without_base=entry.get("without_base", ""),
         )
 
 

@@ -53,6 +53,13 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, CollectsCurvature
         metric: What the scale search maximizes: "hybrid", "cosine", "sign" or "mse".
         alpha_range: Range of the multiples of the absmax scale that are tried.
         search: All settings of the search, instead of these two.
+        rounding: "curvature": codes whose errors cancel where the model is sensitive to them, which a few of
+            the run's own batches say. "nearest": each code by itself. "auto": "curvature", but "nearest"
+            where a search is asked for, or the strategy or a compiled model does not let it be collected.
+        curvature: What is collected: "activations", and the gradients at the outputs of layers; or the
+            "gradients" of weights, without hooks. "auto" is "activations".
+        curvature_memory: What sums may take at a time, in bytes or as "2 GB".
+        curvature_steps: Batches that each layer is observed for.
         ignore: Modules to keep in high precision: full names, or regular expressions after `re:`.
         module: Name of the submodule to export; None finds the one `PreTrainedModel`.
         scale_format: None, or "ue8m0" for scales that are powers of two.
@@ -72,13 +79,6 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, CollectsCurvature
         export_on_exception: Whether to export the weights of a run that failed or was interrupted.
         missing_base: A weight without its like in the base is an "error", or gets a plain "absmax" scale.
         max_shard_bytes: Size at which a new file begins; ranks share out the files, whole.
-        rounding: "curvature": codes whose errors cancel where the model is sensitive to them, which a few of
-            the run's own batches say. "nearest": each code by itself. "auto": "curvature", but "nearest"
-            where a search is asked for, or the strategy or a compiled model does not let it be collected.
-        curvature: What is collected: "activations", and the gradients at the outputs of layers; or the
-            "gradients" of weights, without hooks. "auto" is "activations".
-        curvature_memory: What sums may take at a time, in bytes or as "2 GB".
-        curvature_steps: Batches that each layer is observed for.
 
     With WeightAveraging, exports hold the averages, as ModelCheckpoint's files do. `schedule` says when it
     exports, under which name; `moment` what `should_export` is asked about.
@@ -105,6 +105,10 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, CollectsCurvature
         metric: Metric | None = None,
         alpha_range: tuple[float, float] | None = None,
         search: ScaleSearch | None = None,
+        rounding: RoundingChoice = "auto",
+        curvature: Source = "auto",
+        curvature_memory: str | int = "2 GB",
+        curvature_steps: int = 4,
         ignore: list[str] | None = None,
         module: str | None = None,
         scale_format: Literal["ue8m0"] | None = None,
@@ -121,10 +125,6 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, CollectsCurvature
         export_on_exception: bool = False,
         missing_base: check.MissingBase = "error",
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-        rounding: RoundingChoice = "auto",
-        curvature: Source = "auto",
-        curvature_memory: str | int = "2 GB",
-        curvature_steps: int = 4,
     ) -> None:
         super().__init__()
         check.flag("export_on_exception", export_on_exception)
@@ -156,9 +156,9 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, CollectsCurvature
             merge_adapters=merge_adapters,
             parent=parent,
             chain_from=chain_from,
+            collecting=None if choices.rounding == "nearest" else collecting,
             choices=choices,
             schedule=self.schedule,
-            collecting=None if choices.rounding == "nearest" else collecting,
         )
         self._run: Run | None = None
         self._ranks: Ranks = ALONE
