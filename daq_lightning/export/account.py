@@ -58,10 +58,10 @@ def batch_reports(
                 absmax=sums["absmax"],
                 root=sums.get("root"),
                 dequantized=sums["dequantized"] if fits else None,
+                rounding=one.rounding,
                 without_base=job.without_base.get(pair.plan.spec.name, ""),
                 by_step=by_step,
                 curve=curve,
-                rounding=one.rounding,
             )
         )
     return reports

@@ -66,18 +66,17 @@ def choose_codes(job: Job, batch: Batch, search: Search) -> list[Chosen]:
     if not job.settings.by_curvature:
         return [Chosen(result, None) for result in search(batch, job.settings.search)]
     known = [_known(job, pair) for pair in batch]
-    results = search(batch, job.settings.scale_search)
     sides = _Sides(job, batch)
 
-    def fallback(pair: Pair, reason: str) -> Chosen:
-        return Chosen(search([pair], job.settings.search)[0], Rounding(method="nearest", reason=reason))
+    def choose(pair: Pair, result: SearchResult, statistics: Statistics | str) -> Chosen:
+        curved = sides.of(pair, statistics)
+        if isinstance(curved, _Curved):
+            return _rounded(job, pair, result, curved)
+        [result] = search([pair], job.settings.search)
+        return Chosen(result, Rounding(method="nearest", reason=curved))
 
-    return [
-        fallback(pair, statistics)
-        if isinstance(statistics, str)
-        else _rounded(job, pair, result, statistics, sides, fallback)
-        for pair, result, statistics in zip(batch, results, known, strict=True)
-    ]
+    results = search(batch, job.settings.scale_search)
+    return [choose(*each) for each in zip(batch, results, known, strict=True)]
 
 
 def _base(pair: Pair) -> Tensor:
@@ -99,38 +98,42 @@ def _known(job: Job, pair: Pair) -> Statistics | str:
     return _UPDATE
 
 
-def _rounded(
-    job: Job,
-    pair: Pair,
-    result: SearchResult,
-    statistics: Statistics,
-    sides: _Sides,
-    fallback: Callable[[Pair, str], Chosen],
-) -> Chosen:
+class _Curved(NamedTuple):
+    """What a weight is rounded along.
+
+    Attributes:
+        factors: Of its sides.
+        settings: How they were mixed and damped.
+        statistics: What they were made from, beside the update.
+        source: In words.
+    """
+
+    factors: Factors
+    settings: RoundingSettings
+    statistics: Statistics
+    source: str
+
+
+def _rounded(job: Job, pair: Pair, result: SearchResult, curved: _Curved) -> Chosen:
     """A weight along its curvature, at the scales of a result."""
-    settings = sides.settings(statistics)
-    try:
-        factors = sides.factors(pair, statistics, settings)
-    except ValueError as error:  # a run is not lost because of the statistics of one weight
-        return fallback(pair, str(error).rstrip("."))
     layout, weight = job.plan.layout, as_searched(pair.weight)
     found = round_with_curvature(
         weight,
         result.scale,
         layout.granularity,
-        inputs=factors.inputs,
-        outputs=factors.outputs,
+        inputs=curved.factors.inputs,
+        outputs=curved.factors.outputs,
         fmt=layout.scheme.format,
         name=pair.plan.spec.name,
     )
     about = Rounding(
         method="nearest" if found.kept_nearest else "curvature",
-        source=sides.source(statistics),
-        tokens=statistics.tokens,
-        left_out=statistics.left_out,
-        update=settings.update,
-        damping_in=settings.damping_in,
-        damping_out=settings.damping_out,
+        source=curved.source,
+        tokens=curved.statistics.tokens,
+        left_out=curved.statistics.left_out,
+        update=curved.settings.update,
+        damping_in=curved.settings.damping_in,
+        damping_out=curved.settings.damping_out,
         nearest_loss=found.nearest_loss,
         loss=found.predicted_loss,
         reason="no codes of a smaller predicted loss were found" * found.kept_nearest,
@@ -154,20 +157,24 @@ class _Sides:
         self._low_rank, self._batch = job.source.low_rank, batch
         self._inputs: tuple[object, Factor | None] = (None, None)
 
-    def settings(self, statistics: Statistics) -> RoundingSettings:
-        """What suits the statistics."""
-        return RoundingSettings.suited(
+    def of(self, pair: Pair, statistics: Statistics | str) -> _Curved | str:
+        """What one weight is rounded along, or why it is not."""
+        if isinstance(statistics, str):
+            return statistics
+        settings = RoundingSettings.suited(
             inputs=statistics.inputs is not None,
             outputs=statistics.outputs is not None,
             low_rank=self._low_rank,
         )
-
-    def source(self, statistics: Statistics) -> str:
-        """In words: the update is named where it stands beside what was collected, or in for it."""
+        # the update is named where it stands beside what was collected, or in for it
         alone = statistics is _UPDATE or self._low_rank
-        return statistics.source if alone else f"{statistics.source} and update"
+        source = statistics.source if alone else f"{statistics.source} and update"
+        try:
+            return _Curved(self._factors(pair, statistics, settings), settings, statistics, source)
+        except ValueError as error:  # a run is not lost because of the statistics of one weight
+            return str(error).rstrip(".")
 
-    def factors(self, pair: Pair, statistics: Statistics, settings: RoundingSettings) -> Factors:
+    def _factors(self, pair: Pair, statistics: Statistics, settings: RoundingSettings) -> Factors:
         """Those of one weight; a side of which not even an update is known has none.
 
         Raises:
@@ -177,12 +184,11 @@ class _Sides:
         shared = (id(inputs_NN), pair.weight.shape[1], settings)
         if self._inputs[0] != shared:
             update_NN = self._update_of_inputs(pair) if self._needs_update(inputs_NN, settings) else None
-            found = _side(inputs_NN, update_NN, pair, settings.damping_in, settings, "inputs")
-            self._inputs = (shared, found)
+            self._inputs = (shared, _side(_on(inputs_NN, pair), update_NN, settings, inputs=True))
         if self._needs_update(outputs_MM, settings):
             delta_MN = _delta(pair)
             update_MM = delta_MN @ delta_MN.T
-        outputs = _side(outputs_MM, update_MM, pair, settings.damping_out, settings, "outputs")
+        outputs = _side(_on(outputs_MM, pair), update_MM, settings, inputs=False)
         return Factors(inputs=self._inputs[1], outputs=outputs)
 
     def _needs_update(self, statistics: Tensor | None, settings: RoundingSettings) -> bool:
@@ -203,13 +209,12 @@ def _delta(pair: Pair) -> Tensor:
     return pair.weight.float() - _base(pair).float()
 
 
+def _on(statistics: Tensor | None, pair: Pair) -> Tensor | None:
+    return None if statistics is None else statistics.to(pair.weight.device)
+
+
 def _side(
-    statistics: Tensor | None,
-    update: Tensor | None,
-    pair: Pair,
-    damping: float,
-    settings: RoundingSettings,
-    side: str,
+    statistics: Tensor | None, update: Tensor | None, settings: RoundingSettings, *, inputs: bool
 ) -> Factor | None:
     """The factor of one side of a weight: of its statistics with the update mixed in, or of the update."""
     if statistics is None:
@@ -217,10 +222,10 @@ def _side(
         if statistics is None or not bool(statistics.diagonal().any()):
             return None
     return factor(
-        statistics.to(pair.weight.device),
+        statistics,
         update,
         share=settings.update,
-        damping=damping,
+        damping=settings.damping_in if inputs else settings.damping_out,
         order=settings.order,
-        name=f"the statistics of its {side}",
+        name=f"the statistics of its {'inputs' if inputs else 'outputs'}",
     )

@@ -31,17 +31,6 @@ def fused_groups(names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def shared_input(name: str) -> str:
-    """What all weights have in common that take one input: servers fuse them for it.
-
-    Example:
-        >>> shared_input("layers.0.v_proj.weight"), shared_input("layers.0.o_proj.weight")
-        ('layers.0.q_proj', 'layers.0.o_proj')
-    """
-    prefix, dot, leaf = name.removesuffix(".weight").rpartition(".")
-    return prefix + dot + next((group[0] for group in FUSED if leaf in group), leaf)
-
-
 def check_fused(chosen: Collection[str], roles: Mapping[str, Role]) -> None:
     """Raises CheckpointError where servers fuse weights of which only some are chosen."""
     for name in chosen:
@@ -73,3 +62,14 @@ def check_experts(
                 f"{spec.name} would be kept and other experts of {owner_of(keys[spec.name])} quantized, but "
                 "servers hold the experts of a layer in one tensor: ignore all of them or none."
             )
+
+
+def shared_input(name: str) -> str:
+    """What all weights have in common that take one input: servers fuse them for it.
+
+    Example:
+        >>> shared_input("layers.0.v_proj.weight"), shared_input("layers.0.o_proj.weight")
+        ('layers.0.q_proj', 'layers.0.o_proj')
+    """
+    prefix, dot, leaf = name.removesuffix(".weight").rpartition(".")
+    return prefix + dot + next((group[0] for group in FUSED if leaf in group), leaf)

@@ -54,12 +54,12 @@ class TensorReport:
         root: Sums of the written scales against the first base of a chain, if the tensor is part of one.
         dequantized: Sums of the written scales for a reader that dequantizes to 16 bit; None where its dtype
             does not hold all values, and in reports of a version that did not look at it.
+        rounding: How its codes were chosen, in an export that rounds along a curvature.
         without_base: Why it has no base; its scale is the plain one, and it is left out of the totals. ""
             with a base.
         by_step: Outcomes by the size of the change, of a sample; None without a base, and in reports of a
             version that did not look at it.
         curve: The objective over alpha, of the same sample; None for most weights.
-        rounding: How its codes were chosen, in an export that rounds along a curvature.
     """
 
     name: str
@@ -71,10 +71,10 @@ class TensorReport:
     absmax: DeltaStats
     root: DeltaStats | None = None
     dequantized: DeltaStats | None = None
+    rounding: Rounding | None = None
     without_base: str = ""
     by_step: ByStep | None = None
     curve: AlphaCurve | None = None
-    rounding: Rounding | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in `daq_report.json`, under its name."""
@@ -89,10 +89,10 @@ class TensorReport:
             "dtype": self.dtype,
             "alpha": dict(self.alpha),
             **sides,
+            **({} if self.rounding is None else {"rounding": self.rounding.to_dict()}),
             **({"without_base": self.without_base} if self.without_base else {}),
             **({} if self.by_step is None else {"by_step": self.by_step.to_dict()}),
             **({} if self.curve is None else {"curve": self.curve.to_dict()}),
-            **({} if self.rounding is None else {"rounding": self.rounding.to_dict()}),
         }
 
     @classmethod
@@ -108,10 +108,10 @@ class TensorReport:
             absmax=_stats_from(entry["absmax"]["sums"]),
             root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
             dequantized=_stats_from(entry["dequantized"]["sums"]) if "dequantized" in entry else None,
+            rounding=Rounding.from_dict(entry["rounding"]) if "rounding" in entry else None,
             without_base=entry.get("without_base", ""),
             by_step=ByStep.from_dict(entry["by_step"]) if "by_step" in entry else None,
             curve=AlphaCurve.from_dict(entry["curve"]) if "curve" in entry else None,
-            rounding=Rounding.from_dict(entry["rounding"]) if "rounding" in entry else None,
         )
 
 

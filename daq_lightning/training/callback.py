@@ -54,6 +54,14 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         metric: What the scale search maximizes: "hybrid", "cosine", "sign" or "mse".
         alpha_range: Range of the multiples of the absmax scale that are tried.
         search: All settings of the search, instead of these two.
+        rounding: "curvature": codes whose errors cancel where the model is sensitive to them, which a few of
+            the run's own batches say. "nearest": each code by itself. "auto": "curvature", but "nearest"
+            where a search is asked for, or the strategy, a compiled model, or fallbacks of several ranks do
+            not let it be collected.
+        curvature: What is collected: "activations", and the gradients at the outputs of layers; or the
+            "gradients" of weights, without hooks. "auto" is "activations".
+        curvature_memory: What sums may take at a time, in bytes or as "2 GB".
+        curvature_steps: Batches that each layer is observed for.
         ignore: Modules to keep in high precision: full names, or regular expressions after `re:`.
         module: Name of the submodule to export; None finds the one `PreTrainedModel`.
         scale_format: None, or "ue8m0" for scales that are powers of two.
@@ -83,14 +91,6 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         log_per_layer: Whether figures of each weight, and pictures, go to the loggers; see `loggers.py`.
         log_survival_every_n_steps: Every so many optimizer steps log `daq/survival`, the share of the update
             that plain FP8 would keep if training stopped now; see `survival.py`.
-        rounding: "curvature": codes whose errors cancel where the model is sensitive to them, which a few of
-            the run's own batches say. "nearest": each code by itself. "auto": "curvature", but "nearest"
-            where a search is asked for, or the strategy, a compiled model, or fallbacks of several ranks do
-            not let it be collected.
-        curvature: What is collected: "activations", and the gradients at the outputs of layers; or the
-            "gradients" of weights, without hooks. "auto" is "activations".
-        curvature_memory: What sums may take at a time, in bytes or as "2 GB".
-        curvature_steps: Batches that each layer is observed for.
 
     With WeightAveraging, exports hold the averages, as ModelCheckpoint's files do. `schedule` says when it
     exports, under which name; `moment` what `should_export` is asked about.
@@ -117,6 +117,10 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         metric: Metric | None = None,
         alpha_range: tuple[float, float] | None = None,
         search: ScaleSearch | None = None,
+        rounding: RoundingChoice = "auto",
+        curvature: Source = "auto",
+        curvature_memory: str | int = "2 GB",
+        curvature_steps: int = 4,
         ignore: list[str] | None = None,
         module: str | None = None,
         scale_format: Literal["ue8m0"] | None = None,
@@ -140,10 +144,6 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         schemes: list[str] | None = None,
         log_per_layer: bool = False,
         log_survival_every_n_steps: int | None = None,
-        rounding: RoundingChoice = "auto",
-        curvature: Source = "auto",
-        curvature_memory: str | int = "2 GB",
-        curvature_steps: int = 4,
     ) -> None:
         super().__init__()
         check.flag("export_on_exception", export_on_exception)
@@ -174,6 +174,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
             merge_adapters=merge_adapters,
             parent=parent,
             chain_from=chain_from,
+            collecting=None if choices.rounding == "nearest" else collecting,
             choices=choices,
             schedule=self.schedule,
             validation=ValidationSettings(
@@ -184,7 +185,6 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
                 schemes=() if schemes is None else schemes,
             ),
             logs=LogSettings(per_layer=log_per_layer, survival_every_n_steps=log_survival_every_n_steps),
-            collecting=None if choices.rounding == "nearest" else collecting,
         )
 
     @override

@@ -133,10 +133,9 @@ class Judge:
                 found = self._logits()
             stats = [compare_logits(one, other) for one, other in zip(found, reference, strict=True)]
             total = sum(float(one.kld) for one in stats) / max(1, sum(int(one.n) for one in stats))
-            mean = self.trainer.strategy.reduce(
-                torch.tensor(total, device=self.trainer.strategy.root_device), reduce_op="mean"
-            )
-            self.costs[tuple(group)] = float(mean)
+            strategy = self.trainer.strategy
+            mine = torch.tensor(total, dtype=torch.float64, device=strategy.root_device)
+            self.costs[tuple(group)] = float(strategy.reduce(mine, reduce_op="mean"))
             self._afresh(swap)
 
     def _afresh(self, swap: Swap) -> None:

@@ -56,10 +56,10 @@ class RunSettings:
     parent: str | None
     chain_from: ChainFrom | None
     choices: ExportSettings
+    collecting: Collecting | None
     schedule: Schedule
     validation: ValidationSettings
     logs: LogSettings
-    collecting: Collecting | None = None
 
     def __post_init__(self) -> None:
         named = self.module is None or isinstance(self.module, str)

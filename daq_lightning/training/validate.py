@@ -83,7 +83,9 @@ def _loop_like(other: _EvaluationLoop, batches: int | None) -> _EvaluationLoop:
 
 
 def _mean_of_ranks(trainer: Trainer, value: Any) -> float:
-    tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+    tensor = value
+    if not isinstance(value, Tensor):
+        tensor = torch.tensor(value, dtype=torch.float64, device="cpu")
     tensor = tensor.detach().to(trainer.strategy.root_device, torch.float64, copy=True)
     return float(trainer.strategy.reduce(tensor, reduce_op="mean"))
 

@@ -337,7 +337,7 @@ def test_validation_is_not_observed_and_changes_nothing(tmp_path, model):
 
 
 def test_a_fallback_is_rounded_along_the_same_statistics(tmp_path):
-    fallback = {"max_degradation": {"val_loss": -9.0}, "on_failure": "fallback", "schemes": ["FP8_DYNAMIC"]}
+    fallback = {"max_degradation": {"val_loss": 1.0}, "on_failure": "fallback", "schemes": ["FP8_DYNAMIC"]}
     export = quantization(tmp_path, scheme="FP8_BLOCK", validate=True, **fallback)
     seen = {}
 
