@@ -206,6 +206,7 @@ def _figures(report: ExportReport) -> str:
         still = values["delta_norm"] == 0
         direction = ["-" if still else f"{values[name]:.4f}" for name in ("sign_rate", "cosine", "gain")]
         rows.append(f"| {words} | {' | '.join(direction)} | {values['mse']:.3e} | {values['lost']:.2%} |")
+    metric = plain(str(report.search.get("metric")))
     measured = sum(not tensor.without_base for tensor in report.tensors)
     return "\n".join(
         [
@@ -217,16 +218,12 @@ def _figures(report: ExportReport) -> str:
             "changed; sign rate: share of changes that keep their sign; cosine: of the update and what is "
             "left of it; gain: its strength along its own direction, 1 is full; lost: share of elements "
             "whose change became zero. "
-            f"{_scales(report)}; each weight by itself is in `daq_report.json`.",
+            f"{'Plain scales' if report.plain else f'Searched for {metric}'}; each weight by itself is in "
+            "`daq_report.json`.",
             *(f"\n- note: {plain(note)}" for note in report.notes[:_LISTED]),
             *([f"\n- and {len(report.notes) - _LISTED} more in `daq_report.json`"] * (len(report.notes) > 3)),
         ]
     )
-
-
-def _scales(report: ExportReport) -> str:
-    low, high, metric = (report.search.get(name) for name in ("alpha_min", "alpha_max", "metric"))
-    return "Scales are plain" if low is not None and low == high else f"Searched for {plain(str(metric))}"
 
 
 def _evaluation(evaluation: Evaluation | None) -> list[str]:

@@ -207,13 +207,18 @@ class ExportReport:
             },
         )
 
+    @property
+    def plain(self) -> bool:
+        """Whether no other scales than plain ones were tried."""
+        return self.search.get("alpha_min", 0) == self.search.get("alpha_max")
+
     def summary(self) -> str:
         """At most fourteen lines for a person: where it is, what was kept, how it validates, what to know."""
         count = len(self.tensors)
         lines = [
             f"FP8 export: {self.path}",
             f"  {count} weights as {self.scheme}, {len(self.kept)} tensors kept; "
-            f"search for {self.search.get('metric', '?')}",
+            + ("plain scales" if self.plain else f"search for {self.search.get('metric', '?')}"),
             f"  {'':12}{'sign rate':>10}{'cosine':>10}{'gain':>10}{'mse':>12}{'lost':>9}",
         ]
         sides: tuple[Side, ...] = ("absmax", "searched", "dequantized")

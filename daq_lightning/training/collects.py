@@ -23,7 +23,8 @@ class CollectsCurvature(Callback):
     ) -> None:
         """Observes the layers in this batch, if it is one of those."""
         if self._run is not None and self._run.collector is not None:
-            self._run.collector.begin_batch(trainer, batch_idx)
+            with self._run.collector.giving_up():
+                self._run.collector.begin_batch(trainer, batch_idx)
 
     @override
     def on_before_optimizer_step(
@@ -31,7 +32,8 @@ class CollectsCurvature(Callback):
     ) -> None:
         """Reads gradients, which are whole, unscaled and not clipped now."""
         if self._run is not None and self._run.collector is not None:
-            self._run.collector.before_step()
+            with self._run.collector.giving_up():
+                self._run.collector.before_step()
 
     @override
     def on_train_batch_end(
@@ -39,4 +41,5 @@ class CollectsCurvature(Callback):
     ) -> None:
         """Leaves the layers as they were."""
         if self._run is not None and self._run.collector is not None:
-            self._run.collector.end_batch()
+            with self._run.collector.giving_up():
+                self._run.collector.end_batch()

@@ -15,9 +15,10 @@ run collects anew.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from daq_lightning.checkpoint.tensor_file import write_tensors
 from daq_lightning.export.progress import size_text
@@ -154,6 +155,7 @@ class Collector:
         self._sums, self._part = Sums(), 0
         self._observer: Observer | GradientObserver | None = None
         self._observed = self._batches = 0
+        self._gave_up = False
 
     def describe(self) -> str:
         """What will be observed, for a person, before training begins."""
@@ -170,9 +172,18 @@ class Collector:
             )
         return f"{words}."
 
+    @contextlib.contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Collects nothing more if something goes wrong inside, such as too little memory; a run goes on."""
+        try:
+            yield
+        except Exception as error:
+            self._gave_up, self._observer = True, None
+            rank_zero_warn(f"No more curvature is collected for rounding, training goes on: {error}")
+
     def begin_batch(self, trainer: Trainer, batch_idx: int) -> None:
         """Hangs up hooks, or waits for gradients, if this batch is to be observed."""
-        if not self._parts or not self._is_due(trainer, batch_idx):
+        if self._gave_up or not self._parts or not self._is_due(trainer, batch_idx):
             return
         if self._from_gradients:
             self._observer = GradientObserver(self._parts[self._part], self._sums)
@@ -191,8 +202,10 @@ class Collector:
         self._batches += 1
         if self._observer is None:
             return
-        self._observer.close()
-        self._observer = None
+        observer, self._observer = self._observer, None
+        observer.close()
+        if observer.error is not None:
+            raise observer.error
         self._observed += 1
         if self._sums.batches >= self._steps:
             self._complete[self._part] = self._kept(Collected.of(self._sums), f"part-{self._part}")

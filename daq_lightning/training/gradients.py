@@ -27,7 +27,12 @@ class GradientObserver:
     Args:
         layers: The layers.
         sums: What is added to.
+
+    Attributes:
+        error: None: unlike in a hook, what goes wrong is raised.
     """
+
+    error: None = None
 
     def __init__(self, layers: Sequence[Layer], sums: Sums) -> None:
         self._layers, self._sums = layers, sums

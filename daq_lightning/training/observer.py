@@ -16,7 +16,7 @@ Legend: M out, N in, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeGuard
@@ -79,14 +79,18 @@ class Observer:
         layers: The layers.
         sums: What is added to.
         factor: Multiplies gradients: 1 over the scale of the loss.
+
+    Attributes:
+        error: What went wrong in a hook, such as too little memory; the hooks did nothing from then on.
     """
 
     def __init__(self, layers: Sequence[Layer], sums: Sums, factor: float = 1.0) -> None:
+        self.error: Exception | None = None
         self._sums, self._factor = sums, factor
         self._latest: dict[str, _Input] = {}  # by group
         self._inputs: list[_Input] = []
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(partial(self._forward, layer), with_kwargs=True)
+            module.register_forward_hook(partial(self._hook, self._forward, layer), with_kwargs=True)
             for layer in layers
             for module in layer.modules
         ]
@@ -101,11 +105,21 @@ class Observer:
         """Takes the hooks away; a gradient that comes later is not counted any more."""
         for handle in self._handles:
             handle.remove()
-        for one in self._inputs:
+        inputs, self._handles, self._inputs, self._latest = self._inputs, [], [], {}
+        self._sums.batches += 1
+        for one in inputs:
             if one.seen:
                 self._add_input(one)
-        self._handles, self._inputs, self._latest = [], [], {}
-        self._sums.batches += 1
+
+    def _hook(self, act: Callable[..., None], *arguments: Any) -> None:
+        """Acts in the middle of a batch, which goes on whatever happens."""
+        if self.error is not None:
+            return
+        try:
+            act(*arguments)
+        except Exception as error:
+            # without its frames, which hold tensors
+            self.error, self._inputs, self._latest = error.with_traceback(None), [], {}
 
     def _forward(
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -118,7 +132,7 @@ class Observer:
         one.names.append(layer.name)
         if output.requires_grad:
             one.waiting += 1
-            output.register_hook(partial(self._backward, layer, one))
+            output.register_hook(partial(self._hook, self._backward, layer, one))
         elif not one.waiting:  # nothing upstream is trained: there will be no gradient
             one.used.fill_(True)
             one.seen = True

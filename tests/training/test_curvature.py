@@ -17,6 +17,7 @@ from tiny_models import qwen3_moe
 from daq_lightning import DeltaAwareQuantization, ExportReport, load_checkpoint
 from daq_lightning.audit.recompute import differences, recompute
 from daq_lightning.export.ranks import ALONE
+from daq_lightning.numerics.rounding.sums import KroneckerSum
 from daq_lightning.training import curvature as module
 from daq_lightning.training.curvature import batches_left
 from daq_lightning.training.observer import Layer
@@ -294,6 +295,36 @@ def test_parts_hold_whole_groups_and_what_fits():
     assert [[one.name for one in part] for part in parts] == [["q", "k", "o"]]
     assert too_large == ["w"]
     assert [[one.name for one in part] for part in in_parts(layers, 4 * 64 * 4)[0]] == [["q", "k"], ["o"]]
+
+
+@pytest.mark.parametrize("curvature", ["activations", "gradients"])
+@pytest.mark.parametrize("calls", [0, 9, 16])
+def test_a_run_goes_on_where_memory_ends(tmp_path, monkeypatch, recwarn, curvature, calls):
+    done = []
+
+    def ends(original):
+        def add(self, *arguments):
+            done.append(1)
+            if len(done) > calls:
+                raise torch.OutOfMemoryError("no memory")
+            return original(self, *arguments)
+
+        return add
+
+    for name in ("add", "add_step"):
+        monkeypatch.setattr(KroneckerSum, name, ends(getattr(KroneckerSum, name)))
+    callback = quantization(tmp_path, curvature=curvature)
+    with_it = fit(tmp_path, callback)
+    assert len(done) == calls + 1  # it was not tried again
+    without = fit(tmp_path)
+    for (name, one), two in zip(with_it.named_parameters(), without.parameters(), strict=True):
+        assert torch.equal(one, two), name
+    assert not any(part._forward_hooks for part in with_it.modules())
+    said = [str(one.message) for one in recwarn if "No more curvature is collected" in str(one.message)]
+    assert len(said) == 1
+    assert "no memory" in said[0]
+    assert ("update" in sources(callback.report)) == (calls < 14)  # which one batch needs
+    assert (f"{curvature} and update" in sources(callback.report)) == (calls > 0)
 
 
 class AsksFirst(L.Callback):
