@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from daq_lightning.training.validate import check_validation
 
@@ -123,10 +124,15 @@ def why_not_observed(trainer: Trainer, *, hooks: bool) -> str:
     assert strategy.model is not None
     if not hooks:
         return ""
-    compiled = [part for part in strategy.model.modules() if getattr(part, "_compiled_call_impl", None)]
-    if compiled or any(type(part).__name__ == "OptimizedModule" for part in strategy.model.modules()):
+    if any(map(_is_compiled, (trainer.lightning_module, *strategy.model.modules()))):
         return "a compiled model does not call hooks that come later"
     return ""
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` or `Module.compile` did; a Trainer unwraps a LightningModule of the former."""
+    marks = (getattr(module, name, None) for name in ("_compiled_call_impl", "_compiler_ctx"))
+    return type(module).__name__ == "OptimizedModule" or any(mark is not None for mark in marks)
 
 
 def restores_late(trainer: Trainer) -> bool:

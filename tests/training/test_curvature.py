@@ -252,6 +252,12 @@ def test_a_compiled_model_is_refused_or_rounded_to_nearest(tmp_path, caplog):
     assert callback.report.tensors[0].rounding is None
 
 
+def test_a_compiled_lightning_module_is_refused_too(tmp_path):
+    compiled = torch.compile(Tuning(), backend="eager")
+    with pytest.raises(MisconfigurationException, match="compiled model does not call hooks"):
+        fit(tmp_path, quantization(tmp_path), module=compiled)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -393,8 +399,11 @@ def test_fallbacks_of_several_ranks_are_refused_or_rounded_to_nearest(tmp_path):
         "validate": True, "max_degradation": {"val_loss": 1.0}, "on_failure": "fallback",
         "schemes": ["keep:1"],
     }  # fmt: skip
-    strategy = SimpleNamespace(model=torch.nn.Linear(2, 2))
-    alone, several = (SimpleNamespace(strategy=strategy, world_size=size) for size in (1, 2))
+    model = torch.nn.Linear(2, 2)
+    alone, several = (
+        SimpleNamespace(strategy=SimpleNamespace(model=model), lightning_module=model, world_size=size)
+        for size in (1, 2)
+    )
     required = quantization(tmp_path, **fallback)._settings
     assert module.settled(required, alone).choices.rounding == "curvature"
     with pytest.raises(MisconfigurationException, match="deals the weights to the ranks anew"):
