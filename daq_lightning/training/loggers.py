@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `daq/<figure>` | of all weights, with the written scales | export |
 | `daq/absmax_<figure>` | the same with plain scales | export |
+| `daq/predicted_loss` | of codes along a curvature, over that of nearest rounding | export |
 | `daq/search_seconds`, `daq/export_seconds`, `daq/bytes` | what it cost | export |
 | `daq/layer/<weight>/<figure>` and `absmax_<figure>` | of each weight; and pictures | export, if asked |
 | `daq/survival`, `daq/survival_searched` | what nearest rounding would keep now | every N steps, if asked |

@@ -177,7 +177,7 @@ def keys_of(value):
 
 
 def test_every_field_of_a_report_is_documented(pair, exported, tmp_path):
-    _, post = pair
+    base, post = pair
     out, _ = exported
     chain = export_checkpoint(post, out, tmp_path / "next", parent=str(out), chain_from="deployed")
     content = chain.to_dict()
@@ -185,9 +185,11 @@ def test_every_field_of_a_report_is_documented(pair, exported, tmp_path):
     content["kept"] = {}
     alone = export_checkpoint({"l.weight": torch.ones(4, 4)}, {}, tmp_path / "alone", missing_base="absmax")
     content["tensors"] += list(alone.to_dict()["tensors"].values())
+    curved = export_checkpoint(post, base, tmp_path / "curved", rounding="curvature")
+    content["tensors"] += list(curved.to_dict()["tensors"].values())
     named = set(re.findall(r"`(\w+)`", DOCS.read_text()))
     assert set(keys_of(content)) - named == set()
-    for field in ("root", "without_base", "by_step", "curve"):
+    for field in ("root", "without_base", "by_step", "curve", "rounding"):
         assert field in set(keys_of(content)), "the test sees optional fields too"
 
 
