@@ -2,7 +2,8 @@
 
     base        bytes of English, from the comments and docstrings of this Python's standard library
     fine-tuned  The Same Text In Title Case, with updates that are small beside an FP8 step
-    exports     plain absmax scales, and scales searched for sign, cosine and hybrid
+    exports     plain absmax scales; scales searched for sign, cosine and hybrid; codes rounded along the
+                curvature that the training itself has shown
 
 Nothing is downloaded; two CPU cores need two to three minutes. By default the base is itself an FP8
 checkpoint, as DeepSeek-V3 is: absmax scales then round most of the small updates straight back to the base.
@@ -189,7 +190,7 @@ def main() -> None:
         base = args.out / "base-fp8"
         export_checkpoint(unrounded, unrounded, base, scheme="FP8_BLOCK", search=ScaleSearch.absmax())
 
-    say(f"Fine-tuning: {tune_steps} steps In Title Case from {base}, then four exports")
+    say(f"Fine-tuning: {tune_steps} steps In Title Case from {base}, then five exports")
     model = new_model()  # float32 masters that start from exactly the values of the base checkpoint
     model.load_state_dict({name: tensor.float() for name, tensor in load_checkpoint(base).items()})
     searches = {"absmax FP8": ScaleSearch.absmax(), "DAQ sign": ScaleSearch(metric="sign"),
@@ -201,6 +202,9 @@ def main() -> None:
         )
         for name, search in searches.items()
     }
+    exports["DAQ curvature"] = DeltaAwareQuantization(
+        dirpath=str(args.out / "DAQ-curvature"), base=str(base), scheme="FP8_BLOCK", rounding="curvature"
+    )
     train(
         model, windows(in_title_case(seen), tune_steps * BATCH, args.seed + 1), tune_lr, [*exports.values()]
     )
@@ -212,7 +216,7 @@ def main() -> None:
     folders |= {name: Path(report.path) for name, report in reports.items()}
     held_out = windows(in_title_case(unseen), tests, seed=1)
     print_table({name: evaluate(folder, held_out, new_bytes) for name, folder in folders.items()}, reports)
-    say(f"Done. {folders['DAQ hybrid']} loads in transformers, vLLM and SGLang.")
+    say(f"Done. {folders['DAQ curvature']} loads in transformers, vLLM and SGLang.")
 
 
 if __name__ == "__main__":

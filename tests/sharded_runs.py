@@ -158,8 +158,9 @@ def strategy(name: str) -> tuple[Any, int]:
 
 
 def quantization(folder: Path, **settings: Any) -> DeltaAwareQuantization:
-    """The callback, with small files."""
-    return DeltaAwareQuantization(dirpath=str(folder / "exports"), max_shard_bytes=SHARD, **settings)
+    """The callback, with small files; codes are nearest, whatever part of the data a rank has seen."""
+    settings = {"max_shard_bytes": SHARD, "rounding": "nearest"} | settings
+    return DeltaAwareQuantization(dirpath=str(folder / "exports"), **settings)
 
 
 def fit(

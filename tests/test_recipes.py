@@ -21,7 +21,7 @@ from daq_lightning import Chain, ExportReport
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-ROWS = ("base", "BF16 fine-tuned", "absmax FP8", "DAQ sign", "DAQ cosine", "DAQ hybrid")
+ROWS = ("base", "BF16 fine-tuned", "absmax FP8", "DAQ sign", "DAQ cosine", "DAQ hybrid", "DAQ curvature")
 
 
 def run(recipe: str, out: Path, *more: str) -> str:
@@ -61,6 +61,8 @@ def test_demo_compares_every_checkpoint_with_real_numbers(demo: tuple[str, Path]
     # what the search maximizes: the update nearer its full strength, more of its signs
     assert abs(float(rows["DAQ hybrid"][5]) - 1) < abs(float(rows["absmax FP8"][5]) - 1)
     assert float(rows["DAQ sign"][3]) > float(rows["absmax FP8"][3])
+    # and what codes along the curvature are for: outputs nearer to those of the unquantized model
+    assert float(rows["DAQ curvature"][2]) < 0.5 * float(rows["absmax FP8"][2])
 
 
 def test_demo_shows_progress_and_no_warnings(demo: tuple[str, Path]) -> None:

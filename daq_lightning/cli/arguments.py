@@ -93,7 +93,7 @@ def make_parser() -> ArgumentParser:
     _add_setting(layout, ExportSettings, "container")
     _add_setting(layout, ExportSettings, "scale_format")
     _add_setting(layout, ExportSettings, "max_shard_bytes")
-    search = quantize.add_argument_group("how scales are searched")
+    search = quantize.add_argument_group("how scales are searched, and codes rounded")
     _add_setting(search, ScaleSearch, "metric")
     search.add_argument(
         "--range",
@@ -105,6 +105,7 @@ def make_parser() -> ArgumentParser:
     )
     for name in ("n_coarse", "n_fine", "alpha_scope", "tau", "spacing"):
         _add_setting(search, ScaleSearch, name)
+    _add_setting(search, ExportSettings, "rounding")
     _add_setting(search, ExportSettings, "missing_base")
     chain = quantize.add_argument_group(
         "as a stage of a chain, where each model is trained from the export before"
@@ -263,5 +264,5 @@ def _dashed(option: str) -> str:
 
 def in_options(message: str) -> str:
     """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
-    named = r"\b(scheme|container|scale_format|missing_base|parent|chain_from|device)='([^']*)'"
+    named = r"\b(scheme|rounding|container|scale_format|missing_base|parent|chain_from|device)='([^']*)'"
     return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)

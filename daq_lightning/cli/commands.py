@@ -49,6 +49,7 @@ def quantize(options: Namespace) -> int:
             tau=options.tau,
             spacing=options.spacing,
         ),
+        rounding=options.rounding,
         ignore=tuple(options.ignore),
         container=options.container,
         scale_format=options.scale_format,

@@ -10,35 +10,38 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.numerics.backends import delta_stats
-from daq_lightning.numerics.objectives import DeltaStats
+from daq_lightning.numerics.objectives import DeltaStats, as_searched
+from daq_lightning.numerics.rounding.written import stats_of_codes
 from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ALPHA_STATISTICS, Side, TensorReport, alpha_statistics
+from daq_lightning.report.rounding import notes_on_rounding
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job
+    from daq_lightning.export.rounding import Chosen
     from daq_lightning.export.sampled import Looked
     from daq_lightning.export.stream import Batch, Pair
 
 
 def batch_reports(
-    job: Job, batch: Batch, results: Sequence[SearchResult], samples: Sequence[Looked | None]
+    job: Job, batch: Batch, chosen: Sequence[Chosen], samples: Sequence[Looked | None]
 ) -> list[TensorReport]:
     """The lines of a batch in the report. All that they say leaves the device in one transfer.
 
     Args:
         job: What is exported.
-        batch: Weights of one shape, with their bases.
-        results: Of their search.
+        batch: Weights of one shape, or that share an input, with their bases.
+        chosen: Their codes and scales.
         samples: What was looked at of each more closely, if anything.
     """
-    sides = [_sides(job, pair, result) for pair, result in zip(batch, results, strict=True)]
+    sides = [_sides(job, pair, one.result) for pair, one in zip(batch, chosen, strict=True)]
     parts: list[Tensor] = []
-    for result, of_tensor, looked in zip(results, sides, samples, strict=True):
-        parts += [alpha_statistics(result.alpha), *(stats.packed() for stats in of_tensor.values())]
+    for one, of_tensor, looked in zip(chosen, sides, samples, strict=True):
+        parts += [alpha_statistics(one.result.alpha), *(stats.packed() for stats in of_tensor.values())]
         parts += [] if looked is None else looked.packed()
     arrived = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
     reports = []
-    for pair, of_tensor, looked in zip(batch, sides, samples, strict=True):
+    for pair, of_tensor, one, looked in zip(batch, sides, chosen, samples, strict=True):
         alpha: dict[str, float] = dict(zip(ALPHA_STATISTICS, map(float, next(arrived).tolist()), strict=True))
         sums = {side: DeltaStats.unpacked(next(arrived)) for side in of_tensor}
         by_step = None if looked is None else looked.by_step(arrived)
@@ -55,6 +58,7 @@ def batch_reports(
                 absmax=sums["absmax"],
                 root=sums.get("root"),
                 dequantized=sums["dequantized"] if fits else None,
+                rounding=one.rounding,
                 without_base=job.without_base.get(pair.plan.spec.name, ""),
                 by_step=by_step,
                 curve=curve,
@@ -71,23 +75,25 @@ def _sides(job: Job, pair: Pair, result: SearchResult) -> dict[Side, DeltaStats]
         "absmax": result.absmax_stats.total(),
         "dequantized": result.dequantized_stats.total(),
     }
-    root = _since_root(job, pair, result.scale)
+    root = _since_root(job, pair, result)
     if root is not None:
         sides["root"] = root
     return sides
 
 
-def _since_root(job: Job, pair: Pair, scale: Tensor) -> DeltaStats | None:
-    """Sums of the written scales against the base of the chain's first stage, where that is at hand."""
+def _since_root(job: Job, pair: Pair, result: SearchResult) -> DeltaStats | None:
+    """Sums of what is written against the base of the chain's first stage, where that is at hand."""
     name = pair.plan.spec.name
     if job.root is None or name not in job.root:
         return None
     root = as_searched(job.root[name]).to(pair.weight.device)
     if root.shape != pair.weight.shape:
         return None
-    layout = job.plan.layout
-    scale_G1 = scale.reshape(-1, 1)
-    stats = delta_stats(as_searched(pair.weight), root, scale_G1, layout.granularity, layout.scheme.format)
+    layout, weight = job.plan.layout, as_searched(pair.weight)
+    if job.settings.by_curvature:
+        return stats_of_codes(weight, root, result.codes, result.scale, layout.granularity)
+    scale_G1 = result.scale.reshape(-1, 1)
+    stats = delta_stats(weight, root, scale_G1, layout.granularity, layout.scheme.format)
     return stats.total().map(lambda field: field[0])
 
 
@@ -106,6 +112,7 @@ def notes_of(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
         for name, report in reports.items()
         if report.dequantized is None
     ]
+    notes += notes_on_rounding({name: report.rounding for name, report in reports.items()})
     kept = [tensor for tensor in job.plan.tensors if not tensor.quantize]
     cast = [tensor for tensor in kept if tensor.stored[KEPT].dtype != tensor.spec.dtype]
     if cast:
@@ -133,8 +140,3 @@ def config_of(job: Job) -> dict[str, Any]:
 
     quantization = job.plan.layout.quantization_config(job.plan.ignore)
     return with_dtype(job.source.config, True) | {"quantization_config": quantization}
-
-
-def as_searched(tensor: Tensor) -> Tensor:
-    """A weight in the dtype in which it is searched and measured: float64 as float32, any other as it is."""
-    return tensor.float() if tensor.dtype == torch.float64 else tensor

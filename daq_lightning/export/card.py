@@ -69,6 +69,7 @@ def make_recipe(job: Job, folder: Path, out: Path) -> str:
         "alpha_scope": search.alpha_scope,
         "tau": search.tau,
         "spacing": search.spacing,
+        "rounding": settings.rounding,
         "missing_base": settings.missing_base,
     }
     if lineage.chain_from is not None:

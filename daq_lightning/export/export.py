@@ -19,6 +19,7 @@ from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.model.hub import local_folder, push_folder
 from daq_lightning.numerics.formats import ScaleFormat
+from daq_lightning.numerics.rounding.settings import RoundingChoice
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.report.figures import ExportReport
 
@@ -33,6 +34,7 @@ def export_checkpoint(
     adapter: str | os.PathLike[str] | None = None,
     scheme: SchemeName = "auto",
     search: ScaleSearch | None = None,
+    rounding: RoundingChoice = "auto",
     ignore: Iterable[str] = (),
     container: Container | None = None,
     scale_format: ScaleFormat | None = None,
@@ -60,6 +62,9 @@ def export_checkpoint(
         scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel,
             16-bit activations), or "auto": blocks where all sizes are multiples of 128, else channels.
         search: Objective and candidates of the scale search; None takes the defaults of `ScaleSearch`.
+        rounding: "nearest"; "curvature" for codes whose errors cancel where the update says that the model is
+            sensitive, at plain scales unless `search` is other than the default; "auto" is "nearest" here,
+            where there is no data.
         ignore: Modules to keep in high precision: full names, or regular expressions of full names after
             `re:`.
         container: How tensors are named and described: "fp8" or "compressed-tensors"; None takes the scheme's
@@ -104,6 +109,7 @@ def export_checkpoint(
     settings = ExportSettings(
         scheme=scheme,
         search=ScaleSearch() if search is None else search,
+        rounding=rounding,
         ignore=tuple(ignore),
         container=container,
         scale_format=scale_format,

@@ -25,6 +25,8 @@ from daq_lightning.export.plan import ExportPlan, plan_export
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source, described
+from daq_lightning.numerics.rounding.settings import RoundingChoice
+from daq_lightning.numerics.rounding.statistics import Curvature
 
 _LISTED = 5
 
@@ -43,6 +45,7 @@ class Job:
         lineage: Its place in a chain of exports.
         root: The base of the chain's first stage: what is kept of the change since then is reported too.
         training: Step, epoch and checkpoint of the run that made the weights.
+        curvature: What was collected of the weights' curvature; None where nothing collects it.
     """
 
     source: Source
@@ -54,6 +57,7 @@ class Job:
     lineage: Lineage
     root: Mapping[str, Tensor] | None = field(repr=False)
     training: Mapping[str, Any] = field(default_factory=dict)
+    curvature: Curvature | None = field(default=None, repr=False)
 
     def parts(self) -> dict[str, str]:
         """All that decides what is written, in words."""
@@ -99,8 +103,10 @@ class Job:
             without_base={name: why for name, why in self.without_base.items() if name in quantized},
         )
 
-    def after_training(self, source: Source, training: Mapping[str, Any]) -> Job:
-        """The same export with the weights of another step of the run.
+    def after_training(
+        self, source: Source, training: Mapping[str, Any], curvature: Curvature | None = None
+    ) -> Job:
+        """The same export with the weights of another step of the run, and what was collected until then.
 
         Raises:
             CheckpointError: The source has other tensors than the one that was planned.
@@ -111,7 +117,7 @@ class Job:
                 f"The model has other tensors than when training began: {', '.join(changed[:_LISTED])} "
                 "appeared, went or changed dtype or shape. Add layers and cast the model before `fit`."
             )
-        return dataclasses.replace(self, source=source, training=training)
+        return dataclasses.replace(self, source=source, training=training, curvature=curvature)
 
 
 def prepare(
@@ -124,6 +130,7 @@ def prepare(
     parent: str | None = None,
     chain_from: ChainFrom | None = None,
     ranks: Ranks = ALONE,
+    curvature: Curvature | None = None,
 ) -> Job:
     """Plans an export, finds the base of every weight and checks its place in a chain. Writes nothing.
 
@@ -137,12 +144,22 @@ def prepare(
         chain_from: Whether training began with the parent's "weights" or its "deployed" ones; None begins a
             chain.
         ranks: The processes that will share the work; all of them call this.
+        curvature: What codes are chosen along; may be filled later. Without it, `rounding="auto"` is nearest.
 
     Raises:
-        CheckpointError: Nothing to quantize, a base that does not fit, or a base that is not what
-            `chain_from` says.
+        CheckpointError: Nothing to quantize, a base that does not fit, a base that is not what `chain_from`
+            says, or an adapter that is to be rounded along its own update.
     """
     given = plan
+    if settings.rounding == "auto":
+        chosen: RoundingChoice = "nearest" if curvature is None else "curvature"
+        settings = dataclasses.replace(settings, rounding=chosen)
+    if settings.by_curvature and curvature is None and source.low_rank:
+        raise CheckpointError(
+            "rounding='curvature' has only the update to go by here, and this one is an adapter's: its few "
+            "directions say nothing of all others, and codes chosen along them are worse than nearest. Use "
+            "rounding='nearest', or export from training with DeltaAwareQuantization, which collects data."
+        )
 
     def settle() -> tuple[ExportPlan, Mapping[str, Tensor], dict[str, str], dict[str, str]]:
         plan = given or plan_export(source.specs, source.outline, settings)
@@ -162,6 +179,7 @@ def prepare(
         without_base=without_base,
         lineage=lineage,
         root=root,
+        curvature=curvature,
     )
     ranks.check_equal("The plan of the export", job.parts)
     return job

@@ -43,7 +43,11 @@ def make_manifest(job: Job, prints: Mapping[str, TensorPrints], folder: Path, ou
         scheme=plan.layout.scheme.name,
         dtype=str(plan.dtype).removeprefix("torch."),
         quantization_config=plan.layout.quantization_config(plan.ignore),
-        settings={"search": dataclasses.asdict(job.settings.search), "ignore": list(job.settings.ignore)},
+        settings={
+            "search": dataclasses.asdict(job.settings.scale_search),
+            "rounding": job.settings.rounding,
+            "ignore": list(job.settings.ignore),
+        },
         versions={name: package_version(name) for name in ("daq-lightning", "torch", "transformers")},
         lineage=dataclasses.replace(
             lineage,

@@ -24,7 +24,7 @@ from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.ignore import ignored_by
 from daq_lightning.export.progress import size_text
-from daq_lightning.model.fusion import check_experts, check_fused
+from daq_lightning.model.fusion import check_experts, check_fused, shared_input
 from daq_lightning.model.outline import Outline, Role, owner_of
 from daq_lightning.numerics.formats import PerBlock
 
@@ -52,6 +52,7 @@ class TensorPlan:
         stored: Part -> what the file will hold of it: those of the layout, or `KEPT`, the tensor in its final
             dtype.
         reason: Why, in a few words.
+        together: Equal for weights that are rounded together, for they share an input; else "".
     """
 
     spec: TensorSpec
@@ -60,6 +61,7 @@ class TensorPlan:
     quantize: bool
     stored: Mapping[str, TensorSpec]
     reason: str
+    together: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +94,11 @@ class ExportPlan:
 
     @property
     def stored_together(self) -> list[list[TensorSpec]]:
-        """The same, tensor by tensor: what is stored of one goes into one file."""
-        return [list(tensor.stored.values()) for tensor in self.tensors]
+        """The same, in parts that go into one file: a tensor, or all that are rounded together."""
+        parts: dict[str, list[TensorSpec]] = {}
+        for tensor in self.tensors:
+            parts.setdefault(tensor.together or f"={tensor.spec.name}", []).extend(tensor.stored.values())
+        return list(parts.values())
 
     def table(self) -> str:
         """The plan as text, one line per tensor, then a summary and the notes."""
@@ -166,13 +171,12 @@ def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportS
     doubles = sum(spec.dtype == torch.float64 for spec in chosen)
     if doubles:
         notes.append(f"{doubles} weights are float64: they were searched and measured as float32.")
-    names = {spec.name for spec in chosen}
+    names, reasons = {spec.name for spec in chosen}, dict.fromkeys(ignored, "ignored by pattern")
+    shared = {name: shared_input(name) for name in names} if settings.by_curvature else {}
     tensors = tuple(
-        _quantized(spec, keys, roles[spec.name], layout)
+        _quantized(spec, keys[spec.name], roles[spec.name], layout, shared.get(spec.name, ""))
         if spec.name in names
-        else _kept(
-            spec, keys, roles[spec.name], (dtype, masters), "ignored by pattern" * (spec.name in ignored)
-        )
+        else _kept(spec, keys, roles[spec.name], (dtype, masters), reasons.get(spec.name, ""))
         for spec in specs
     )
     return ExportPlan(
@@ -268,14 +272,15 @@ def _kept_dtype(specs: Sequence[TensorSpec]) -> tuple[torch.dtype, bool]:
     return (dominant, False) if servable else (torch.bfloat16, True)
 
 
-def _quantized(spec: TensorSpec, keys: Mapping[str, str], role: Role, layout: Layout) -> TensorPlan:
+def _quantized(spec: TensorSpec, key: str, role: Role, layout: Layout, together: str) -> TensorPlan:
     return TensorPlan(
         spec=spec,
-        key=keys[spec.name],
+        key=key,
         role=role,
         quantize=True,
         stored=layout.stored(spec),
         reason=layout.scheme.name,
+        together=together,
     )
 
 

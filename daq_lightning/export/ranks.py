@@ -95,6 +95,11 @@ class Ranks:
         """One mapping of those of all ranks, on every rank."""
         return {name: value for part in self.gather(mine) for name, value in part.items()}
 
+    def add_up(self, tensor: torch.Tensor, owner: int) -> None:
+        """Adds up a tensor of every rank, on the CPU, in that of one of them; the others' are spent."""
+        with _answered():
+            dist.reduce(tensor, owner, group=self.group)
+
     def together(self, act: Callable[[], _Value]) -> _Value:
         """Acts on every rank; the first error of any rank is raised on all.
 

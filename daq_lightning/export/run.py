@@ -1,7 +1,7 @@
 """From a job to an FP8 checkpoint: the one way a weight takes.
 
-    Pair(plan, weight, base) -> search -> codes, scale -> file
-                                       -> sums         -> report
+    Pair(plan, weight, base) -> search, rounding -> codes, scale -> file
+                                                 -> sums         -> report
 
 Weights are read, searched and written one batch at a time: while one is searched, the next is read and the
 last is written by threads of their own. Nothing here knows whether a mapping is a folder, a model on a GPU or
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -24,16 +25,18 @@ from daq_lightning.checkpoint.destination import check_destination, check_inputs
 from daq_lightning.checkpoint.folder import CARD, MANIFEST, PAGE, RECIPE, REPORT
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.writer import CheckpointWriter, plan_shards
-from daq_lightning.export.account import as_searched, batch_reports, config_of, notes_of
+from daq_lightning.export.account import batch_reports, config_of, notes_of
 from daq_lightning.export.behind import Behind
 from daq_lightning.export.card import existing_card, make_card, make_recipe
 from daq_lightning.export.finished import Finished, Records, TensorPrints, find_leftover, prints_of
 from daq_lightning.export.manifest import make_manifest
 from daq_lightning.export.ranks import ALONE, Agreement, RankLostError, Ranks
+from daq_lightning.export.rounding import choose_codes
 from daq_lightning.export.sampled import curve_names, look
-from daq_lightning.export.stream import Batch, Pair, stream
+from daq_lightning.export.stream import Pair, stream
 from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import Work, open_on_all, share_out
+from daq_lightning.numerics.objectives import as_searched
 from daq_lightning.numerics.search.search import search_batch
 from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ExportReport
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from daq_lightning.checkpoint.tensor_file import TensorSpec
     from daq_lightning.export.job import Job
     from daq_lightning.export.plan import TensorPlan
+    from daq_lightning.numerics.search.settings import ScaleSearch
 
 
 def run(
@@ -122,7 +126,7 @@ def run(
         report = ExportReport(
             path=str(out),
             scheme=job.plan.layout.scheme.name,
-            search=dataclasses.asdict(job.settings.search),
+            search=dataclasses.asdict(job.settings.scale_search),
             tensors=tuple(every.reports[tensor.spec.name] for tensor in job.plan.quantized),
             kept={tensor.spec.name: tensor.reason for tensor in job.plan.tensors if not tensor.quantize},
             notes=(*job.plan.notes, *notes_of(job, every.reports)),
@@ -190,12 +194,12 @@ def _write_tensors(
                     behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
                     continue
                 with clock.searching():
-                    results = _search(job, batch)
-                samples = look(job, batch, results, curves)
-                reports = batch_reports(job, batch, results, samples)
-                for pair, report, result in zip(batch, reports, results, strict=True):
+                    chosen = choose_codes(job, batch, partial(_search, job))
+                samples = look(job, batch, [one.result for one in chosen], curves)
+                reports = batch_reports(job, batch, chosen, samples)
+                for pair, report, one in zip(batch, reports, chosen, strict=True):
                     mine.reports[pair.plan.spec.name] = report
-                    behind.run(finish, pair, result)
+                    behind.run(finish, pair, one.result)
         with agreement.attempt():
             behind.wait()
             writer.finish()
@@ -226,18 +230,13 @@ def _publish(
     writer.publish()
 
 
-def _search(job: Job, batch: Batch) -> list[SearchResult]:
+def _search(job: Job, batch: Sequence[Pair], search: ScaleSearch) -> list[SearchResult]:
     """The scales of a batch; without a base, a weight searched against itself keeps its absmax scale."""
-    weights = [as_searched(pair.weight) for pair in batch]
-    bases = [
-        weight if pair.base is None else as_searched(pair.base)
-        for weight, pair in zip(weights, batch, strict=True)
-    ]
     return search_batch(
-        weights,
-        bases,
+        [as_searched(pair.weight) for pair in batch],
+        [as_searched(pair.weight if pair.base is None else pair.base) for pair in batch],
         job.plan.layout.granularity,
-        job.settings.search,
+        search,
         scale_format=job.plan.layout.scale_format,
         fmt=job.plan.layout.scheme.format,
         names=[pair.plan.spec.name for pair in batch],

@@ -70,8 +70,11 @@ class Looked(NamedTuple):
 
 
 def curve_names(job: Job) -> frozenset[str]:
-    """The weights whose objective is recorded: of every projection in turn, and evenly over the depth."""
-    if len(tried(job.settings.search)) < _LEAST_POINTS:
+    """The weights whose objective is recorded: of every projection in turn, and evenly over the depth.
+
+    None of codes along a curvature: a curve over alpha is of nearest rounding, which is not what is written.
+    """
+    if job.settings.by_curvature or len(tried(job.settings.search)) < _LEAST_POINTS:
         return frozenset()
     by_projection: dict[str, list[str]] = {}
     for tensor in job.plan.quantized:
@@ -92,20 +95,23 @@ def look(
 
     Args:
         job: What is exported.
-        batch: Weights of one shape, with their bases.
-        results: Of their search.
+        batch: Weights with their bases.
+        results: Their codes and scales, as they are written.
         curves: Names of the weights whose objective is recorded.
     """
-    shape = batch[0].plan.spec.shape
-    sample = sample_of((shape[0], shape[1]), job.plan.layout.granularity)
     looked: list[Looked | None] = [None] * len(batch)
-    compared = [index for index, pair in enumerate(batch) if pair.base is not None]
-    step = max(1, MOST_ELEMENTS // sample.elements)  # a few small weights at a time, in one thread
-    for start in range(0, len(compared), step):
-        part = compared[start : start + step]
-        found = _look_at(job, sample, [batch[at] for at in part], [results[at] for at in part], curves)
-        for at, figures in zip(part, found, strict=True):
-            looked[at] = figures
+    compared: dict[tuple[int, ...], list[int]] = {}  # by shape: weights that share an input may differ
+    for index, pair in enumerate(batch):
+        if pair.base is not None:
+            compared.setdefault(pair.plan.spec.shape, []).append(index)
+    for shape, places in compared.items():
+        sample = sample_of((shape[0], shape[1]), job.plan.layout.granularity)
+        step = max(1, MOST_ELEMENTS // sample.elements)  # a few small weights at a time, in one thread
+        for start in range(0, len(places), step):
+            part = places[start : start + step]
+            found = _look_at(job, sample, [batch[at] for at in part], [results[at] for at in part], curves)
+            for at, figures in zip(part, found, strict=True):
+                looked[at] = figures
     return looked
 
 

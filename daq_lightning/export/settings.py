@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, SchemeName, choose_scheme
 from daq_lightning.numerics.formats import ScaleFormat
+from daq_lightning.numerics.rounding.settings import RoundingChoice
 from daq_lightning.numerics.search.settings import ScaleSearch
 
 
@@ -19,6 +20,10 @@ class ExportSettings:
             of a row. "FP8A16": those of a row, and activations stay in 16 bit. "auto": FP8_BLOCK if all sizes
             are multiples of 128, else FP8_DYNAMIC.
         search: Objective and candidates of the scale search.
+        rounding: How codes are chosen once scales are fixed. "nearest": each by itself. "curvature": so that
+            their errors cancel where the model is sensitive to them, at plain scales unless a search other
+            than the default is asked for; without data the update itself says where that is, which an adapter
+            cannot. "auto": "curvature" where there is data for it, else "nearest".
         ignore: Modules to keep in high precision: full names, or `re:PATTERN` of full names.
         container: Naming of scales and config; if not given, the scheme's usual one.
         scale_format: How scales are rounded; if not given, as readers keep them. "ue8m0": powers of two, for
@@ -33,6 +38,7 @@ class ExportSettings:
 
     scheme: SchemeName = "auto"
     search: ScaleSearch = field(default_factory=ScaleSearch)
+    rounding: RoundingChoice = "auto"
     ignore: tuple[str, ...] = ()
     container: Container | None = None
     scale_format: ScaleFormat | None = None
@@ -44,5 +50,20 @@ class ExportSettings:
             choose_scheme(self.scheme, self.container, self.scale_format)
         if self.missing_base not in ("error", "absmax"):
             raise ValueError(f"Unknown missing_base {self.missing_base!r}: expected 'error' or 'absmax'.")
+        if self.rounding not in get_args(RoundingChoice):
+            raise ValueError(
+                f"Unknown rounding {self.rounding!r}: expected 'auto', 'nearest' or 'curvature'."
+            )
         if self.max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes must be at least 1, got {self.max_shard_bytes}.")
+
+    @property
+    def by_curvature(self) -> bool:
+        """Whether codes are chosen along a curvature."""
+        return self.rounding == "curvature"
+
+    @property
+    def scale_search(self) -> ScaleSearch:
+        """What gives the scales: plain ones are as good once codes are chosen along a curvature."""
+        plain = self.by_curvature and self.search == ScaleSearch()
+        return ScaleSearch.absmax() if plain else self.search

@@ -40,6 +40,7 @@ class Source:
         keys_of: Memory names of other checkpoint names, such as those of a base.
         config: Content of config.json, or None for a model that has none.
         copy_files: Puts tokenizer, generation config and the like into a folder.
+        low_rank: Whether the update is that of adapters, whose few directions say nothing of the others.
     """
 
     weights: Mapping[str, Tensor]
@@ -48,6 +49,7 @@ class Source:
     keys_of: Callable[[Iterable[str]], Mapping[str, str]]
     config: Mapping[str, Any] | None
     copy_files: Callable[[Path], None]
+    low_rank: bool = False
 
     @classmethod
     def of(
@@ -104,6 +106,7 @@ class Source:
             keys_of=lambda names: model.outline(names).keys,
             config=checkpoint.config,
             copy_files=lambda folder: _copy_companions(checkpoint.path, folder),
+            low_rank=adapter is not None,
         )
 
     @classmethod

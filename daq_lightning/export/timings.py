@@ -17,9 +17,10 @@ class Timings:
     """The clock of one export, on each of its ranks; it runs from when it is made until `collect`.
 
     Attributes:
-        search_seconds: Time in the search, of the rank with the most. A GPU works behind the program's back:
-            there it is the time until a batch is searched, with what was given to the GPU before and was not
-            yet done (a search ends with a look at its result, so no more waiting is added for the clock).
+        search_seconds: Time in the search of scales and in rounding, of the rank with the most. A GPU works
+            behind the program's back: there it is the time until a batch is searched, with what was given to
+            the GPU before and was not yet done (a search ends with a look at its result, so no more waiting
+            is added for the clock).
         export_seconds: Wall time of the whole export, of the slowest rank: reading and writing too.
         bytes: Size of the safetensors files that were written.
     """
@@ -31,7 +32,7 @@ class Timings:
 
     @contextlib.contextmanager
     def searching(self) -> Iterator[None]:
-        """Adds what happens inside to the time in the search."""
+        """Adds what happens inside to the time in search and rounding."""
         began = time.monotonic()
         yield
         self.search_seconds += time.monotonic() - began

@@ -110,10 +110,17 @@ def dealt(
 
 
 def batches_of(tensors: Sequence[TensorPlan], *, together: bool) -> list[Batch]:
-    """What is searched together, up to a bounded size: experts of one layer and shape."""
+    """What is searched together: what is rounded together, or, up to a bounded size, experts of one layer and
+    shape."""
     batches: list[list[TensorPlan]] = []
     open_batches: dict[tuple[str, tuple[int, ...]], list[TensorPlan]] = {}
+    rounded: dict[str, list[TensorPlan]] = {}
     for tensor in tensors:
+        if tensor.together:
+            if tensor.together not in rounded:
+                batches.append(rounded.setdefault(tensor.together, []))
+            rounded[tensor.together].append(tensor)
+            continue
         layer, found, _ = tensor.spec.name.rpartition(".experts.")
         if not (together and tensor.quantize and tensor.role == "expert" and found):
             batches.append([tensor])

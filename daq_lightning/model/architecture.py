@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.model.outline import Outline, Role
+from daq_lightning.model.outline import Outline, Role, owner_of
 from daq_lightning.model.placeholders import is_unit, state_names, unwrapped
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
@@ -47,6 +47,14 @@ class Architecture:
             name for name, module in self._modules.items() if module is output and output is not None
         }
         self._conversion: _Conversion | None = None
+
+    def module_of(self, key: str) -> nn.Module | None:
+        """The module that holds a tensor, under its memory name."""
+        return self._modules.get(owner_of(key))
+
+    def linear_modules(self) -> list[nn.Linear]:
+        """All Linear modules, in the model's order."""
+        return [module for module in self._modules.values() if isinstance(module, nn.Linear)]
 
     def outline(self, keys: Mapping[str, str]) -> Outline:
         """The names and roles alone, see `Outline`.

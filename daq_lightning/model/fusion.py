@@ -24,12 +24,10 @@ def fused_groups(names: Iterable[str]) -> list[list[str]]:
         >>> fused_groups(["mlp.gate_proj.weight", "mlp.down_proj.weight", "mlp.up_proj.weight"])
         [['mlp.gate_proj.weight', 'mlp.up_proj.weight'], ['mlp.down_proj.weight']]
     """
-    groups: dict[tuple[str, ...], list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
-        prefix, _, leaf = name.removesuffix(".weight").rpartition(".")
         layer, expert, _ = name.rpartition(".experts.")
-        fused = next((group for group in FUSED if leaf in group), (leaf,))
-        groups.setdefault((layer, "experts") if expert else (prefix, *fused), []).append(name)
+        groups.setdefault(layer + expert if expert else shared_input(name), []).append(name)
     return list(groups.values())
 
 
@@ -64,3 +62,14 @@ def check_experts(
                 f"{spec.name} would be kept and other experts of {owner_of(keys[spec.name])} quantized, but "
                 "servers hold the experts of a layer in one tensor: ignore all of them or none."
             )
+
+
+def shared_input(name: str) -> str:
+    """What all weights have in common that take one input: servers fuse them for it.
+
+    Example:
+        >>> shared_input("layers.0.v_proj.weight"), shared_input("layers.0.o_proj.weight")
+        ('layers.0.q_proj', 'layers.0.o_proj')
+    """
+    prefix, dot, leaf = name.removesuffix(".weight").rpartition(".")
+    return prefix + dot + next((group[0] for group in FUSED if leaf in group), leaf)

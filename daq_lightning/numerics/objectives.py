@@ -216,6 +216,11 @@ def measure_by_magnitude(weight: Tensor, base: Tensor, dequantized: Tensor) -> M
     return MagnitudeStats(*counts)
 
 
+def as_searched(tensor: Tensor) -> Tensor:
+    """A weight in the dtype in which it is searched and measured: float64 as float32, any other as it is."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
 def sums(weight: Tensor, base: Tensor, dequantized: Tensor) -> DeltaStats:
     """Sums over the last dimension of float32 tensors that broadcast against each other."""
     delta, delta_q, error = weight - base, dequantized - base, dequantized - weight

@@ -31,6 +31,15 @@ _OURS = re.compile(rf"\n*{re.escape(BEGIN)}(?:(?!{re.escape(BEGIN)}).)*?{re.esca
 _SPECIAL = re.compile(r"[\\`*\[\]<>|!&]")
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _LISTED = 3
+_SCALES = (
+    "The scales of these weights were searched so that rounding to FP8 keeps what fine-tuning changed "
+    "(Delta-Aware Quantization, [arXiv 2603.22324](https://arxiv.org/abs/2603.22324))."
+)
+_CODES = (
+    "The FP8 codes of these weights were chosen so that their errors cancel where the model is sensitive to "
+    "them, and what fine-tuning changed is kept (after GPTQ, "
+    "[arXiv 2210.17323](https://arxiv.org/abs/2210.17323), for both sides of a weight)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +178,7 @@ def _about(facts: CardFacts) -> str:
     ]
     return "\n".join(
         [
-            "The scales of these weights were searched so that rounding to FP8 keeps what fine-tuning "
-            "changed (Delta-Aware Quantization, [arXiv 2603.22324](https://arxiv.org/abs/2603.22324)).",
+            _CODES if any(tensor.rounding is not None for tensor in report.tensors) else _SCALES,
             "",
             f"- quantized: {len(report.tensors)} weights of linear layers, as {scheme.name}: FP8 (E4M3), one "
             f"{facts.layout.scale_format} scale for {shared}",
@@ -198,6 +206,7 @@ def _figures(report: ExportReport) -> str:
         still = values["delta_norm"] == 0
         direction = ["-" if still else f"{values[name]:.4f}" for name in ("sign_rate", "cosine", "gain")]
         rows.append(f"| {words} | {' | '.join(direction)} | {values['mse']:.3e} | {values['lost']:.2%} |")
+    metric = plain(str(report.search.get("metric")))
     measured = sum(not tensor.without_base for tensor in report.tensors)
     return "\n".join(
         [
@@ -209,7 +218,7 @@ def _figures(report: ExportReport) -> str:
             "changed; sign rate: share of changes that keep their sign; cosine: of the update and what is "
             "left of it; gain: its strength along its own direction, 1 is full; lost: share of elements "
             "whose change became zero. "
-            f"Searched for {plain(str(report.search.get('metric')))}; each weight by itself is in "
+            f"{'Plain scales' if report.plain else f'Searched for {metric}'}; each weight by itself is in "
             "`daq_report.json`.",
             *(f"\n- note: {plain(note)}" for note in report.notes[:_LISTED]),
             *([f"\n- and {len(report.notes) - _LISTED} more in `daq_report.json`"] * (len(report.notes) > 3)),

@@ -27,6 +27,7 @@ from daq_lightning.checkpoint.folder import REPORT, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.bins import STEP_EDGES
 from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
+from daq_lightning.report.rounding import Rounding
 from daq_lightning.report.sampled import AlphaCurve, ByStep
 from daq_lightning.report.shape import FLOAT_SUMS, check_report
 
@@ -53,6 +54,7 @@ class TensorReport:
         root: Sums of the written scales against the first base of a chain, if the tensor is part of one.
         dequantized: Sums of the written scales for a reader that dequantizes to 16 bit; None where its dtype
             does not hold all values, and in reports of a version that did not look at it.
+        rounding: How its codes were chosen, in an export that rounds along a curvature.
         without_base: Why it has no base; its scale is the plain one, and it is left out of the totals. ""
             with a base.
         by_step: Outcomes by the size of the change, of a sample; None without a base, and in reports of a
@@ -69,6 +71,7 @@ class TensorReport:
     absmax: DeltaStats
     root: DeltaStats | None = None
     dequantized: DeltaStats | None = None
+    rounding: Rounding | None = None
     without_base: str = ""
     by_step: ByStep | None = None
     curve: AlphaCurve | None = None
@@ -86,6 +89,7 @@ class TensorReport:
             "dtype": self.dtype,
             "alpha": dict(self.alpha),
             **sides,
+            **({} if self.rounding is None else {"rounding": self.rounding.to_dict()}),
             **({"without_base": self.without_base} if self.without_base else {}),
             **({} if self.by_step is None else {"by_step": self.by_step.to_dict()}),
             **({} if self.curve is None else {"curve": self.curve.to_dict()}),
@@ -104,6 +108,7 @@ class TensorReport:
             absmax=_stats_from(entry["absmax"]["sums"]),
             root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
             dequantized=_stats_from(entry["dequantized"]["sums"]) if "dequantized" in entry else None,
+            rounding=Rounding.from_dict(entry["rounding"]) if "rounding" in entry else None,
             without_base=entry.get("without_base", ""),
             by_step=ByStep.from_dict(entry["by_step"]) if "by_step" in entry else None,
             curve=AlphaCurve.from_dict(entry["curve"]) if "curve" in entry else None,
@@ -202,13 +207,18 @@ class ExportReport:
             },
         )
 
+    @property
+    def plain(self) -> bool:
+        """Whether no other scales than plain ones were tried."""
+        return self.search.get("alpha_min", 0) == self.search.get("alpha_max")
+
     def summary(self) -> str:
         """At most fourteen lines for a person: where it is, what was kept, how it validates, what to know."""
         count = len(self.tensors)
         lines = [
             f"FP8 export: {self.path}",
             f"  {count} weights as {self.scheme}, {len(self.kept)} tensors kept; "
-            f"search for {self.search.get('metric', '?')}",
+            + ("plain scales" if self.plain else f"search for {self.search.get('metric', '?')}"),
             f"  {'':12}{'sign rate':>10}{'cosine':>10}{'gain':>10}{'mse':>12}{'lost':>9}",
         ]
         sides: tuple[Side, ...] = ("absmax", "searched", "dequantized")

@@ -21,7 +21,7 @@ from daq_lightning.report.rows import Row, rows_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SHOWN: tuple[tuple[Side, str], ...] = (("searched", "searched scales"), ("absmax", "plain scales"))
+_SHOWN: tuple[tuple[Side, str], ...] = (("searched", "as written"), ("absmax", "plain scales"))
 _MOST_ROWS = 128  # layers in a heat map; beyond that they are thinner than a line of a screen
 _BINS = 30
 _STRONGEST = 1.5  # the last bin of gains holds all that are larger, the first all that are negative

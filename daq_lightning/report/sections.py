@@ -159,7 +159,7 @@ def depth_charts(stacks: Sequence[tuple[str, Sequence[Row]]]) -> str:
                 f"<figure><figcaption>{name(stack)}: share served, layer by layer</figcaption>"
                 f"{by_depth([_short(layer) for layer in layers], searched, plain, title)}</figure>"
             )
-    legend = '<p class="legend"><span class="searched">searched scales</span> <span class="plain">plain'
+    legend = '<p class="legend"><span class="searched">as written</span> <span class="plain">plain'
     return f"{''.join(charts)}{legend} scales</span></p>" if charts else ""
 
 
@@ -170,7 +170,7 @@ def heat_maps(stacks: Sequence[tuple[str, Sequence[Row]]]) -> str:
     maps = "".join(
         scrolling(_heat_map(rows, side, f"{stack}, {called}"), f"Heat map of {stack}, {called}")
         for stack, rows in stacks
-        for side, called in (("searched", "searched scales"), ("absmax", "plain scales"))
+        for side, called in (("searched", "as written"), ("absmax", "plain scales"))
     )
     edges = ["below 50", "50 to 80", "80 to 95", "95 to 99", "99 and more"]
     legend = " ".join(f'<span class="h{step}">{edge}</span>' for step, edge in enumerate(edges))

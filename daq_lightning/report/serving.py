@@ -78,16 +78,18 @@ def creation(report: ExportReport, *, recipe: bool, trained: bool) -> str:
             "folder, with those models where it says, this makes the same files:\n\n"
             "```bash\ndaq-lightning quantize --config recipe.yaml\n```"
         )
+    curved = any(tensor.rounding is not None for tensor in report.tensors)
+    rounding = '    rounding="curvature",\n' if curved else ""
     search = "".join(f"        {name}={value!r},\n" for name, value in report.search.items())
     if not trained:
         return (
             "Made in Python:\n\n```python\nfrom daq_lightning import ScaleSearch, "
             "export_checkpoint\n\nexport_checkpoint(\n    weights,\n    base,\n    out,\n"
-            f"    scheme={report.scheme!r},\n    search=ScaleSearch(\n{search}    ),\n)\n```"
+            f"    scheme={report.scheme!r},\n    search=ScaleSearch(\n{search}    ),\n{rounding})\n```"
         )
     return (
         "Made in training, by a callback of Lightning:\n\n```python\nfrom daq_lightning import "
         "DeltaAwareQuantization, ScaleSearch\n\nexport = DeltaAwareQuantization(\n"
-        f"    scheme={report.scheme!r},\n    search=ScaleSearch(\n{search}    ),\n)\n"
+        f"    scheme={report.scheme!r},\n    search=ScaleSearch(\n{search}    ),\n{rounding})\n"
         "trainer = L.Trainer(..., callbacks=[export])\n```"
     )

@@ -4,13 +4,13 @@ used."""
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.bins import OUTCOMES, STEP_BINS
+from daq_lightning.report.rounding import is_finite, is_rounding
 
 FLOAT_SUMS = ("dot", "delta_sq", "delta_q_sq", "error_sq")
 """The sums that are no counts."""
@@ -54,7 +54,10 @@ def check_report(content: Mapping[str, Any], file: Path, sums_of: Sequence[str])
         )
         is_alpha = isinstance(alpha, dict) and {"min", "mean", "max", "moved"} <= set(alpha)
         check(
-            is_alpha and all(map(_is_number, alpha.values())), f"min, mean, max and moved in alpha of {name}"
+            is_alpha and all(map(is_finite, alpha.values())), f"min, mean, max and moved in alpha of {name}"
+        )
+        check(
+            "rounding" not in entry or is_rounding(entry["rounding"]), f"how {name} was rounded in rounding"
         )
         check("by_step" not in entry or _is_by_step(entry["by_step"]), f"counts in by_step of {name}")
         check("curve" not in entry or _is_curve(entry["curve"]), f"scores over alpha in curve of {name}")
@@ -73,8 +76,8 @@ def _are_sums(sums: Mapping[str, Any], names: Sequence[str]) -> bool:
     squares = [value for name, value in sums.items() if name.endswith("_sq")]
     return (
         all(map(_is_count, counts))
-        and _is_number(sums["dot"])
-        and all(_is_number(x) and x >= 0 for x in squares)
+        and is_finite(sums["dot"])
+        and all(is_finite(x) and x >= 0 for x in squares)
     )
 
 
@@ -108,7 +111,7 @@ def _is_curve(entry: Any) -> bool:
         return False
     alpha: Any = entry.get("alpha")
     score: Any = entry.get("score")
-    if not (_is_list(alpha, _is_number) and _is_list(score, _is_number_or_none)):
+    if not (_is_list(alpha, is_finite) and _is_list(score, _is_number_or_none)):
         return False
     ascending = all(one < two for one, two in itertools.pairwise(alpha))
     return len(alpha) == len(score) >= 1 and ascending and _is_number_or_none(entry.get("found"))
@@ -119,12 +122,8 @@ def _is_list(value: Any, holds: Callable[[object], bool]) -> bool:
 
 
 def _is_number_or_none(value: object) -> bool:
-    return value is None or _is_number(value)
+    return value is None or is_finite(value)
 
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-def _is_number(value: object) -> bool:
-    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from daq_lightning.report.rows import Figures, Row
 
 _MANY = 0.25  # share of changed elements that makes "lost" or "flipped" a reason
+_ALONG = (
+    "Codes along a curvature are chosen for what the model computes, not for these figures: compare what it "
+    "computes (daq-lightning evaluate), or let scales be searched (--rounding nearest)."
+)
 _BAD = f"{100 * FAIR:.0f} %"
 
 
@@ -182,7 +186,8 @@ def _advice(report: ExportReport, worst: Sequence[Row]) -> list[str]:
     poor = [row for row in worst if level_of(row.searched.served) == "bad"]
     if not poor:
         return []
-    advice = _better_search(report.search)
+    along = any(tensor.rounding is not None for tensor in report.tensors)
+    advice = [_ALONG] if along else _better_search(report.search)
     names = [tensor.name for tensor in report.tensors]
     if len(poor) <= max(3, len(worst) // 10):
         options = dict.fromkeys(ignore_options(row, names) for row in poor)

@@ -15,7 +15,7 @@ Source: lightning 2.6 `Trainer.fit`, `ModelCheckpoint`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -26,20 +26,23 @@ from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, SchemeName
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.numerics.objectives import Metric
+from daq_lightning.numerics.rounding.settings import RoundingChoice
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.training import settings_check as check
+from daq_lightning.training.curvature import Collecting, Source, bytes_of
+from daq_lightning.training.due import ExportsWhenDue
 from daq_lightning.training.gate import OnFailure, ValidationSettings
 from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging
 from daq_lightning.training.published import PublishedExports, raise_at_end, warn_of_nothing
 from daq_lightning.training.resume import KeepsReference
 from daq_lightning.training.run import Run
 from daq_lightning.training.run_settings import LogSettings, MissingBase, RunSettings, make_settings
-from daq_lightning.training.saves import saved_by_model_checkpoint, unwatch, watch
-from daq_lightning.training.schedule import ExportOn, Moment, Schedule, Which
+from daq_lightning.training.saves import unwatch, watch
+from daq_lightning.training.schedule import ExportOn, Schedule, Which
 from daq_lightning.training.strategies import check_judging, check_strategy, restores_late
 
 
-class DeltaAwareQuantization(PublishedExports, KeepsReference):
+class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
     """Exports the trained model as an FP8 checkpoint that keeps what training changed.
 
     Args:
@@ -51,6 +54,14 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
         metric: What the scale search maximizes: "hybrid", "cosine", "sign" or "mse".
         alpha_range: Range of the multiples of the absmax scale that are tried.
         search: All settings of the search, instead of these two.
+        rounding: "curvature": codes whose errors cancel where the model is sensitive to them, which a few of
+            the run's own batches say. "nearest": each code by itself. "auto": "curvature", but "nearest"
+            where a search is asked for, or the strategy, a compiled model, or fallbacks of several ranks do
+            not let it be collected.
+        curvature: What is collected: "activations", and the gradients at the outputs of layers; or the
+            "gradients" of weights, without hooks. "auto" is "activations".
+        curvature_memory: What sums may take at a time, in bytes or as "2 GB".
+        curvature_steps: Batches that each layer is observed for.
         ignore: Modules to keep in high precision: full names, or regular expressions after `re:`.
         module: Name of the submodule to export; None finds the one `PreTrainedModel`.
         scale_format: None, or "ue8m0" for scales that are powers of two.
@@ -106,6 +117,10 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
         metric: Metric | None = None,
         alpha_range: tuple[float, float] | None = None,
         search: ScaleSearch | None = None,
+        rounding: RoundingChoice = "auto",
+        curvature: Source = "auto",
+        curvature_memory: str | int = "2 GB",
+        curvature_steps: int = 4,
         ignore: list[str] | None = None,
         module: str | None = None,
         scale_format: Literal["ue8m0"] | None = None,
@@ -141,6 +156,16 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
             keep_last=keep_last,
             filename=filename,
         )
+        choices = make_settings(
+            scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes, rounding
+        )
+        collecting = Collecting(
+            source=curvature,
+            memory=bytes_of(curvature_memory),
+            steps=curvature_steps,
+            required=rounding == "curvature",
+            at_end=self.schedule.only_at_end and not self._has_policy,
+        )
         self._settings = RunSettings(
             dirpath=dirpath,
             base=base,
@@ -149,9 +174,8 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
             merge_adapters=merge_adapters,
             parent=parent,
             chain_from=chain_from,
-            choices=make_settings(
-                scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes
-            ),
+            collecting=None if choices.rounding == "nearest" else collecting,
+            choices=choices,
             schedule=self.schedule,
             validation=ValidationSettings(
                 validate=validate,
@@ -162,10 +186,6 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
             ),
             logs=LogSettings(per_layer=log_per_layer, survival_every_n_steps=log_survival_every_n_steps),
         )
-        self._run: Run | None = None
-        self._ranks: Ranks = ALONE
-        self._last_step = 0
-        self.moment: Moment = "end"
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -201,28 +221,6 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
         self._last_step = trainer.global_step
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Logs the survival, and exports every `every_n_train_steps` optimizer steps."""
-        if trainer.global_step != self._last_step:  # not in between, with accumulated gradients
-            self._last_step = trainer.global_step
-            if self._run is not None and self._run.survival is not None:
-                self._run.survival.after_step(trainer)
-            self._consider("step", trainer)
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports every `every_n_epochs` epochs."""
-        self._consider("epoch", trainer)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the last weights."""
-        if self.schedule.which == "last":
-            self._consider("end", trainer)
-
-    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports the best checkpoint if that was asked for, then raises what went wrong in an export."""
         run = self._run
@@ -245,20 +243,6 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
             run.export(averaged_state(trainer))
         self._release(trainer)
 
-    def should_export(self, trainer: Trainer) -> bool:
-        """Whether to export now: a policy that subclasses may override. By default, what the arguments say.
-
-        It is asked after every optimizer step (`self.moment` is "step"), every epoch ("epoch"), every file of
-        ModelCheckpoint ("checkpoint", with export_on="checkpoint"), and training ("end"); not again at a step
-        whose weights are exported already. Of several ranks the first decides, and must not wait for others.
-
-        Example:
-            >>> class WhenItImproves(DeltaAwareQuantization):
-            ...     def should_export(self, trainer):
-            ...         return trainer.callback_metrics.get("val_loss", 9.0) < 2.0
-        """
-        return self.schedule.due(self.moment, trainer)
-
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run = Run(
             trainer, pl_module, self._settings, self._published, self._states, self._place, self._ranks
@@ -267,31 +251,9 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference):
         if self.schedule.export_on == "checkpoint":
             watch(trainer, before=self._before_save, after=self._after_save)
 
-    def _is_time(self, moment: Moment, trainer: Trainer) -> bool:
-        self.moment = moment
-        if self._run is None or self._run.step == trainer.global_step:
-            return False
-        if type(self).should_export is DeltaAwareQuantization.should_export:  # the same on all ranks
-            return self.should_export(trainer)
-        return self._ranks.first(lambda: self.should_export(trainer))
-
-    def _consider(self, moment: Moment, trainer: Trainer) -> None:
-        if self._run is not None and self._is_time(moment, trainer):
-            self._run.export(averaged_state(trainer))
-
-    def _before_save(self, trainer: Trainer, path: Path, content: dict[str, Any]) -> None:
-        if self._run is not None and saved_by_model_checkpoint(trainer, path):
-            self._run.retake_base(content, self.state_key)
-
-    def _after_save(self, trainer: Trainer, path: Path, content: dict[str, Any]) -> None:
-        """Exports what was saved; not again for the `last.ckpt` beside it."""
-        if saved_by_model_checkpoint(trainer, path) and self._is_time("checkpoint", trainer):
-            assert self._run is not None
-            self._run.export(content["state_dict"], checkpoint=path)
-
     def _release(self, trainer: Trainer) -> None:
-        if self._run is not None and not self._referenced:
-            self._run.remove_unused_base()
+        if self._run is not None:
+            self._run.close(referenced=self._referenced)
         self._run = None
         unwatch(trainer)
         self._ranks.close()

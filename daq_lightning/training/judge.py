@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +162,24 @@ class Judge:
                 "name schemes instead of 'keep:N'"
             )
         return found
+
+
+def judge_in(
+    trainer: Trainer, settings: ValidationSettings, *, keep: Callable[[Exception], None]
+) -> Callable[..., Judge] | None:
+    """Makes the judge of each export of a fit, from what changes between them; None without validation.
+
+    Args:
+        trainer: Before its first step.
+        settings: Of the run.
+        keep: Of the judges.
+
+    Raises:
+        MisconfigurationException: As for `ValidationSettings.modes`.
+    """
+    if not settings.validate:
+        return None
+    return partial(Judge, trainer=trainer, settings=settings, modes=settings.modes(trainer), keep=keep)
 
 
 @contextlib.contextmanager

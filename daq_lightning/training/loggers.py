@@ -4,9 +4,10 @@
 | --- | --- | --- |
 | `daq/<figure>` | of all weights, with the written scales | export |
 | `daq/absmax_<figure>` | the same with plain scales | export |
+| `daq/predicted_loss` | of codes along a curvature, over that of nearest rounding | export |
 | `daq/search_seconds`, `daq/export_seconds`, `daq/bytes` | what it cost | export |
 | `daq/layer/<weight>/<figure>` and `absmax_<figure>` | of each weight; and pictures | export, if asked |
-| `daq/survival`, `daq/survival_searched` | what would be kept now | every N steps, if asked |
+| `daq/survival`, `daq/survival_searched` | what nearest rounding would keep now | every N steps, if asked |
 
 Figures of single weights go to loggers alone (`layer_logs`); all others also to `trainer.callback_metrics`,
 where EarlyStopping and ModelCheckpoint look. Loggers are told by Lightning's own interface, `log_metrics`:

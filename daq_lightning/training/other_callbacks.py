@@ -20,6 +20,28 @@ def best_saver(trainer: Trainer) -> ModelCheckpoint | None:
     return next((saver for saver in savers if saver.monitor is not None and saver.save_top_k != 0), None)
 
 
+def best_path(trainer: Trainer) -> str:
+    """The file that it holds for the best.
+
+    Raises:
+        MisconfigurationException: It saved none.
+    """
+    saver = best_saver(trainer)
+    path = "" if saver is None else saver.best_model_path
+    if not path:
+        raise MisconfigurationException(
+            "which='best' exports the best checkpoint of ModelCheckpoint, but it saved none in this run: "
+            "check how often it saves, or use which='last'."
+        )
+    return path
+
+
+def saves_on_exception(trainer: Trainer) -> bool:
+    """Whether a checkpoint is saved when a run fails."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(other, OnExceptionCheckpoint) for other in callbacks)
+
+
 def check_savers(trainer: Trainer, schedule: Schedule) -> None:
     """Raises MisconfigurationException if the schedule waits for a checkpoint that nobody will save."""
     # a checkpoint of a run that failed is none of a run

@@ -31,6 +31,7 @@ from daq_lightning.checkpoint.folder import read_json, replace_json
 from daq_lightning.export.timings import Timings
 from daq_lightning.metrics import delta_metrics
 from daq_lightning.report.figures import ExportReport
+from daq_lightning.report.rounding import predicted_loss
 from daq_lightning.training.loggers import share
 
 
@@ -117,8 +118,11 @@ class PublishedExports:
 
 
 def metrics_of(report: ExportReport) -> dict[str, float]:
-    """The metrics of the written scales ("daq/...") and of plain absmax scales ("daq/absmax_..."), and those
-    of validation with the exported weights and with the unquantized ones ("daq/unquantized_...")."""
+    """The metrics of what is written ("daq/...") and of plain absmax scales ("daq/absmax_..."), and those of
+    validation with the exported weights and with the unquantized ones ("daq/unquantized_...").
+
+    "daq/predicted_loss" is that of codes along a curvature, over that of nearest rounding.
+    """
     metrics: dict[str, float] = {}
     for side, prefix in (("searched", "daq/"), ("absmax", "daq/absmax_")):
         collection = delta_metrics(prefix=prefix, sync=False)  # each rank has the sums of all
@@ -127,6 +131,8 @@ def metrics_of(report: ExportReport) -> dict[str, float]:
     for name, values in report.validation.items():
         metrics[f"daq/{name}"] = values["served"]
         metrics[f"daq/unquantized_{name}"] = values["unquantized"]
+    if any(tensor.rounding is not None for tensor in report.tensors):
+        metrics["daq/predicted_loss"] = predicted_loss(tensor.rounding for tensor in report.tensors)
     return metrics
 
 

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import OnExceptionCheckpoint, TQDMProgressBar
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from daq_lightning.checkpoint.destination import check_inputs
@@ -38,10 +37,11 @@ from daq_lightning.report.figures import ExportReport
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.base import read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.claims import free_name, remove_own
+from daq_lightning.training.curvature import collector_of, settled
 from daq_lightning.training.fallback import check_fallbacks, export_judged
-from daq_lightning.training.judge import Judge
+from daq_lightning.training.judge import Judge, judge_in
 from daq_lightning.training.layer_logs import log_layers
-from daq_lightning.training.other_callbacks import best_saver
+from daq_lightning.training.other_callbacks import best_path, saves_on_exception
 from daq_lightning.training.published import Published
 from daq_lightning.training.references import Base, BaseRequest
 from daq_lightning.training.resume import own_state, reference_of
@@ -66,6 +66,7 @@ class Run:
     Attributes:
         ranks: Who exports. A rank that is left alone, by an exception, exports alone what it has whole.
         base: The weights that exports are measured against.
+        collector: Collects the curvature of the weights, if they are rounded along it.
         state: The reference to the base, in primitives, for training checkpoints.
         step: The step whose weights were exported last, or -1.
         error: The first error of an export.
@@ -86,14 +87,14 @@ class Run:
         place: int | None,
         ranks: Ranks,
     ) -> None:
+        settings = settled(settings, trainer)
         self._trainer, self._module, self._settings, self._published = trainer, module, settings, published
         self.ranks = ranks
         self._kept = Kept(settings.schedule.keep_last)
         self._retaken: Base | None = None
         self.step = -1
         self.error: Exception | None = None
-        self._judges = settings.validation.validate
-        self._modes = settings.validation.modes(trainer)
+        self._judge = judge_in(trainer, settings.validation, keep=self.keep)
         model_name, model, source, plan = ranks.together(self._planned)
         self._sharded = model.sharded
         # before the base is read, which ranks of different plans would do in different orders
@@ -114,6 +115,8 @@ class Run:
             resumed_from=resumed_from,
             saved=saved,
         )
+        self._owners = {name: rank for rank, names in enumerate(request.parts) for name in names}
+        self.collector = collector_of(settings, model, plan.quantized, resumed=resumed_from is not None)
         self.base = resolve_base(request, model, ranks)
         root = (state or {}).get("root") or self.base.path
         try:
@@ -126,6 +129,7 @@ class Run:
                 parent=settings.parent,
                 chain_from=settings.chain_from,
                 ranks=ranks,
+                curvature=None if self.collector is None else {},
             )
             ranks.together(lambda: check_inputs(dirpath / "step=0", self._job.inputs()))
             ranks.together(lambda: check_fallbacks(self._job, settings.validation.schemes))
@@ -155,13 +159,7 @@ class Run:
         """One export of the file that ModelCheckpoint holds for the best."""
 
         def best() -> tuple[str, Mapping[str, Any]]:
-            saver = best_saver(self._trainer)
-            path = "" if saver is None else saver.best_model_path
-            if not path:
-                raise MisconfigurationException(
-                    "which='best' exports the best checkpoint of ModelCheckpoint, but it saved none in this "
-                    "run: check how often it saves, or use which='last'."
-                )
+            path = best_path(self._trainer)
             return path, read_lightning_checkpoint(path)
 
         try:
@@ -197,11 +195,20 @@ class Run:
         except Exception as error:
             self.keep(error)
 
+    def close(self, *, referenced: bool) -> None:
+        """Lets everything go, and removes what nobody needs.
+
+        Args:
+            referenced: Whether a training checkpoint names the base.
+        """
+        if self.collector is not None:
+            self.collector.close()
+        if not referenced:
+            self.remove_unused_base()
+
     def remove_unused_base(self) -> None:
         """Removes a snapshot of this run that nothing needs: no step, no export, no checkpoint to come."""
-        others = self._trainer.callbacks  # type: ignore[attr-defined]
-        saves = any(isinstance(other, OnExceptionCheckpoint) for other in others)
-        unused = self.base.created and not self._kept.exports and not saves
+        unused = self.base.created and not self._kept.exports and not saves_on_exception(self._trainer)
         if unused and self._trainer.global_step == 0 and self._trainer.is_global_zero:
             remove_own(Path(self.base.path))
 
@@ -213,7 +220,7 @@ class Run:
 
     def leave_alone(self) -> None:
         """From now on this rank exports alone what it has whole, and judges nothing: others may be gone."""
-        self.ranks, self._judges = ALONE, False
+        self.ranks, self._judge = ALONE, None
 
     def _write(self, model: LiveModel, state: Mapping[str, Any] | None, checkpoint: Path | None) -> None:
         trainer, settings = self._trainer, self._settings
@@ -221,22 +228,16 @@ class Run:
         if checkpoint is not None:
             training["checkpoint"] = str(checkpoint.absolute())
         model.gather_adapters()
-        job = self.ranks.together(lambda: self._job.after_training(source_of(self._trainer, model), training))
+        curvature = None if self.collector is None else self.collector.curvature(self._owners, self.ranks)
+        job = self.ranks.together(
+            lambda: self._job.after_training(source_of(trainer, model), training, curvature)
+        )
         with contextlib.ExitStack() as stack:
             name = Path(settings.dirpath) / settings.schedule.name(trainer)
             out = self.ranks.first(lambda: stack.enter_context(free_name(name)))
             timings = Timings()
-            if self._judges:
-                judge = Judge(
-                    trainer=trainer,
-                    settings=settings.validation,
-                    modes=self._modes,
-                    job=job,
-                    model=model,
-                    state=state,
-                    ranks=self.ranks,
-                    keep=self.keep,
-                )
+            if self._judge is not None:
+                judge = self._judge(job=job, model=model, state=state, ranks=self.ranks)
                 report = export_judged(judge, lambda job, judge: self._run(job, out, timings, judge))
             else:
                 report = self._run(job, out, timings)
@@ -273,7 +274,7 @@ class Run:
         model = self._model(None)
         with check.as_misconfiguration():
             check_complete(model)
-            if self._judges:
+            if self._judge is not None:
                 check_swappable(model)
         source = source_of(self._trainer, model)
         return name, model, source, plan_export(source.specs, source.outline, self._settings.choices)

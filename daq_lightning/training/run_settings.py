@@ -14,11 +14,13 @@ from daq_lightning.checkpoint.schemes import SchemeName
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import Metric
+from daq_lightning.numerics.rounding.settings import RoundingChoice
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.gate import ValidationSettings
 
 if TYPE_CHECKING:
+    from daq_lightning.training.curvature import Collecting
     from daq_lightning.training.schedule import Schedule
 
 
@@ -54,6 +56,7 @@ class RunSettings:
     parent: str | None
     chain_from: ChainFrom | None
     choices: ExportSettings
+    collecting: Collecting | None
     schedule: Schedule
     validation: ValidationSettings
     logs: LogSettings
@@ -101,6 +104,7 @@ def make_settings(
     scale_format: ScaleFormat | None,
     missing_base: MissingBase,
     max_shard_bytes: int,
+    rounding: RoundingChoice,
 ) -> ExportSettings:
     """The settings of an export from the arguments of `DeltaAwareQuantization`.
 
@@ -120,6 +124,7 @@ def make_settings(
         or (isinstance(ignore, (list, tuple)) and all(isinstance(name, str) for name in ignore)),
         "ignore", ignore, "a list of names, such as ['lm_head']",
     )  # fmt: skip
+    check.choice("rounding", rounding, get_args(RoundingChoice))
     check.choice("scale_format", scale_format, (None, "ue8m0"))
     check.choice("missing_base", missing_base, ("error", "absmax"))
     whole = isinstance(max_shard_bytes, int) and not isinstance(max_shard_bytes, bool)
@@ -134,6 +139,8 @@ def make_settings(
         raise MisconfigurationException(
             "search=... already holds metric and range: leave metric and alpha_range out."
         )
+    if rounding == "auto" and not (search is None and metric is None and alpha_range is None):
+        rounding = "nearest"  # of the scales that were asked for
     try:
         if search is None:
             low, high = alpha_range or (ScaleSearch.alpha_min, ScaleSearch.alpha_max)
@@ -141,6 +148,7 @@ def make_settings(
         return ExportSettings(
             scheme=scheme,
             search=search,
+            rounding=rounding,
             ignore=tuple(ignore or ()),
             scale_format=scale_format,
             missing_base=missing_base,

@@ -50,6 +50,11 @@ class Schedule:
             )
         check_filename(self.filename)
 
+    @property
+    def only_at_end(self) -> bool:
+        """Whether all exports are made after the last step."""
+        return self.export_on == "train_end" and not (self.every_n_train_steps or self.every_n_epochs)
+
     def due(self, moment: Moment, trainer: Trainer) -> bool:
         """Whether to export at this moment of a run."""
         if moment == "step":

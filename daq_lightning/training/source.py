@@ -28,4 +28,5 @@ def source_of(trainer: Trainer, model: LiveModel) -> Source:
         keys_of=model.architecture.keys_of,
         config=model.config(),
         copy_files=copy_files,
+        low_rank=model.adapters is not None,
     )

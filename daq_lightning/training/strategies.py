@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from daq_lightning.training.validate import check_validation
 
@@ -102,6 +103,36 @@ def _refuse(name: str, why: str) -> None:
         "with ModelParallelStrategy; or save the trained model as a Hugging Face folder and run "
         "`daq-lightning quantize`."
     )
+
+
+def why_not_observed(trainer: Trainer, *, hooks: bool) -> str:
+    """Why a curvature cannot be collected, in a few words; "" if it can.
+
+    Args:
+        trainer: Whose model it is.
+        hooks: Whether by hooks, or from gradients.
+    """
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        return f"{name} runs the layers in a way that was not looked at"
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = strategy.device_mesh
+        if mesh is not None and mesh["tensor_parallel"].size() > 1:
+            return "tensor parallel layers see a part of each activation"
+        if not hooks:
+            return f"under {name} no rank has whole gradients"
+    assert strategy.model is not None
+    if not hooks:
+        return ""
+    if any(map(_is_compiled, (trainer.lightning_module, *strategy.model.modules()))):
+        return "a compiled model does not call hooks that come later"
+    return ""
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` or `Module.compile` did; a Trainer unwraps a LightningModule of the former."""
+    marks = (getattr(module, name, None) for name in ("_compiled_call_impl", "_compiler_ctx"))
+    return type(module).__name__ == "OptimizedModule" or any(mark is not None for mark in marks)
 
 
 def restores_late(trainer: Trainer) -> bool:

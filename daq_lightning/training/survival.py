@@ -5,9 +5,10 @@
 
 over the added sums of a sample: up to 16 pieces of 2^14 weights, see `sample`. It is 1 where the update comes
 through at its strength, 0 where rounding takes the weights back to the base (or moves them twice as far), and
-foretells `daq/absmax_gain` of an export. `daq/survival_searched` is the same with the scales that the
-export's own search finds for the pieces. Only the strength along the update counts; noise across it, which
-every format adds, shows in `daq/cosine` of an export.
+foretells `daq/absmax_gain` of an export. `daq/survival_searched` is the same with the scales that a search
+with the export's settings finds for the pieces. An export that rounds along a curvature has other codes, at
+plain scales: what it keeps stands in its own figures only. Only the strength along the update counts; noise
+across it, which every format adds, shows in `daq/cosine` of an export.
 
 Rounding errors are not chance, but to the update, which knows nothing of them, they are like it. In sums over
 n weights they blur the gain by about
@@ -37,9 +38,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from daq_lightning.export.account import as_searched
 from daq_lightning.model.pieces import LivePieces
-from daq_lightning.numerics.objectives import DeltaStats, gain
+from daq_lightning.numerics.objectives import DeltaStats, as_searched, gain
 from daq_lightning.numerics.search.search import search_scale
 from daq_lightning.report.figures import only_finite
 from daq_lightning.training.loggers import share
@@ -110,6 +110,14 @@ class Survival:
             sums += torch.stack([found.absmax_stats.total().packed(), found.stats.total().packed()])
         return sums
 
+    def _outlook(self, searched: float) -> str:
+        """What the warning says of the export."""
+        if self._job.settings.by_curvature:
+            return "This export rounds along a curvature: what it keeps is known when it is made."
+        if not math.isfinite(searched):
+            return "What this export's search of scales would keep cannot be told yet."
+        return f"This export, which searches its scales, would keep {searched:.0%} (daq/survival_searched)."
+
     def _warn_once(self, trainer: Trainer, values: dict[str, float]) -> None:
         survival, searched = (values[name] for name in NAMES)
         if self._warned or not math.isfinite(survival):
@@ -121,9 +129,9 @@ class Survival:
             rank_zero_warn(
                 f"At step {trainer.global_step}, plain FP8 would round away or distort {1 - survival:.0%} of "
                 f"what training has changed so far (daq/survival = {survival:.2f}): the changes are small "
-                f"beside the steps of the format. {_outlook(searched)} The share may grow as training goes "
-                "on. If it does not: a larger learning rate or more steps make larger changes, and a base in "
-                "bfloat16, instead of one that was FP8 before, lets more of the small ones through."
+                f"beside the steps of the format. {self._outlook(searched)} The share may grow as training "
+                "goes on. If it does not: a larger learning rate or more steps make larger changes, and a "
+                "base in bfloat16, instead of one that was FP8 before, lets more of the small ones through."
             )
 
 
@@ -198,9 +206,3 @@ def survival_in(
     else:
         sample = ranks.together(lambda: sample.since_base(job.base, job.base_names))
     return Survival(sample, job, every)
-
-
-def _outlook(searched: float) -> str:
-    if not math.isfinite(searched):
-        return "What this export's search of scales would keep cannot be told yet."
-    return f"This export, which searches its scales, would keep {searched:.0%} (daq/survival_searched)."

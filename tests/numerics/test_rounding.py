@@ -14,9 +14,10 @@ from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.quantize import absmax_scale, quantize
 from daq_lightning.numerics.rounding import definition, triangular
 from daq_lightning.numerics.rounding.curvature import Factor, factor, factor_sides, mix, update_statistics
+from daq_lightning.numerics.rounding.loss import nearest_loss
 from daq_lightning.numerics.rounding.rounding import round_with_curvature
 from daq_lightning.numerics.rounding.settings import RoundingSettings
-from daq_lightning.numerics.rounding.walk import RoundingTask, identity, nearest_loss
+from daq_lightning.numerics.rounding.walk import RoundingTask, identity
 
 WALKS = {"definition": definition.walk, "blocked": reference.walk, "cpu": cpu.walk}
 WALK = pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)

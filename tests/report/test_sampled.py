@@ -64,6 +64,34 @@ def test_a_sample_of_all_elements_says_what_the_sums_say(tmp_path, metric):
             assert scores[nearest] == pytest.approx(tensor.curve.found, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "search", [None, ScaleSearch(metric="cosine", n_coarse=5)], ids=["plain", "searched"]
+)
+def test_of_codes_along_a_curvature_it_counts_what_is_written_and_records_no_curve(tmp_path, search):
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"q": (256, 128), "k": (128, 128), "v": (128, 128), "o": (128, 128)}  # q, k, v share their input
+    names = {f"model.layers.0.self_attn.{kind}_proj.weight": shape for kind, shape in shapes.items()}
+    base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in names.items()}
+    post = {
+        name: weight + 1e-3 * torch.randn(weight.shape, generator=generator) for name, weight in base.items()
+    }
+    report = export_checkpoint(
+        post, base, tmp_path / "out", scheme="FP8_BLOCK", rounding="curvature", search=search
+    )
+    assert {tensor.rounding.method for tensor in report.tensors} == {"curvature"}
+    for tensor in report.tensors:
+        assert tensor.curve is None
+        assert tensor.by_step.sampled == 128 * 128
+        assert tensor.by_step.searched != tensor.by_step.absmax
+        for outcomes, sums in (
+            (tensor.by_step.searched, tensor.searched),
+            (tensor.by_step.absmax, tensor.absmax),
+        ):
+            counted = [sum(outcomes.kept), sum(outcomes.lost), sum(outcomes.flipped), sum(outcomes.n)]
+            if "q_proj" not in tensor.name:  # of which it is one block of two
+                assert counted == [sums.preserved, sums.lost, sums.flipped, sums.n_changed]
+
+
 def test_curves_are_of_all_projections_and_over_the_depth(tmp_path):
     names = [f"model.layers.{layer}.{kind}.weight" for layer in range(12) for kind in KINDS]
     base = {name: torch.linspace(-1, 1, 16).reshape(4, 4) for name in names}
@@ -149,7 +177,7 @@ def keys_of(value):
 
 
 def test_every_field_of_a_report_is_documented(pair, exported, tmp_path):
-    _, post = pair
+    base, post = pair
     out, _ = exported
     chain = export_checkpoint(post, out, tmp_path / "next", parent=str(out), chain_from="deployed")
     content = chain.to_dict()
@@ -157,9 +185,11 @@ def test_every_field_of_a_report_is_documented(pair, exported, tmp_path):
     content["kept"] = {}
     alone = export_checkpoint({"l.weight": torch.ones(4, 4)}, {}, tmp_path / "alone", missing_base="absmax")
     content["tensors"] += list(alone.to_dict()["tensors"].values())
+    curved = export_checkpoint(post, base, tmp_path / "curved", rounding="curvature")
+    content["tensors"] += list(curved.to_dict()["tensors"].values())
     named = set(re.findall(r"`(\w+)`", DOCS.read_text()))
     assert set(keys_of(content)) - named == set()
-    for field in ("root", "without_base", "by_step", "curve"):
+    for field in ("root", "without_base", "by_step", "curve", "rounding"):
         assert field in set(keys_of(content)), "the test sees optional fields too"
 
 

@@ -285,10 +285,11 @@ def test_a_run_that_has_diverged_goes_on_and_logs_no_figure(tmp_path):
 # the warning
 
 
-def warned(folder: Path, module, **changes) -> list[str]:
+def warned(folder: Path, module, callback=None, **changes) -> list[str]:
+    callback = watching(folder) if callback is None else callback
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        make_trainer(folder, watching(folder), **({"max_steps": 6} | changes)).fit(module, data(16))
+        make_trainer(folder, callback, **({"max_steps": 6} | changes)).fit(module, data(16))
     return [str(one.message) for one in caught if "daq/survival" in str(one.message)]
 
 
@@ -300,6 +301,12 @@ def test_a_learning_rate_too_small_to_survive_is_said_once_and_in_time(tmp_path)
         tmp_path / "without an end", Tuning(on_the_grid(), learning_rate=1e-5), max_epochs=1, max_steps=-1
     )
     assert said.startswith("At step 3,")
+
+
+def test_of_codes_along_a_curvature_the_warning_foretells_nothing(tmp_path):
+    module = Tuning(on_the_grid(), learning_rate=1e-6)
+    [said] = warned(tmp_path, module, watching(tmp_path, search=None))
+    assert "This export rounds along a curvature: what it keeps is known when it is made." in said
 
 
 def test_early_measurements_of_a_long_run_warn_of_nothing(tmp_path):

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from daq_lightning.numerics.rounding.definition import nearest
-from daq_lightning.numerics.rounding.walk import RoundingTask, Side, Walked, nearest_loss, sides
+from daq_lightning.numerics.rounding.loss import nearest_loss
+from daq_lightning.numerics.rounding.walk import RoundingTask, Side, Walked, sides
 
 BLOCK = 64
 

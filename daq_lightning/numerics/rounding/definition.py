@@ -19,7 +19,8 @@ from torch import Tensor
 
 from daq_lightning.numerics.formats import Format
 from daq_lightning.numerics.quantize import encode
-from daq_lightning.numerics.rounding.walk import RoundingTask, Walked, nearest_loss, sides
+from daq_lightning.numerics.rounding.loss import nearest_loss
+from daq_lightning.numerics.rounding.walk import RoundingTask, Walked, sides
 
 
 def walk(task: RoundingTask) -> Walked:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+RoundingChoice: TypeAlias = Literal["auto", "nearest", "curvature"]
+"""How codes are chosen once scales are fixed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingSettings:
     """How to mix and damp; checked when it is made. Shares are of a matrix whose mean diagonal is 1.
 
-    The defaults are those that were best for full fine-tuning with K-FAC statistics. For LoRA take
-    ``update=0``; without statistics of outputs ``damping_out=0.1``; for the update alone ``damping_in=0.1,
-    damping_out=0.3, order=False``.
+    The defaults are those that were best for full fine-tuning with K-FAC statistics; `suited` has those for
+    less than that.
 
     Attributes:
         update: Share of the update's own D^T D and D D^T beside the statistics, >= 0.
@@ -36,6 +39,26 @@ class RoundingSettings:
     damping_in: float = 0.001
     damping_out: float = 0.01
     order: bool = True
+
+    @classmethod
+    def suited(cls, *, inputs: bool, outputs: bool, low_rank: bool) -> RoundingSettings:
+        """What measured best for the statistics that there are.
+
+        Args:
+            inputs: Whether those of the inputs are known; the update stands in for them otherwise.
+            outputs: Whether those of the outputs are known, likewise.
+            low_rank: Whether the update is that of an adapter, whose few directions say nothing of the others
+                and which is left out.
+
+        Example:
+            >>> RoundingSettings.suited(inputs=False, outputs=False, low_rank=False).order
+            False
+        """
+        if not inputs and not outputs:
+            return cls(damping_in=0.1, damping_out=0.3, order=False)
+        if not outputs:
+            return cls(update=0.0, damping_out=0.1)
+        return cls(update=0.0 if low_rank else cls.update)
 
     def __post_init__(self) -> None:
         for name in ("update", "damping_in", "damping_out"):

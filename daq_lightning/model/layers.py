@@ -1,0 +1,40 @@
+"""The Linear layers of a model in training that compute with the weights of its checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from daq_lightning.model.live import LiveModel
+
+
+def linear_layers(model: LiveModel, names: Iterable[str]) -> dict[str, tuple[nn.Module, ...]]:
+    """Checkpoint name of a weight -> the layers that compute with it: one, or several that share it.
+
+    Of a layer with adapters it is what PEFT put around it: it takes the same input, and at its output there
+    is a gradient even where nothing upstream is trained. Weights that no Linear layer has to itself are left
+    out: stacked experts, and what a checkpoint splits.
+
+    Args:
+        model: The model.
+        names: Checkpoint names.
+    """
+    architecture, parts = model.architecture, Counter(model.keys.values())
+    around: dict[int, nn.Module] = {}
+    for module in architecture.model.modules():  # from the outside in
+        inside = module._modules.get("base_layer")
+        if inside is not None:
+            around[id(inside)] = around.get(id(module), module)
+    users: dict[int, list[nn.Module]] = {}
+    for layer in architecture.linear_modules():
+        users.setdefault(id(layer.weight), []).append(around.get(id(layer), layer))
+    found = {}
+    for name in names:
+        layer = architecture.module_of(model.keys[name])
+        if isinstance(layer, nn.Linear) and parts[model.keys[name]] == 1:
+            found[name] = tuple(users[id(layer.weight)])
+    return found

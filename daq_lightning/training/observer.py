@@ -1,0 +1,188 @@
+"""Hooks on Linear layers, for a few batches: what comes in, and the gradient of the loss at what goes out.
+
+    forward     keep the input; hang a hook on the output
+    backward    y^T y of the gradient; x^T x once all layers that had this input have their gradients
+
+Nothing that the layers compute changes, and no hook is left when the batch is over. Of frozen weights, as
+with LoRA, the gradient at the output comes all the same wherever the layer has adapters or anything upstream
+is trained; where nothing is, the inputs alone are summed.
+
+Layers share the sum of their inputs if they were always given the same tensor, which q, k and v of
+cross-attention are not. A layer that is called twice adds both calls. Under activation checkpointing the
+first forward has no gradient and is left out, or is the only one whose output is in the graph.
+
+Legend: M out, N in, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from daq_lightning.numerics.rounding.sums import KroneckerSum, used_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A weight that is observed.
+
+    Attributes:
+        name: Checkpoint name.
+        group: Equal for layers that may be given the same input.
+        shape: (M, N).
+        modules: The layers that compute with the weight.
+    """
+
+    name: str
+    group: str
+    shape: tuple[int, ...]
+    modules: tuple[nn.Module, ...]
+
+
+@dataclass(kw_only=True)
+class Sums:
+    """What was seen of some layers.
+
+    Attributes:
+        inputs: Names of the layers that were given the same inputs -> the sum of these.
+        outputs: Name of a layer -> the sum of the gradients at its output.
+        batches: How many batches were observed.
+    """
+
+    inputs: dict[tuple[str, ...], KroneckerSum] = field(default_factory=dict)
+    outputs: dict[str, KroneckerSum] = field(default_factory=dict)
+    batches: int = 0
+
+
+@dataclass(kw_only=True)
+class _Input:
+    """An input of this batch, while layers wait for their gradients."""
+
+    x: Tensor
+    version: int
+    used: Tensor
+    names: list[str] = field(default_factory=list)
+    waiting: int = 0
+    seen: bool = False  # whether any gradient came
+
+
+class Observer:
+    """Hooks on some layers while it is open; use as a context manager, or call `close`.
+
+    Args:
+        layers: The layers.
+        sums: What is added to.
+        factor: Multiplies gradients: 1 over the scale of the loss.
+
+    Attributes:
+        error: What went wrong in a hook, such as too little memory; the hooks did nothing from then on.
+    """
+
+    def __init__(self, layers: Sequence[Layer], sums: Sums, factor: float = 1.0) -> None:
+        self.error: Exception | None = None
+        self._sums, self._factor = sums, factor
+        self._latest: dict[str, _Input] = {}  # by group
+        self._inputs: list[_Input] = []
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(partial(self._hook, self._forward, layer), with_kwargs=True)
+            for layer in layers
+            for module in layer.modules
+        ]
+
+    def __enter__(self) -> Observer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the hooks away; a gradient that comes later is not counted any more."""
+        for handle in self._handles:
+            handle.remove()
+        inputs, self._handles, self._inputs, self._latest = self._inputs, [], [], {}
+        self._sums.batches += 1
+        for one in inputs:
+            if one.seen:
+                self._add_input(one)
+
+    def _hook(self, act: Callable[..., None], *arguments: Any) -> None:
+        """Acts in the middle of a batch, which goes on whatever happens."""
+        if self.error is not None:
+            return
+        try:
+            act(*arguments)
+        except Exception as error:
+            # without its frames, which hold tensors
+            self.error, self._inputs, self._latest = error.with_traceback(None), [], {}
+
+    def _forward(
+        self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if not torch.is_grad_enabled() or not (_is_plain(x) and _is_plain(output)):
+            return
+        with torch.no_grad():
+            one = self._input(layer, x.detach())
+        one.names.append(layer.name)
+        if output.requires_grad:
+            one.waiting += 1
+            output.register_hook(partial(self._hook, self._backward, layer, one))
+        elif not one.waiting:  # nothing upstream is trained: there will be no gradient
+            one.used.fill_(True)
+            one.seen = True
+
+    def _input(self, layer: Layer, x: Tensor) -> _Input:
+        """The input of this call: that of the layer before it in the group, if it is the same tensor."""
+        last = self._latest.get(layer.group)
+        if last is not None and layer.name not in last.names and _is_same(last, x):
+            return last
+        used_T = torch.zeros(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
+        one = _Input(x=x, version=x._version, used=used_T)
+        self._latest[layer.group] = one
+        self._inputs.append(one)
+        return one
+
+    @torch.no_grad()
+    def _backward(self, layer: Layer, one: _Input, gradient: Tensor) -> None:
+        if not self._handles or not _is_plain(gradient):
+            return
+        y_TM = gradient.detach().reshape(-1, gradient.shape[-1])
+        used_T = used_tokens(y_TM)
+        if layer.name not in self._sums.outputs:
+            self._sums.outputs[layer.name] = KroneckerSum(y_TM.shape[1], y_TM.device)
+        self._sums.outputs[layer.name].add(y_TM, used_T, self._factor)
+        one.used |= used_T
+        one.seen = True
+        one.waiting -= 1
+        if not one.waiting:
+            self._add_input(one)
+            self._inputs = [other for other in self._inputs if other is not one]
+            self._latest = {group: other for group, other in self._latest.items() if other is not one}
+
+    def _add_input(self, one: _Input) -> None:
+        if one.x._version != one.version:  # overwritten since: another input by now
+            return
+        key, x_TN = tuple(sorted(one.names)), one.x.reshape(-1, one.x.shape[-1])
+        if key not in self._sums.inputs:
+            self._sums.inputs[key] = KroneckerSum(x_TN.shape[1], x_TN.device)
+        self._sums.inputs[key].add(x_TN, one.used)
+
+
+def _is_same(one: _Input, x: Tensor) -> bool:
+    return (
+        one.x.data_ptr() == x.data_ptr()
+        and one.x.shape == x.shape
+        and one.x.stride() == x.stride()
+        and one.version == x._version
+    )
+
+
+def _is_plain(tensor: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor that this process has whole."""
+    return isinstance(tensor, Tensor) and not hasattr(tensor, "full_tensor") and tensor.ndim >= 2
