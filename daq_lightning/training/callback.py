@@ -40,6 +40,7 @@ from daq_lightning.training.run_settings import LogSettings, MissingBase, RunSet
 from daq_lightning.training.saves import unwatch, watch
 from daq_lightning.training.schedule import ExportOn, Schedule, Which
 from daq_lightning.training.strategies import check_judging, check_strategy, restores_late
+from daq_lightning.training.upload import upload_last
 
 
 class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
@@ -91,6 +92,8 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         log_per_layer: Whether figures of each weight, and pictures, go to the loggers; see `loggers.py`.
         log_survival_every_n_steps: Every so many optimizer steps log `daq/survival`, the share of the update
             that plain FP8 would keep if training stopped now; see `survival.py`.
+        push_to_hub: Repository on the Hub, "org/name", that the last export is uploaded to when training is
+            over; if that fails, the export stays and the error is raised.
 
     With WeightAveraging, exports hold the averages, as ModelCheckpoint's files do. `schedule` says when it
     exports, under which name; `moment` what `should_export` is asked about.
@@ -144,6 +147,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         schemes: list[str] | None = None,
         log_per_layer: bool = False,
         log_survival_every_n_steps: int | None = None,
+        push_to_hub: str | None = None,
     ) -> None:
         super().__init__()
         check.flag("export_on_exception", export_on_exception)
@@ -185,6 +189,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
                 schemes=() if schemes is None else schemes,
             ),
             logs=LogSettings(per_layer=log_per_layer, survival_every_n_steps=log_survival_every_n_steps),
+            push_to_hub=push_to_hub,
         )
 
     @override
@@ -222,14 +227,15 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the best checkpoint if that was asked for, then raises what went wrong in an export."""
+        """Exports the best checkpoint and uploads, if that was asked for, then raises what went wrong."""
         run = self._run
         if run is not None and self.schedule.which == "best" and self._is_time("end", trainer):
             run.export_best()
         if run is not None and not self.exports and run.error is None:
             warn_of_nothing(type(self).__name__)
+        failed = None if run is None else upload_last(self.exports, self._settings.push_to_hub, run.ranks)
         self._release(trainer)
-        raise_at_end(None if run is None else run.error)
+        raise_at_end(failed if run is None or run.error is None else run.error)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.schemes import SchemeName
 from daq_lightning.export.settings import ExportSettings
+from daq_lightning.model.hub import is_repository
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.rounding.settings import RoundingChoice
@@ -60,12 +61,15 @@ class RunSettings:
     schedule: Schedule
     validation: ValidationSettings
     logs: LogSettings
+    push_to_hub: str | None
 
     def __post_init__(self) -> None:
         named = self.module is None or isinstance(self.module, str)
         check.require(named, "module", self.module, "None or a str, the name of a submodule")
         check.choice("reference", self.reference, ("initial", "previous_checkpoint"))
         check.flag("merge_adapters", self.merge_adapters)
+        repository = self.push_to_hub is None or is_repository(self.push_to_hub)
+        check.require(repository, "push_to_hub", self.push_to_hub, "None or 'org/name', a repository")
         base = check.path("base", self.base, "'auto', 'snapshot', 'memory' or a path")
         places = {
             "dirpath": check.local_path("dirpath", self.dirpath, "a path, such as 'exports'"),
