@@ -115,7 +115,7 @@ class Judge:
         self, swap: Swap, written: WrittenWeights, only: Collection[str] | None = None
     ) -> Iterator[None]:
         """The module computes as a server does; what it has been given stays in it afterwards."""
-        swap.weights(self.model, written, only)
+        self.ranks.together(lambda: swap.weights(self.model, written, only))
         with contextlib.ExitStack() as stack:
             if self.settings.quantize_activations:
                 names = [tensor.spec.name for tensor in self.job.plan.quantized]

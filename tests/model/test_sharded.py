@@ -164,3 +164,4 @@ if __name__ == "__main__":
     )
     check_gathers(int(world))
     dist.destroy_process_group()
+    os._exit(0)  # what was checked has passed; threads of gloo may abort a process that ends in order
