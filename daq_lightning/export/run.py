@@ -85,6 +85,7 @@ def run(
         ValueError: NaN or Inf in a weight, by name.
     """
     clock = Timings() if timings is None else timings
+    ranks.together(lambda: None)  # until rank 0 has removed what an export before this one left
     ranks.together(lambda: (check_inputs(out, job.inputs()), check_destination(out), existing_card(job)))
     shards = plan_shards(job.plan.stored_together, job.settings.max_shard_bytes)
     records = Records(job)
