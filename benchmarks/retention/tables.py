@@ -62,23 +62,20 @@ WEIGHT_COLUMNS = (
     Column("gain", "gain", _two, ranged=False),
     Column("delta L2", "delta_q_norm", _two, ranged=False),
 )
+_KLD = Column("KL, style", "style_kld_mean", _small)
+_LEFT = (
+    Column("gap kept %", "style_gap_kept", _percent),
+    Column("KL, other text", "other_kld_mean", _small),
+    Column("update gain", "style_update_gain", _two, ranged=False),
+    Column("top kept %", "style_top_kept", _percent, ranged=False),
+)
 ROUNDING_COLUMNS = (
-    Column("KL, style", "style_kld_mean", _small),
+    _KLD,
     Column("absmax / KL", "less", _ratio),
     Column("KL / best GPTQ", "of_gptq", _ratio),
-    Column("gap kept %", "style_gap_kept", _percent),
-    Column("KL, other text", "other_kld_mean", _small),
-    Column("update gain", "style_update_gain", _two, ranged=False),
-    Column("top kept %", "style_top_kept", _percent, ranged=False),
+    *_LEFT,
 )
-SERVED_COLUMNS = (
-    Column("KL, style", "style_kld_mean", _small),
-    Column("KL / floor", "of_floor", _ratio),
-    Column("gap kept %", "style_gap_kept", _percent),
-    Column("KL, other text", "other_kld_mean", _small),
-    Column("update gain", "style_update_gain", _two, ranged=False),
-    Column("top kept %", "style_top_kept", _percent, ranged=False),
-)
+SERVED_COLUMNS = (_KLD, Column("KL / floor", "of_floor", _ratio), *_LEFT)
 
 
 def subjects(rows: Rows) -> list[tuple[str, str]]:

@@ -144,10 +144,7 @@ def make_parser() -> ArgumentParser:
     commands.add_subcommand("quantize", quantize, help="write an FP8 checkpoint of a fine-tuned model")
 
     inspect = new(ABOUT_INSPECT, usage="daq-lightning inspect OUT [--base FOLDER --post FOLDER] [options]")
-    inspect.add_argument("out", metavar="OUT", help="folder of an export")
-    inspect.add_argument("--base", metavar="FOLDER", help="the base that was given to quantize")
-    inspect.add_argument("--post", metavar="FOLDER", help="the fine-tuned model that was given to quantize")
-    inspect.add_argument("--adapter", metavar="FOLDER", help="the adapter that was given to quantize")
+    _add_export_and_its_inputs(inspect)
     inspect.add_argument("--limit", type=int, metavar="N", help="show only the N worst weights")
     inspect.add_argument(
         "--html",
@@ -162,10 +159,7 @@ def make_parser() -> ArgumentParser:
     evaluate = new(
         ABOUT_EVALUATE, usage="daq-lightning evaluate OUT --post FOLDER --base FOLDER --text FILE [options]"
     )
-    evaluate.add_argument("out", metavar="OUT", help="folder of an export")
-    evaluate.add_argument("--post", metavar="FOLDER", help="the fine-tuned model that was given to quantize")
-    evaluate.add_argument("--base", metavar="FOLDER", help="the base that was given to quantize")
-    evaluate.add_argument("--adapter", metavar="FOLDER", help="the adapter that was given to quantize")
+    _add_export_and_its_inputs(evaluate)
     evaluate.add_argument(
         "--text",
         metavar="FILE",
@@ -210,6 +204,13 @@ def make_parser() -> ArgumentParser:
         "verify", verify, help="check that servers will load an FP8 folder as it is meant"
     )
     return parser
+
+
+def _add_export_and_its_inputs(parser: ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="folder of an export")
+    parser.add_argument("--base", metavar="FOLDER", help="the base that was given to quantize")
+    parser.add_argument("--post", metavar="FOLDER", help="the fine-tuned model that was given to quantize")
+    parser.add_argument("--adapter", metavar="FOLDER", help="the adapter that was given to quantize")
 
 
 def _add_setting(group: Any, settings: type, name: str) -> None:

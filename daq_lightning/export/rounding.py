@@ -65,18 +65,17 @@ def choose_codes(job: Job, batch: Batch, search: Search) -> list[Chosen]:
     """
     if not job.settings.by_curvature:
         return [Chosen(result, None) for result in search(batch, job.settings.search)]
-    known = [_known(job, pair) for pair in batch]
     sides = _Sides(job, batch)
 
-    def choose(pair: Pair, result: SearchResult, statistics: Statistics | str) -> Chosen:
-        curved = sides.of(pair, statistics)
+    def choose(pair: Pair, result: SearchResult) -> Chosen:
+        curved = sides.of(pair, _known(job, pair))
         if isinstance(curved, _Curved):
             return _rounded(job, pair, result, curved)
         [result] = search([pair], job.settings.search)
         return Chosen(result, Rounding(method="nearest", reason=curved))
 
     results = search(batch, job.settings.scale_search)
-    return [choose(*each) for each in zip(batch, results, known, strict=True)]
+    return [choose(pair, result) for pair, result in zip(batch, results, strict=True)]
 
 
 def _base(pair: Pair) -> Tensor:
@@ -155,7 +154,8 @@ class _Sides:
 
     def __init__(self, job: Job, batch: Batch) -> None:
         self._low_rank, self._batch = job.source.low_rank, batch
-        self._inputs: tuple[object, Factor | None] = (None, None)
+        self._made_of: tuple[Tensor | None, int, RoundingSettings] | None = None
+        self._inputs: Factor | None = None
 
     def of(self, pair: Pair, statistics: Statistics | str) -> _Curved | str:
         """What one weight is rounded along, or why it is not."""
@@ -181,15 +181,16 @@ class _Sides:
             ValueError: Statistics that are no curvature, see `factor`.
         """
         inputs_NN, outputs_MM, update_MM = statistics.inputs, statistics.outputs, None
-        shared = (id(inputs_NN), pair.weight.shape[1], settings)
-        if self._inputs[0] != shared:
+        size, made_of = pair.weight.shape[1], self._made_of
+        if made_of is None or made_of[0] is not inputs_NN or made_of[1:] != (size, settings):
             update_NN = self._update_of_inputs(pair) if self._needs_update(inputs_NN, settings) else None
-            self._inputs = (shared, _side(_on(inputs_NN, pair), update_NN, settings, inputs=True))
+            self._inputs = _side(_on(inputs_NN, pair), update_NN, settings, inputs=True)
+            self._made_of = (inputs_NN, size, settings)
         if self._needs_update(outputs_MM, settings):
             delta_MN = _delta(pair)
             update_MM = delta_MN @ delta_MN.T
         outputs = _side(_on(outputs_MM, pair), update_MM, settings, inputs=False)
-        return Factors(inputs=self._inputs[1], outputs=outputs)
+        return Factors(inputs=self._inputs, outputs=outputs)
 
     def _needs_update(self, statistics: Tensor | None, settings: RoundingSettings) -> bool:
         return not self._low_rank and (statistics is None or settings.update > 0)

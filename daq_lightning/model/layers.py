@@ -1,4 +1,4 @@
-"""The Linear layers of a model in training that compute with the weights of its checkpoint."""
+"""The layers of a model in training that compute with the weights of its checkpoint."""
 
 from __future__ import annotations
 
@@ -38,3 +38,28 @@ def linear_layers(model: LiveModel, names: Iterable[str]) -> dict[str, tuple[nn.
         if isinstance(layer, nn.Linear) and parts[model.keys[name]] == 1:
             found[name] = tuple(users[id(layer.weight)])
     return found
+
+
+def computing_modules(model: LiveModel, names: Iterable[str]) -> list[nn.Module]:
+    """The modules whose own products take the weights of a checkpoint: Linear layers, and stacks of experts.
+
+    Of a layer with adapters it is the layer inside; of a module that PEFT trains as a copy, the copy where
+    that is merged. Each comes once.
+
+    Args:
+        model: The model.
+        names: Checkpoint names.
+
+    Raises:
+        ValueError: A weight lies in no module that is found under its name.
+    """
+    found: dict[int, nn.Module] = {}
+    for name in names:
+        module = model.module_of(model.keys[name])
+        if module is None:
+            raise ValueError(
+                f"The module that computes with {name} is not found under this name: a wrapper around it has "
+                "renamed it."
+            )
+        found[id(module)] = module
+    return list(found.values())

@@ -161,6 +161,13 @@ class LiveModel:
         slots = self.adapters.weights.slots
         return {name: slot.trained if self._merge else slot.tensor for name, slot in slots.items()}
 
+    def module_of(self, key: str) -> nn.Module | None:
+        """The module that computes with a tensor, by its memory name; None if there is none of that name."""
+        if self.adapters is None:
+            return self.architecture.module_of(key)
+        slot = self.adapters.weights.slots[key]
+        return slot.copy[0] if self._merge and slot.copy is not None else slot.owner
+
     def view(self, tensors: Mapping[str, Tensor], *, collective: bool = False) -> LiveWeights:
         """Other tensors in memory names, such as a base, under checkpoint names.
 

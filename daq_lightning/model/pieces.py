@@ -76,7 +76,7 @@ class LivePieces:
         adapters = self._model.adapters
         if adapters is None:
             return None if box is None else _cut(self._stored(name), box, self._shapes[name])
-        slot = adapters.weights.slot(self._model.keys[name])
+        slot = adapters.weights.slots[self._model.keys[name]]
         if slot.copy is not None:
             return None if box is None else _cut(getattr(*slot.copy).detach(), box, self._shapes[name])
         return _merged(slot, box, self._shapes[name])
@@ -89,7 +89,7 @@ class LivePieces:
         """The tensor in memory, frozen where adapters change it: a shard, where it is sharded."""
         key, adapters = self._model.keys[name], self._model.adapters
         if adapters is not None:
-            return adapters.base.slot(key).tensor.detach()
+            return adapters.base.slots[key].tensor.detach()
         if self._parts[key] > 1:
             expert, as_first = _expert_of(name)
             one = self._model.model.get_parameter(key).detach()[expert : expert + 1]
@@ -115,7 +115,7 @@ class LivePieces:
     def _is_trained(self, name: str) -> bool:
         key, adapters = self._model.keys[name], self._model.adapters
         if adapters is not None:
-            slot = adapters.weights.slot(key)
+            slot = adapters.weights.slots[key]
             transposed = any(layer.fan_in_fan_out for layer, _ in slot.adapters)
             return not transposed and (slot.changed or slot.tensor.requires_grad)
         owner, _, last = key.rpartition(".")

@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from daq_lightning.model.adapters.tree import is_a
-from daq_lightning.model.architecture import name_without_peft
-from daq_lightning.model.outline import owner_of
-from daq_lightning.model.placeholders import Placeholder, unwrapped
+from daq_lightning.model.placeholders import Placeholder
+from daq_lightning.model.sharded import tensor_on
 
 if TYPE_CHECKING:
     from daq_lightning.model.architecture import Architecture
@@ -87,7 +86,7 @@ class Swap:
             place = places[key]
             whole = torch.empty(place.shape, dtype=place.dtype, device=place.device)
             if len(wanted) < len(parts):
-                _fill_own(whole, place)
+                whole.copy_(tensor_on(place, None))  # type: ignore[arg-type]
             if parts == [key]:
                 value = weights[key]
                 _check_shape(key, value.shape, whole)
@@ -185,23 +184,6 @@ def check_swappable(model: LiveModel) -> None:
         )
 
 
-def linears_of(model: LiveModel, keys: Collection[str]) -> list[nn.Module]:
-    """The modules in memory whose weights have these names: Linear layers, and modules of stacked experts.
-
-    Args:
-        model: The model.
-        keys: Memory names, `X.weight` or of a stack.
-    """
-    owners = set(map(owner_of, keys))
-    found = {}
-    for name, part in model.model.named_modules():
-        clean = name_without_peft(unwrapped(name))
-        wrapper = hasattr(part, "base_layer") or hasattr(part, "original_module")
-        if clean in owners and not wrapper and any(True for _ in part.parameters(recurse=False)):
-            found[id(part)] = part
-    return list(found.values())
-
-
 def _restore(swap: Swap) -> None:
     interrupted: KeyboardInterrupt | None = None
     while True:
@@ -247,13 +229,6 @@ def _fill(
         value = weights[name]  # one at a time
         _check_shape(name, value.shape, axes[0][name])
         whole[tuple(axis[name].long() for axis in axes)] = value.to(whole.device, whole.dtype)
-
-
-def _fill_own(whole: Tensor, place: Any) -> None:
-    if hasattr(place, "full_tensor"):
-        whole.copy_(place.full_tensor())
-    else:
-        whole.copy_(place)
 
 
 def _check_shape(name: str, shape: torch.Size, place: Tensor) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from daq_lightning.export.written import WrittenWeights
 from daq_lightning.model.activations import quantized_activations
 from daq_lightning.model.fusion import fused_groups
-from daq_lightning.model.swap import Swap, linears_of, put_back
+from daq_lightning.model.layers import computing_modules
+from daq_lightning.model.swap import Swap, put_back
 from daq_lightning.numerics.divergence import compare_logits
 from daq_lightning.training.gate import ExportRejectedError, ValidationSettings
 from daq_lightning.training.validate import mean_of_ranks, validate
@@ -66,7 +67,7 @@ class Judge:
     measure_layers: bool = False
     costs: dict[tuple[str, ...], float] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    keep: Callable[[Exception], None]
+    keep: Callable[[Exception, str], None]
 
     def __call__(self, folder: Path, files: Collection[str], report: ExportReport) -> ExportReport:
         """The report with the figures of validation.
@@ -80,7 +81,7 @@ class Judge:
         except Exception as error:
             if self.settings.max_degradation:
                 raise
-            self.keep(error)
+            self.keep(error, "Validation of the export failed")
             note = f"It was not validated, since validation failed: {type(error).__name__}: {error}"
             return dataclasses.replace(report, notes=(note, *report.notes))
 
@@ -119,8 +120,8 @@ class Judge:
         with contextlib.ExitStack() as stack:
             if self.settings.quantize_activations:
                 names = [tensor.spec.name for tensor in self.job.plan.quantized]
-                keys = {self.model.keys[name] for name in names if only is None or name in only}
-                modules = linears_of(self.model, keys)
+                seen = [name for name in names if only is None or name in only]
+                modules = computing_modules(self.model, seen)
                 stack.enter_context(quantized_activations(modules, self.job.plan.layout.scheme))
             yield
 
@@ -165,7 +166,7 @@ class Judge:
 
 
 def judge_in(
-    trainer: Trainer, settings: ValidationSettings, *, keep: Callable[[Exception], None]
+    trainer: Trainer, settings: ValidationSettings, *, keep: Callable[[Exception, str], None]
 ) -> Callable[..., Judge] | None:
     """Makes the judge of each export of a fit, from what changes between them; None without validation.
 

@@ -212,11 +212,11 @@ class Run:
         if unused and self._trainer.global_step == 0 and self._trainer.is_global_zero:
             remove_own(Path(self.base.path))
 
-    def keep(self, error: Exception) -> None:
+    def keep(self, error: Exception, what: str = "FP8 export failed") -> None:
         """Keeps the first error, and warns of it at once."""
         if self.error is None:
             self.error = error
-            rank_zero_warn(f"FP8 export failed, training goes on: {error}")
+            rank_zero_warn(f"{what}, training goes on: {error}")
 
     def leave_alone(self) -> None:
         """From now on this rank exports alone what it has whole, and judges nothing: others may be gone."""

@@ -9,8 +9,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from daq_lightning.model import swap as module
+from daq_lightning.model.layers import computing_modules
 from daq_lightning.model.live import LiveModel
-from daq_lightning.model.swap import check_swappable, linears_of, put_back
+from daq_lightning.model.swap import check_swappable, put_back
 
 MODELS = ["llama", "qwen2", "gemma3", "phi3", "qwen3_moe"]
 
@@ -95,8 +96,10 @@ def test_adapters_are_off_while_their_merged_weights_are_in():
     assert torch.equal(one.model(input_ids=tokens).logits, expected)
     assert [parameter.requires_grad for parameter in one.parameters()] == trained
     assert all(torch.equal(tensor, own[name]) for name, tensor in one.state_dict().items())
-    names = linears_of(model, [model.keys[name] for name in model.keys if "q_proj" in name])
+    names = computing_modules(model, [name for name in model.keys if "q_proj" in name])
     assert len(names) == 2
+    [copy] = computing_modules(model, ["lm_head.weight"])
+    assert copy is one.model.base_model.model.lm_head.modules_to_save["default"]
     assert all(type(part) is nn.Linear for part in names)
 
 

@@ -146,7 +146,11 @@ def find_adapters(module: nn.Module, state: Mapping[str, Tensor] | None = None) 
 
 
 class AdaptedTensors(Mapping[str, Tensor]):
-    """Slots read on access; of a sharded model, `on` is the way to read them."""
+    """Slots read on access; of a sharded model, `on` is the way to read them.
+
+    Attributes:
+        slots: Name -> where a tensor lives, and what adapts it.
+    """
 
     def __init__(self, slots: Mapping[str, Slot], read: Callable[[str, Slot, Gather], Tensor | None]) -> None:
         self.slots, self._read = slots, read
@@ -155,10 +159,6 @@ class AdaptedTensors(Mapping[str, Tensor]):
         tensor = self._read(name, self.slots[name], lambda part: tensor_on(part, None))
         assert tensor is not None
         return tensor
-
-    def slot(self, name: str) -> Slot:
-        """Where a tensor lives, and what adapts it."""
-        return self.slots[name]
 
     def on(self, name: str, owner: int) -> Tensor | None:
         """The tensor on one rank, None on the others: a collective, see `tensor_on`."""
