@@ -161,7 +161,8 @@ class Collector:
         """What will be observed, for a person, before training begins."""
         sizes = [bytes_in(part) for part in self._parts]
         words = (
-            f"Curvature for rounding: {sum(map(len, self._parts))} weights in {len(sizes)} parts, "
+            f"Curvature for rounding: {sum(map(len, self._parts))} weights in {len(sizes)} "
+            f"part{'s' * (len(sizes) != 1)}, "
             f"{size_text(max(sizes, default=0))} of sums at a time ({size_text(sum(sizes))} in all), "
             f"{self._settings.steps * len(sizes)} batches"
         )
