@@ -23,20 +23,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A small floating point format whose codes have a sign, an exponent and a mantissa, 8 bits in all.
+    """A grid of numbers, symmetric but for its ends: that of a small floating point format, or of integers.
+
+    Integers up to 2^k are such a grid too: all of them are below or in the first binade, [2^(k - 1), 2^k),
+    where the step is 1.
 
     Attributes:
-        dtype_name: Of the torch dtype that holds the codes.
-        max: Largest finite value; larger magnitudes saturate to it.
+        dtype_name: Of the torch dtype that holds the codes in memory, as their values: a code times its scale
+            is the weight. Files may pack them tighter.
+        max: Largest value; what is larger saturates to it.
         min_normal: Smallest normal number, a power of two. Below it the grid is even, with step
             ``min_normal / 2^mantissa_bits``.
         mantissa_bits: Explicit bits of the significand.
+        lowest: Smallest value; None stands for -max.
+        reach: What plain quantization maps the largest magnitude of a group to; None stands for max. Integers
+            reach half a step beyond their largest.
+        bits: Of a code in a file.
     """
 
     dtype_name: str
     max: float
     min_normal: float
     mantissa_bits: int
+    lowest: float | None = None
+    reach: float | None = None
+    bits: int = 8
 
     @property
     def dtype(self) -> torch.dtype:
