@@ -157,7 +157,9 @@ class Calibration:
                 model = Walk(streamed, _layers(streamed, self.files, names), windows, spill, tell)
                 loss = model.go()
             except NotAStackError as error:
-                _announce(f"Calibrate: the model is loaded whole, not layer by layer: {error}.")
+                _announce(
+                    f"Calibrate: the model is loaded whole, not layer by layer: {error}.", logging.WARNING
+                )
                 whole = load_whole(self.files, device, f"Since {error}")
                 named = _Named(Architecture(whole), self.files)
                 model = WholeModel(whole, _layers(named, self.files, names), windows, str(self.files.path))
@@ -238,10 +240,10 @@ def _check_windows(windows: Sequence[Sequence[int]], context: int, files: Checkp
         )
 
 
-def _announce(text: str) -> None:
+def _announce(text: str, level: int = logging.INFO) -> None:
     logger = logging.getLogger("daq_lightning")
     if logger.hasHandlers():
-        logger.info(text)
+        logger.log(level, text)
     else:
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
