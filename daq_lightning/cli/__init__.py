@@ -42,7 +42,7 @@ _COMMANDS = {
     "verify": commands.verify,
 }
 # options that are paths: `~` is the home folder
-_PATHS = ("post", "base", "out", "adapter", "parent", "folder", "html", "text", "tokenizer")
+_PATHS = ("post", "base", "out", "adapter", "parent", "folder", "html", "text", "tokenizer", "calibrate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -106,6 +106,16 @@ def make_parser() -> ArgumentParser:
     for name in ("n_coarse", "n_fine", "alpha_scope", "tau", "spacing"):
         _add_setting(search, ScaleSearch, name)
     _add_setting(search, ExportSettings, "rounding")
+    search.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="with --rounding curvature: UTF-8 text (.txt, or .jsonl as for evaluate) whose first 16,384 "
+        "tokens show where the model is sensitive; one layer is in memory at a time. 'self': a text that the "
+        "model writes, for which it has to be in memory whole",
+    )
+    search.add_argument(
+        "--calibrate-sha256", metavar="HEX", help="what the SHA-256 of that file must be, as in a recipe.yaml"
+    )
     _add_setting(search, ExportSettings, "missing_base")
     chain = quantize.add_argument_group(
         "as a stage of a chain, where each model is trained from the export before"
@@ -270,5 +280,6 @@ def _dashed(option: str) -> str:
 
 def in_options(message: str) -> str:
     """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
-    named = r"\b(scheme|rounding|container|scale_format|missing_base|parent|chain_from|device)='([^']*)'"
+    names = "scheme|rounding|container|scale_format|missing_base|parent|chain_from|device|calibrate"
+    named = rf"\b({names})='([^']*)'"
     return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)

@@ -24,6 +24,7 @@ _SHOWN = 5  # differing weights in the text of inspect
 def quantize(options: Namespace) -> int:
     """Writes an FP8 checkpoint, or shows what would be written."""
     from daq_lightning.cli.ranks import all_ranks, device_of_rank
+    from daq_lightning.export.calibration import Calibration
     from daq_lightning.export.job import prepare
     from daq_lightning.export.run import check_device, run
     from daq_lightning.export.settings import ExportSettings
@@ -56,20 +57,31 @@ def quantize(options: Namespace) -> int:
         missing_base=options.missing_base,
         max_shard_bytes=options.max_shard_bytes,
     )
+    if options.calibrate is None and options.calibrate_sha256 is not None:
+        raise ValueError("--calibrate-sha256 is that of a text, but --calibrate is missing.")
     if options.push_to_hub is not None and not is_repository(options.push_to_hub):
         raise ValueError(f"--push-to-hub expects ORG/NAME, got {options.push_to_hub}.")
     device = device_of_rank(options.device)
     with all_ranks() as ranks:
 
-        def opened() -> tuple[Source, Checkpoint]:
+        def opened() -> tuple[Source, Checkpoint, Calibration | None]:
             check_device(device)
             adapter = None if options.adapter is None else model_folder(options.adapter, "--adapter")
             source = Source.from_folder(model_folder(options.post, "POST"), adapter)
-            return source, checkpoint_of(options.base or options.post, "--base")
+            base = checkpoint_of(options.base or options.post, "--base")
+            if options.calibrate is None:
+                return source, base, None
+            return source, base, Calibration.of(options.calibrate, source, choices, options.calibrate_sha256)
 
-        source, base = ranks.together(opened)
+        source, base, calibration = ranks.together(opened)
         job = prepare(
-            source, base, choices, parent=options.parent, chain_from=options.chain_from, ranks=ranks
+            source,
+            base,
+            choices,
+            parent=options.parent,
+            chain_from=options.chain_from,
+            ranks=ranks,
+            calibration=calibration,
         )
         if options.dry_run:
             return _show_plan(job, options) if ranks.rank == 0 else 0
@@ -126,6 +138,8 @@ def _show_plan(job: Job, options: Namespace) -> int:
     base: Any = job.base
     print(f"base: {quantized - missing} of {quantized} FP8 weights are in {base.path}")
     print("".join(f"  {name}: plain scale, {why}\n" for name, why in job.without_base.items()), end="")
+    if job.calibration is not None:
+        print(f"calibration: {job.calibration.source}")
     print("dry run: nothing was written")
     return 0
 

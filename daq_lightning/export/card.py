@@ -72,6 +72,11 @@ def make_recipe(job: Job, folder: Path, out: Path) -> str:
         "rounding": settings.rounding,
         "missing_base": settings.missing_base,
     }
+    calibration = job.calibration
+    if calibration is not None:
+        text = calibration.text
+        options["calibrate"] = calibration.SELF if text is None else _from(folder, out, text)
+        options["calibrate_sha256"] = calibration.sha256 or None
     if lineage.chain_from is not None:
         options["parent"] = _from(folder, out, Path(lineage.parent))
         options["chain_from"] = lineage.chain_from

@@ -12,6 +12,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, SchemeName
+from daq_lightning.export.calibration import Calibration
 from daq_lightning.export.job import prepare
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import check_device, run
@@ -35,6 +36,7 @@ def export_checkpoint(
     scheme: SchemeName = "auto",
     search: ScaleSearch | None = None,
     rounding: RoundingChoice = "auto",
+    calibrate: str | os.PathLike[str] | None = None,
     ignore: Iterable[str] = (),
     container: Container | None = None,
     scale_format: ScaleFormat | None = None,
@@ -62,9 +64,12 @@ def export_checkpoint(
         scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel,
             16-bit activations), or "auto": blocks where all sizes are multiples of 128, else channels.
         search: Objective and candidates of the scale search; None takes the defaults of `ScaleSearch`.
-        rounding: "nearest"; "curvature" for codes whose errors cancel where the update says that the model is
-            sensitive, at plain scales unless `search` is other than the default; "auto" is "nearest" here,
-            where there is no data.
+        rounding: "nearest"; "curvature" for codes whose errors cancel where `calibrate` shows, or else the
+            update says, that the model is sensitive, at plain scales unless `search` is other than the
+            default; "auto" is "nearest" here.
+        calibrate: A .txt or .jsonl file whose text shows it, with `rounding="curvature"`; or "self" for a
+            text that the model writes. A causal language model in a folder is needed; its layers are in
+            memory one at a time, but for "self", where all are.
         ignore: Modules to keep in high precision: full names, or regular expressions of full names after
             `re:`.
         container: How tensors are named and described: "fp8" or "compressed-tensors"; None takes the scheme's
@@ -119,14 +124,24 @@ def export_checkpoint(
     ranks = Ranks.all() if distributed else ALONE
     try:
 
-        def opened() -> tuple[Source, Mapping[str, Tensor]]:
+        def opened() -> tuple[Source, Mapping[str, Tensor], Calibration | None]:
             check_device(device)
             before = base if isinstance(base, Mapping) else Checkpoint(local_folder(base))
             after = weights if isinstance(weights, Mapping) else local_folder(weights)
-            return Source.of(after, None if adapter is None else local_folder(adapter)), before
+            source = Source.of(after, None if adapter is None else local_folder(adapter))
+            text = None if calibrate is None else os.path.expanduser(calibrate)
+            return source, before, None if text is None else Calibration.of(text, source, settings)
 
-        source, before = ranks.together(opened)
-        job = prepare(source, before, settings, parent=parent, chain_from=chain_from, ranks=ranks)
+        source, before, calibration = ranks.together(opened)
+        job = prepare(
+            source,
+            before,
+            settings,
+            parent=parent,
+            chain_from=chain_from,
+            ranks=ranks,
+            calibration=calibration,
+        )
         place = Path(out).expanduser()
         report = run(job, place, device=device, progress=progress, ranks=ranks, resume=resume)
         if push_to_hub is not None:

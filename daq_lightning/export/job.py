@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -27,6 +27,9 @@ from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source, described
 from daq_lightning.numerics.rounding.settings import RoundingChoice
 from daq_lightning.numerics.rounding.statistics import Curvature
+
+if TYPE_CHECKING:
+    from daq_lightning.export.calibration import Calibration
 
 _LISTED = 5
 
@@ -46,6 +49,7 @@ class Job:
         root: The base of the chain's first stage: what is kept of the change since then is reported too.
         training: Step, epoch and checkpoint of the run that made the weights.
         curvature: What was collected of the weights' curvature; None where nothing collects it.
+        calibration: What it is going to be collected from, where no run has; see `run`.
     """
 
     source: Source
@@ -58,12 +62,14 @@ class Job:
     root: Mapping[str, Tensor] | None = field(repr=False)
     training: Mapping[str, Any] = field(default_factory=dict)
     curvature: Curvature | None = field(default=None, repr=False)
+    calibration: Calibration | None = None
 
     def parts(self) -> dict[str, str]:
         """All that decides what is written, in words."""
         return parts_of(self.plan, self.settings) | {
             "the bases of the weights": json.dumps(dict(self.base_names)),
             "the model's config.json": json.dumps(self.source.config, sort_keys=True, default=str),
+            "the calibration": "" if self.calibration is None else str(self.calibration.described()),
         }
 
     def inputs(self) -> list[tuple[str, Path]]:
@@ -76,8 +82,10 @@ class Job:
             for place in mapping.places
         ]
         stages = ancestors(self.lineage)
+        text = None if self.calibration is None else self.calibration.text
         return [
             *read,
+            *(() if text is None else [("calibration text", text)]),
             *(("parent" if stage is stages[0] else "chain's earlier stage", stage) for stage in stages),
         ]
 
@@ -131,6 +139,7 @@ def prepare(
     chain_from: ChainFrom | None = None,
     ranks: Ranks = ALONE,
     curvature: Curvature | None = None,
+    calibration: Calibration | None = None,
 ) -> Job:
     """Plans an export, finds the base of every weight and checks its place in a chain. Writes nothing.
 
@@ -145,6 +154,7 @@ def prepare(
             chain.
         ranks: The processes that will share the work; all of them call this.
         curvature: What codes are chosen along; may be filled later. Without it, `rounding="auto"` is nearest.
+        calibration: What it is collected from by `run`, in its place.
 
     Raises:
         CheckpointError: Nothing to quantize, a base that does not fit, a base that is not what `chain_from`
@@ -154,11 +164,12 @@ def prepare(
     if settings.rounding == "auto":
         chosen: RoundingChoice = "nearest" if curvature is None else "curvature"
         settings = dataclasses.replace(settings, rounding=chosen)
-    if settings.by_curvature and curvature is None and source.low_rank:
+    if settings.by_curvature and curvature is None and calibration is None and source.low_rank:
         raise CheckpointError(
             "rounding='curvature' has only the update to go by here, and this one is an adapter's: its few "
-            "directions say nothing of all others, and codes chosen along them are worse than nearest. Use "
-            "rounding='nearest', or export from training with DeltaAwareQuantization, which collects data."
+            "directions say nothing of all others, and codes chosen along them are worse than nearest. Give "
+            "it a text (calibrate='FILE.txt'), let the model write one (calibrate='self'), or use "
+            "rounding='nearest'."
         )
 
     def settle() -> tuple[ExportPlan, Mapping[str, Tensor], dict[str, str], dict[str, str]]:
@@ -180,6 +191,7 @@ def prepare(
         lineage=lineage,
         root=root,
         curvature=curvature,
+        calibration=calibration,
     )
     ranks.check_equal("The plan of the export", job.parts)
     return job

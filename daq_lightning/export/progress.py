@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 _LINE_SECONDS = 5.0
@@ -47,6 +48,40 @@ def _with_lines(parts: Sequence[_Part], size: Callable[[_Part], int]) -> Iterato
                 f"{(total - done) / max(rate, 1e-9):.0f} s left\n"
             )
             sys.stderr.flush()
+
+
+@contextmanager
+def telling(what: str, shown: bool) -> Iterator[Callable[[float], None]]:
+    """Something to be told how much is done, from 0 to 1.
+
+    Args:
+        what: What is done, in a few words.
+        shown: Whether anybody is to see it.
+    """
+    if not shown:
+        yield lambda share: None
+    elif sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=100, desc=what, bar_format="{l_bar}{bar}| {elapsed}, {remaining} left") as bar:
+
+            def move(share: float) -> None:
+                bar.update(100 * share - bar.n)
+
+            yield move
+    else:
+        start = last = time.monotonic()
+
+        def tell(share: float) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last > _LINE_SECONDS:
+                last = now
+                left = (now - start) * (1 - share) / max(share, 1e-9)
+                sys.stderr.write(f"{what}: {share:.0%}, {left:.0f} s left\n")
+                sys.stderr.flush()
+
+        yield tell
 
 
 def size_text(size: float) -> str:

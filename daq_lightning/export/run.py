@@ -99,6 +99,7 @@ def run(
         complete=done.files,
     )
     with contextlib.ExitStack() as stack:
+        job = ranks.together(lambda: _calibrated(job, work, ranks, stack, device=device, progress=progress))
         writer = open_on_all(
             lambda folder: CheckpointWriter(
                 out,
@@ -140,6 +141,24 @@ def run(
         ranks.together(lambda: timings.weigh(out) if ranks.rank == 0 else None)
         timings.collect(ranks)
     return report
+
+
+def _calibrated(
+    job: Job,
+    work: Work,
+    ranks: Ranks,
+    stack: contextlib.ExitStack,
+    *,
+    device: str | torch.device | None,
+    progress: bool,
+) -> Job:
+    """The job with the curvature of its model, where this rank has weights left and no run collected it."""
+    if job.calibration is None or not work.files(ranks.rank):
+        return job
+    names = [tensor.spec.name for tensor in job.plan.quantized]
+    shown = progress and ranks.rank == 0
+    curvature = stack.enter_context(job.calibration.curvature(names, device, progress=shown))
+    return dataclasses.replace(job, curvature=curvature)
 
 
 def _verified(

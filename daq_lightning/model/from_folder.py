@@ -3,6 +3,7 @@
     config.json -> outline known from before
                 -> else transformers -> model without memory -> Architecture -> outline
     config.json and tensors -> transformers -> model with weights
+    config.json -> model without memory, whose parts get their weights one after the other
 
 transformers takes seconds to import and is asked only where no earlier process has kept its answer.
 """
@@ -91,8 +92,8 @@ class FolderModel:
                 another shape.
         """
         content = _without_code(read_json(self._folder / "config.json"))
-        slices = {name: _Slice(weights, name) for name in weights}
-        with _explained(self._folder), quiet_and_offline(), _without_bars():
+        slices = {name: Slice(weights, name) for name in weights}
+        with explained(self._folder), quiet_and_offline(), without_bars():
             model_class, config = _described(content, self._folder, self._limit)
             if not hasattr(model_class, "_from_config"):
                 raise ValueError("it names no architecture")
@@ -113,8 +114,22 @@ class FolderModel:
                 )
         return model.eval()
 
+    def empty(self, dtype: torch.dtype) -> Architecture:
+        """The model in evaluation without memory for weights, its attention and experts the plain ones.
 
-class _Slice:
+        Args:
+            dtype: Of the parameters.
+
+        Raises:
+            CheckpointError: A model that transformers does not know, or that has no class of its own.
+        """
+        content = _without_code(read_json(self._folder / "config.json"))
+        architecture = _build(content, self._folder, self._limit, dtype)
+        architecture.model.eval().requires_grad_(False)
+        return architecture
+
+
+class Slice:
     """A tensor that is read when transformers slices it, as those of safetensors are."""
 
     def __init__(self, weights: LazyTensors, name: str) -> None:
@@ -127,17 +142,20 @@ class _Slice:
         return list(self._weights.spec(self._name).shape)
 
 
-def _build(content: Mapping[str, Any], folder: Path, limit: int) -> Architecture:
+def _build(
+    content: Mapping[str, Any], folder: Path, limit: int, dtype: torch.dtype | None = None
+) -> Architecture:
     """The architecture that a config.json describes.
 
     It is foreign input: nothing that it names is imported or downloaded, attention is the plain one, and a
     model of many more modules than the files hold tensors is not built.
     """
-    with _explained(folder), quiet_and_offline():
+    chosen = {} if dtype is None else {"dtype": dtype, "experts_implementation": "eager"}
+    with explained(folder), quiet_and_offline():
         model_class, config = _described(content, folder, limit)
         build = getattr(model_class, "_from_config", None) or model_class.from_config
         with torch.device("meta"), _at_most_modules(limit):
-            model = build(config, attn_implementation="eager")
+            model = build(config, attn_implementation="eager", **chosen)
         return Architecture(model)
 
 
@@ -157,7 +175,7 @@ def _described(content: Mapping[str, Any], folder: Path, limit: int) -> tuple[An
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     import transformers
 
     try:
@@ -225,7 +243,7 @@ def _at_most_modules(limit: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     from transformers.utils import logging as shown
 
     if not shown.is_progress_bar_enabled():

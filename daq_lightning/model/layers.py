@@ -1,18 +1,34 @@
-"""The layers of a model in training that compute with the weights of its checkpoint."""
+"""The layers of a model in memory that compute with the weights of its checkpoint."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
 if TYPE_CHECKING:
+    from daq_lightning.model.architecture import Architecture
     from daq_lightning.model.live import LiveModel
 
 
-def linear_layers(model: LiveModel, names: Iterable[str]) -> dict[str, tuple[nn.Module, ...]]:
+class Named(Protocol):
+    """A model whose modules are found by checkpoint names.
+
+    Attributes:
+        architecture: Of the model.
+        keys: Checkpoint name -> memory name.
+    """
+
+    @property
+    def architecture(self) -> Architecture: ...
+
+    @property
+    def keys(self) -> Mapping[str, str]: ...
+
+
+def linear_layers(model: Named, names: Iterable[str]) -> dict[str, tuple[nn.Module, ...]]:
     """Checkpoint name of a weight -> the layers that compute with it: one, or several that share it.
 
     Of a layer with adapters it is what PEFT put around it: it takes the same input, and at its output there

@@ -9,7 +9,7 @@ a document do not overlap, and a last one of a single token is left out, for not
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,15 @@ _VOCABULARIES = (
     "vocab.txt",
     "spiece.model",
 )
+_ADVICE = "pass a folder with one as --tokenizer"
 
 
-def load_tokenizer(folders: Sequence[str | os.PathLike[str]]) -> Any:
+def load_tokenizer(folders: Sequence[str | os.PathLike[str]], advice: str = _ADVICE) -> Any:
     """The tokenizer of the first folder that has one; no code of the folder is run.
+
+    Args:
+        folders: Where to look.
+        advice: What to do if there is none, for the error.
 
     Raises:
         ValueError: None has one, or transformers cannot read it.
@@ -45,7 +50,7 @@ def load_tokenizer(folders: Sequence[str | os.PathLike[str]]) -> Any:
                 raise ValueError(f"The tokenizer in {folder} cannot be read: {error}") from error
     raise ValueError(
         f"There is no tokenizer ({', '.join(_VOCABULARIES[:3])}, ...) in {' or '.join(map(str, folders))}: "
-        "pass a folder with one as --tokenizer."
+        f"{advice}."
     )
 
 
@@ -91,3 +96,15 @@ def _tokens(document: Document, tokenizer: Any) -> list[int]:
                 f"{document.place}: the messages do not fit the tokenizer's chat template: {error}"
             ) from error
         return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def most_tokens(config: Mapping[str, Any]) -> int | None:
+    """Tokens of a text that a model takes, by its config.json; None if that does not say."""
+    sizes = [text_field(config, name) for name in ("max_position_embeddings", "n_positions")]
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def text_field(config: Mapping[str, Any], name: str) -> Any:
+    """A field of a config.json, of the model or of the language model in it."""
+    inner = config.get("text_config")
+    return config.get(name, inner.get(name) if isinstance(inner, Mapping) else None)

@@ -31,15 +31,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from daq_lightning.checkpoint.tensor_file import write_tensors
+from daq_lightning.export.collected import AllCollected, Collected, InFile
 from daq_lightning.export.progress import size_text
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.model.layers import linear_layers
+from daq_lightning.model.observer import Layer, Observer, Sums
+from daq_lightning.model.parts import bytes_in, in_parts
 from daq_lightning.numerics.rounding.statistics import Curvature
 from daq_lightning.training import settings_check as check
-from daq_lightning.training.collected import AllCollected, Collected, InFile
 from daq_lightning.training.gradients import GradientObserver
-from daq_lightning.training.observer import Layer, Observer, Sums
-from daq_lightning.training.parts import bytes_in, in_parts
 from daq_lightning.training.strategies import why_not_observed
 
 if TYPE_CHECKING:

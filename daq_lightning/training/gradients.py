@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from daq_lightning.model.observer import Layer, Sums
 from daq_lightning.numerics.rounding.sums import KroneckerSum
-from daq_lightning.training.observer import Layer, Sums
 
 
 class GradientObserver:

@@ -17,11 +17,11 @@ from tiny_models import qwen3_moe
 from daq_lightning import DeltaAwareQuantization, ExportReport, load_checkpoint
 from daq_lightning.audit.recompute import differences, recompute
 from daq_lightning.export.ranks import ALONE
+from daq_lightning.model.observer import Layer
+from daq_lightning.model.parts import in_parts
 from daq_lightning.numerics.rounding.sums import KroneckerSum
 from daq_lightning.training import curvature as module
 from daq_lightning.training.curvature import batches_left
-from daq_lightning.training.observer import Layer
-from daq_lightning.training.parts import in_parts
 
 BATCH = 2 * 7
 """Tokens of a batch that a loss depends on: of two sequences of eight, the last predict nothing."""

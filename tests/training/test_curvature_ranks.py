@@ -90,9 +90,9 @@ def sums(folder: Path) -> None:
     import torch
     from live import tiny_llama
 
+    from daq_lightning.export.collected import AllCollected, Collected
     from daq_lightning.export.ranks import Ranks
-    from daq_lightning.training.collected import AllCollected, Collected
-    from daq_lightning.training.observer import Layer, Observer, Sums
+    from daq_lightning.model.observer import Layer, Observer, Sums
 
     world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if world > 1:

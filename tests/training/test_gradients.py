@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live import Tuning, fit
 from test_curvature import adapted, quantization, sources
 
-from daq_lightning.training.collected import AllCollected
+from daq_lightning.export.collected import AllCollected
 
 QKV, GATED = tuple(f"self_attn.{leaf}_proj" for leaf in "qkv"), ("mlp.gate_proj", "mlp.up_proj")
 SHARING = dict.fromkeys(QKV, QKV) | dict.fromkeys(GATED, GATED)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.tensor_file import read_header
 from daq_lightning.export.ranks import Agreement, Ranks
+from daq_lightning.model.observer import Sums
 from daq_lightning.numerics.rounding.statistics import Statistics
-from daq_lightning.training.observer import Sums
 
 _INPUTS, _OUTPUTS = "inputs:", "outputs:"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from daq_lightning.training.observer import Layer
+from daq_lightning.model.observer import Layer
 
 
 def in_parts(layers: Sequence[Layer], memory: int) -> tuple[list[list[Layer]], list[str]]:

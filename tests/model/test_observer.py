@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from daq_lightning.training.collected import AllCollected, Collected
-from daq_lightning.training.observer import Layer, Observer, Sums
+from daq_lightning.export.collected import AllCollected, Collected
+from daq_lightning.model.observer import Layer, Observer, Sums
 
 N, M, TOKENS = 6, 4, 10
 
