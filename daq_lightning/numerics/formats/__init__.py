@@ -57,8 +57,9 @@ class Format:
         return getattr(torch, self.dtype_name)
 
 
-ScaleFormat: TypeAlias = Literal["float32", "bfloat16", "ue8m0"]
-"""How a reader keeps a scale: float32, rounded to bfloat16, or a power of two."""
+ScaleFormat: TypeAlias = Literal["float32", "bfloat16", "ue8m0", "e4m3"]
+"""How a reader keeps a scale: float32, rounded to bfloat16, a power of two, or a value of E4M3 divided by one
+power of two that all groups of a weight share."""
 
 SCALE_FORMATS: tuple[str, ...] = get_args(ScaleFormat)
 
