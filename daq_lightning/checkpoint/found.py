@@ -29,6 +29,8 @@ SUFFIXES: Mapping[str, str] = {
 }
 """What is added to the name of a weight -> the part."""
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_PER_ELEMENT: Mapping[torch.dtype, int] = {torch.int32: 8, torch.uint8: 2}
+"""dtype of packed codes -> how many of four bits an element holds."""
 
 
 def found_weights(entries: Mapping[str, TensorSpec]) -> dict[str, dict[str, list[str]]]:
@@ -54,6 +56,18 @@ def found_weights(entries: Mapping[str, TensorSpec]) -> dict[str, dict[str, list
                 parts.setdefault(part, []).append(weight + suffix)
         found[weight] = parts
     return found
+
+
+def shape_of(weight: str, codes: TensorSpec) -> tuple[int, ...]:
+    """The shape of a weight, from its codes; a row fills its last element of packed ones.
+
+    Example:
+        >>> shape_of("a.weight", TensorSpec(name="a.weight_packed", dtype=torch.int32, shape=(2, 16)))
+        (2, 128)
+    """
+    if codes.name == weight or not codes.shape:
+        return codes.shape
+    return (*codes.shape[:-1], codes.shape[-1] * _PER_ELEMENT.get(codes.dtype, 1))
 
 
 def _is_plain(name: str, entry: TensorSpec, entries: Mapping[str, TensorSpec]) -> bool:

@@ -1,7 +1,7 @@
 """A checkpoint folder as a lazy mapping from names to tensors.
 
-A quantized folder looks like the checkpoint that it stands for: `X.weight` is dequantized as transformers does
-it, `dtype((float32(code) - zero) * float32(scale))`, and what it is stored as is not listed.
+A quantized folder looks like the checkpoint that it stands for: `X.weight` is dequantized as transformers
+does it, `dtype((float32(code) - zero) * float32(scale))`, and what it is stored as is not listed.
 """
 
 from __future__ import annotations

@@ -202,7 +202,8 @@ def choose_scheme(
         )
     if scheme.scale_format is not None and scale_format not in (None, scheme.scale_format):
         raise ValueError(
-            f"{name} stores its scales as {scheme.scale_format}: leave scale_format out, got {scale_format!r}."
+            f"{name} stores its scales as {scheme.scale_format}: leave scale_format out, got "
+            f"{scale_format!r}."
         )
     kept = scheme.scale_format or SCALES_KEPT[container]
     if scale_format not in (None, kept, "ue8m0"):

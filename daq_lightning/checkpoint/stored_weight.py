@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.found import ORDER
+from daq_lightning.checkpoint.found import ORDER, shape_of
 from daq_lightning.checkpoint.hints import Hints
 from daq_lightning.checkpoint.layouts.fp4 import PackedFp4
 from daq_lightning.checkpoint.layouts.int32 import PackedIntegers
@@ -111,23 +111,24 @@ class Recognizer:
             self._refuse(f"{name} is {_word(codes.dtype)}, expected float8_e4m3fn")
         if len(scales) != 1 or len(codes.shape) != 2:
             self._refuse(
-                f"{codes.name} of shape {codes.shape} holds codes of a quantized weight and has {len(scales)} "
-                f"scales; expected a matrix and exactly one of {name}_scale_inv, {name}_scale"
+                f"{codes.name} of shape {codes.shape} holds codes of a quantized weight and has "
+                f"{len(scales)} scales; expected a matrix and exactly one of {name}_scale_inv, {name}_scale"
             )
         if ORDER in parts:
             self._refuse(f"{parts[ORDER]} says that columns were quantized in another order (actorder=group)")
+        shape = shape_of(name, codes)
+        shape_MN = (shape[0], shape[1])
         if codes.name == name:
-            return self._plain(name, parts)
+            return self._plain(name, parts, shape_MN)
         if codes.dtype == torch.int32:
-            return self._integers(name, parts)
+            return self._integers(name, parts, shape_MN)
         if codes.dtype == torch.uint8:
-            return self._fp4(name, parts)
+            return self._fp4(name, parts, shape_MN)
         self._refuse(f"{codes.name} is {_word(codes.dtype)}, expected int32 or uint8")
 
-    def _plain(self, name: str, parts: Mapping[str, str]) -> StoredWeight:
+    def _plain(self, name: str, parts: Mapping[str, str], shape: tuple[int, int]) -> StoredWeight:
         """FP8 or int8 codes in the place of the weight."""
         codes, scale = self._entries[parts[CODES]], self._entries[parts[SCALE]]
-        shape = (codes.shape[0], codes.shape[1])
         if codes.dtype == torch.int8 and ZERO in parts:
             self._refuse(f"{parts[ZERO]}: weights with a zero point, other than integers of 4 bits")
         exponents = scale.dtype == torch.uint8 and bool(self._hints.groups)
@@ -145,13 +146,12 @@ class Recognizer:
             scales=ExponentScales() if exponents else NumberScales(scale.dtype),
         )
 
-    def _integers(self, name: str, parts: Mapping[str, str]) -> StoredWeight:
+    def _integers(self, name: str, parts: Mapping[str, str], shape: tuple[int, int]) -> StoredWeight:
         """Integers of four bits in int32."""
         codes, scale = self._entries[parts[CODES]], self._entries[parts[SCALE]]
         if self._hints.bits and 4 not in self._hints.bits:
             self._refuse(f"{codes.name} holds codes of {sorted(self._hints.bits)} bits, expected 4")
         self._check_number(scale)
-        shape = (codes.shape[0], codes.shape[1] * 8)
         granularity = self._along_rows(name, shape, scale)
         packed = PackedIntegers(asymmetric=ZERO in parts or self._hints.zero_points)
         self._check_parts(name, parts, packed, shape, granularity)
@@ -164,10 +164,9 @@ class Recognizer:
             scales=NumberScales(scale.dtype),
         )
 
-    def _fp4(self, name: str, parts: Mapping[str, str]) -> StoredWeight:
+    def _fp4(self, name: str, parts: Mapping[str, str], shape: tuple[int, int]) -> StoredWeight:
         """E2M1 in bytes, with scales in E4M3 or exponents."""
-        codes, scale = self._entries[parts[CODES]], self._entries[parts[SCALE]]
-        shape = (codes.shape[0], codes.shape[1] * 2)
+        scale = self._entries[parts[SCALE]]
         scales = E4M3Scales() if GLOBAL_SCALE in parts else ExponentScales()
         granularity = self._along_rows(name, shape, scale)
         self._check_parts(name, parts, scales, shape, granularity)
@@ -237,8 +236,8 @@ class Recognizer:
         known = self._hints.groups
         if known and cols // groups not in {*known, cols}:
             self._refuse(
-                f"the scale of {name} has shape {scale.shape}, which is one for {cols // groups} weights of a "
-                f"row, expected one for {' or '.join(map(str, sorted(known)))}"
+                f"the scale of {name} has shape {scale.shape}, which is one for {cols // groups} weights of "
+                f"a row, expected one for {' or '.join(map(str, sorted(known)))}"
             )
         return PerChannel() if groups == 1 else PerBlock(1, cols // groups)
 

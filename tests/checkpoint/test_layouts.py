@@ -1,5 +1,5 @@
-"""Packed tensors are those of compressed-tensors, bit for bit, and come back as the codes and scales that they
-were made from."""
+"""Packed tensors are those of compressed-tensors, bit for bit, and come back as the codes and scales that
+they were made from."""
 
 import json
 

@@ -19,7 +19,7 @@ Source: compressed-tensors 0.20, `QuantizationConfig` and `quant_scheme`; vLLM, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,12 +29,11 @@ from daq_lightning.checkpoint.layouts.int32 import PackedIntegers
 from daq_lightning.checkpoint.layouts.layout import Described, Layout
 from daq_lightning.checkpoint.layouts.parts import Codes, PlainCodes, Scales
 from daq_lightning.checkpoint.layouts.scales import E4M3Scales, ExponentScales, NumberScales
-from daq_lightning.checkpoint.schemes import SCHEMES, Activations, Scheme
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.formats import Format, PerBlock
 
 if TYPE_CHECKING:
-    from daq_lightning.checkpoint.schemes import Container
+    from daq_lightning.checkpoint.schemes import Activations, Container, Scheme
 
 _SAID = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
 """What tells the weights of one scheme from those of another."""
@@ -81,8 +80,12 @@ class CompressedTensorsLayout(Layout):
         }
 
 
-def read_compressed_tensors(quantization: Mapping[str, Any]) -> Described:
+def read_compressed_tensors(quantization: Mapping[str, Any], schemes: Iterable[Scheme]) -> Described:
     """What a `quantization_config` of this container says; it has no word for powers of two.
+
+    Args:
+        quantization: As in config.json.
+        schemes: Those that it may be of.
 
     Raises:
         CheckpointError: Several config groups, or weights that no scheme has.
@@ -94,14 +97,15 @@ def read_compressed_tensors(quantization: Mapping[str, Any]) -> Described:
     group = groups[0] if isinstance(groups[0], Mapping) else {}
     weights = group.get("weights")
     said = _said(weights) if isinstance(weights, Mapping) else {}
-    fitting = [scheme for scheme in SCHEMES.values() if _said(_weights(scheme)) == said]
     activations = bool(group.get("input_activations"))
-    for scheme in fitting:
-        if "compressed-tensors" in scheme.containers and scheme.quantized_activations == activations:
+    known = [scheme for scheme in schemes if "compressed-tensors" in scheme.containers]
+    for scheme in known:
+        if _said(_weights(scheme)) == said and scheme.quantized_activations == activations:
             return Described(scheme=scheme.name)
-    of = "with" if activations else "without"
+    names = ", ".join(scheme.name for scheme in known)
     raise CheckpointError(
-        f"weights {of} quantized activations should be as those of {', '.join(SCHEMES)}, got {weights}"
+        f"weights {'with' if activations else 'without'} quantized activations should be described as those "
+        f"of {names}, got {weights}"
     )
 
 
