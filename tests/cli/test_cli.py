@@ -117,7 +117,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(models, tmp_path, capsys):
     assert quantize(models, out, "--dry-run", "--ignore", "model.layers.0.self_attn.o_proj") == 0
     text = capsys.readouterr().out
     assert "ignored by pattern" in text
-    assert "6 of 12 tensors in FP8" in text
+    assert "6 of 12 tensors in FP8 (E4M3)" in text
     assert "6 of 6 FP8 weights are in" in text
     assert quantize(models, out, "--dry_run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
