@@ -5,8 +5,8 @@
 
 So one body is in memory at a time, and logits of a piece, never of the text. The export is built from the
 very bytes that were written, dequantized as its readers do it, ``dtype(code * scale)``, and its quantized
-modules see their input in FP8 as they do on a server, unless weights alone are asked for. Base and post run
-in the dtype of post, the export in its own.
+modules see their input quantized as they do on a server, unless weights alone are asked for. Base and post
+run in the dtype of post, the export in its own.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Evaluation:
         changed: Of these, tokens whose top training changed; None without a base.
         windows: Pieces of text that were read by themselves.
         scheme: Of the export.
-        quantized_activations: Whether the export's modules saw their input in FP8.
+        quantized_activations: Whether the export's modules saw their input quantized.
         dtype: What the export was dequantized to and ran in.
         reference_dtype: What post and base ran in.
-        unseen: Modules with FP8 weights whose input stayed as it was, though servers quantize it.
+        unseen: Modules with quantized weights whose input stayed as it was, though servers quantize it.
     """
 
     figures: Mapping[str, float]
@@ -84,7 +84,7 @@ def evaluate(
         windows: Tokens in pieces of two or more, each read by itself; see `daq_lightning.model.tokens`.
         device: Where to compute.
         batch_size: Windows that go through a body at a time.
-        weights_only: Leave activations in 16 bit, as no server of a scheme with FP8 activations does.
+        weights_only: Leave activations in 16 bit, as no server of a scheme with quantized activations does.
         progress: Whether to show a progress bar.
 
     Raises:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from daq_lightning.checkpoint.layouts import Layout, make_layout
 from daq_lightning.checkpoint.readers import check_readable, notes_on_readers
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.numerics.formats import PerBlock
 
 if TYPE_CHECKING:
+    from daq_lightning.checkpoint.layouts import Layout
+    from daq_lightning.checkpoint.schemes import Container
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.model.outline import Role
 
@@ -24,36 +25,44 @@ _LISTED = 8
 _PACKED_ROWS = 8  # of zero points in an int32
 
 
-def choose_layout(
-    settings: ExportSettings, chosen: Sequence[TensorSpec], roles: Mapping[str, Role]
-) -> tuple[Layout, list[str]]:
-    """The layout of an export, and what the user should know of it.
+def scheme_of(
+    settings: ExportSettings, chosen: Sequence[TensorSpec]
+) -> tuple[str, Container | None, list[str]]:
+    """The scheme and container that the settings mean, and what the user should know of the choice.
 
     Args:
         settings: What the user chose.
+        chosen: The weights to quantize.
+    """
+    odd = _odd(chosen, 128, 128)
+    if settings.scheme != "auto":
+        return settings.scheme, settings.container, []
+    if not odd:
+        return "FP8_BLOCK", settings.container, []
+    note = (
+        f"FP8_DYNAMIC instead of FP8_BLOCK: {len(odd)} weights have sizes that are not multiples of "
+        f"128, such as {odd[0].name} {odd[0].shape}."
+    )
+    return "FP8_DYNAMIC", None, [note]
+
+
+def check_layout(layout: Layout, chosen: Sequence[TensorSpec], roles: Mapping[str, Role]) -> list[str]:
+    """What the user should know of the readers of a layout.
+
+    Args:
+        layout: Of the export.
         chosen: The weights to quantize.
         roles: Name -> role, of all tensors.
 
     Raises:
         CheckpointError: Sizes that the scheme cannot hold, or readers that do not load it.
     """
-    scheme, container, notes = settings.scheme, settings.container, []
-    if scheme == "auto":
-        odd = _odd(chosen, 128, 128)
-        scheme = "FP8_DYNAMIC" if odd else "FP8_BLOCK"
-        if odd:
-            container = None
-            notes.append(
-                f"FP8_DYNAMIC instead of FP8_BLOCK: {len(odd)} weights have sizes that are not multiples of "
-                f"128, such as {odd[0].name} {odd[0].shape}."
-            )
-    layout = make_layout(scheme, container=container, scale_format=settings.scale_format)
     _check_sizes(layout, chosen)
     experts = any(roles[spec.name] == "expert" for spec in chosen)
     blocks = isinstance(layout.granularity, PerBlock) and layout.granularity.rows > 1
-    check_readable(scheme, layout.container, blocks=blocks, experts=experts)
+    check_readable(layout.scheme.name, layout.container, blocks=blocks, experts=experts)
     form = str(layout.quantization_config(()).get("format", ""))
-    return layout, notes + notes_on_readers(scheme, form, experts=experts)
+    return notes_on_readers(layout.scheme.name, form, experts=experts)
 
 
 def _check_sizes(layout: Layout, chosen: Sequence[TensorSpec]) -> None:

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from daq_lightning.checkpoint.layouts import Layout, make_layout
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.ignore import ignored_by
-from daq_lightning.export.layout_choice import choose_layout
+from daq_lightning.export.layout_choice import check_layout, scheme_of
 from daq_lightning.export.progress import size_text
 from daq_lightning.model.fusion import check_experts, check_fused, shared_input
 from daq_lightning.model.outline import Outline, Role, owner_of
 
 if TYPE_CHECKING:
-    from daq_lightning.checkpoint.layouts import Layout
     from daq_lightning.export.settings import ExportSettings
 
 _KEEP_REASON: Mapping[Role, str] = {
@@ -170,7 +170,9 @@ def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportS
         )
     check_fused({spec.name for spec in chosen}, roles)
     check_experts(chosen, specs, keys, roles)
-    layout, notes = choose_layout(settings, chosen, roles)
+    scheme, container, notes = scheme_of(settings, chosen)
+    layout = make_layout(scheme, container=container, scale_format=settings.scale_format)
+    notes += check_layout(layout, chosen, roles)
     dtype, masters = _kept_dtype(specs)
     doubles = sum(spec.dtype == torch.float64 for spec in chosen)
     if doubles:

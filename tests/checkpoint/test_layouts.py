@@ -11,6 +11,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
+from daq_lightning.checkpoint.families import FAMILIES
 from daq_lightning.checkpoint.layouts import make_layout, read_layout
 from daq_lightning.checkpoint.layouts.fp4 import pack_pairs, unpack_pairs
 from daq_lightning.checkpoint.layouts.int32 import pack_rows, unpack_rows
@@ -205,3 +206,9 @@ def test_formats_whose_scales_are_fixed_take_no_other(name):
             choose_scheme(name, scale_format=other)
     with pytest.raises(ValueError, match="has no fp8 container"):
         choose_scheme(name, "fp8")
+
+
+def test_every_scheme_has_a_family():
+    assert list(FAMILIES) == list(SCHEMES)
+    words = {"e4m3": "FP8", "int8": "INT8", "int4": "INT4", "e2m1": "FP4"}
+    assert {name: words[scheme.code] for name, scheme in SCHEMES.items()} == FAMILIES
