@@ -109,7 +109,8 @@ def _weight(name: str, states: list[str], entries: Mapping[str, TensorSpec], rea
     state = states[0]
     check(state.rpartition("__")[2] in _KINDS, f"{state} is none of {', '.join(_KINDS)}")
     said = _json(read(state)) if entries[state].dtype == torch.uint8 else {}
-    shape, block = said.get("shape"), said.get("blocksize")
+    shape: Any = said.get("shape")
+    block: Any = said.get("blocksize")
     sized = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
     check(sized and _is_size(block), f"{state} does not hold its shape and block size")
     nested = "nested_blocksize" in said
