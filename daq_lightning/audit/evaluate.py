@@ -5,8 +5,8 @@
 
 So one body is in memory at a time, and logits of a piece, never of the text. The export is built from the
 very bytes that were written, dequantized as its readers do it, ``dtype(code * scale)``, and its quantized
-modules see their input in FP8 as they do on a server, unless weights alone are asked for. Base and post run
-in the dtype of post, the export in its own.
+modules see their input quantized as they do on a server, unless weights alone are asked for. Base and post
+run in the dtype of post, the export in its own.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Evaluation:
         changed: Of these, tokens whose top training changed; None without a base.
         windows: Pieces of text that were read by themselves.
         scheme: Of the export.
-        quantized_activations: Whether the export's modules saw their input in FP8.
+        quantized_activations: Whether the export's modules saw their input quantized.
         dtype: What the export was dequantized to and ran in.
         reference_dtype: What post and base ran in.
-        unseen: Modules with FP8 weights whose input stayed as it was, though servers quantize it.
+        unseen: Modules with quantized weights whose input stayed as it was, though servers quantize it.
     """
 
     figures: Mapping[str, float]
@@ -85,7 +85,7 @@ def evaluate(
         windows: Tokens in pieces of two or more, each read by itself; see `daq_lightning.model.tokens`.
         device: Where to compute.
         batch_size: Windows that go through a body at a time.
-        weights_only: Leave activations in 16 bit, as no server of a scheme with FP8 activations does.
+        weights_only: Leave activations in 16 bit, as no server of a scheme with quantized activations does.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -148,7 +148,7 @@ class _Served:
         self._modules: list[nn.Module] = []
         self.unseen: tuple[str, ...] = ()
         if scheme is not None:
-            self._modules, self.unseen = _quantized_modules(model, files, scheme)
+            self._modules, self.unseen = _quantized_modules(model, files)
 
     def try_on(self, tokens: Sequence[int]) -> None:
         """Raises `CheckpointError` if the model does not work in halves."""
@@ -174,11 +174,9 @@ class _Served:
         return quantized_activations(self._modules, self._scheme)
 
 
-def _quantized_modules(
-    model: nn.Module, files: Checkpoint, scheme: Scheme
-) -> tuple[list[nn.Module], tuple[str, ...]]:
+def _quantized_modules(model: nn.Module, files: Checkpoint) -> tuple[list[nn.Module], tuple[str, ...]]:
     """The modules with quantized weights, and the names of those whose input cannot be quantized."""
-    codes = [name for name, entry in files.raw.entries.items() if entry.dtype == scheme.format.dtype]
+    codes = [name for name in files if files.stored(name) is not None]
     keys = Architecture(model).keys_of(codes)
     owners = dict.fromkeys(owner_of(keys[name]) for name in codes)
     modules = {name: model.get_submodule(name) for name in owners}

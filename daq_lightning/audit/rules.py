@@ -1,4 +1,5 @@
-"""The rules that readers of an FP8 folder rely on, one function each.
+"""The rules that readers of a quantized folder rely on, one function each; those of single tensors are in
+`tensor_rules`.
 
 A rule looks at the files as they are stored and yields what is wrong, one line per problem. `CHECKS` lists
 them with what to do about it.
@@ -8,30 +9,34 @@ Sources: the readers, as listed in `daq_lightning.checkpoint.layouts`.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch import Tensor
 
+from daq_lightning.audit.tensor_rules import (
+    check_packing,
+    check_parts,
+    check_scale_values,
+    check_sizes,
+    check_values,
+)
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE, config_dtype, read_index
+from daq_lightning.checkpoint.found import SUFFIXES
 from daq_lightning.checkpoint.layouts import read_layout
+from daq_lightning.checkpoint.layouts.parts import GLOBAL_SCALE
 from daq_lightning.checkpoint.tensor_file import read_metadata
 from daq_lightning.model.fusion import FUSED
 from daq_lightning.model.outline import matches
-from daq_lightning.numerics.formats import PerBlock
 from daq_lightning.report.figures import ExportReport
 
 if TYPE_CHECKING:
     from daq_lightning.audit.verify import Stored
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WEIGHT_FILES = frozenset(
     [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".tmp", ".incomplete"]
 )
-SUFFIXES = ("_scale_inv", "_scale")
 
 
 class UnknownError(Exception):
@@ -78,7 +83,7 @@ def _check_config(stored: Stored) -> Iterator[str]:
         except ValueError as error:
             yield str(error).rstrip(".")
     if not stored.codes:
-        yield "config.json speaks of FP8, but no tensor holds FP8 codes"
+        yield "config.json speaks of quantized weights, but no tensor holds codes"
     levels = {"config.json": config} | {
         key: level for key, level in config.items() if isinstance(level, Mapping)
     }
@@ -94,70 +99,12 @@ def _check_config(stored: Stored) -> Iterator[str]:
             yield str(error.__cause__).rstrip(".")
 
 
-def _check_scales(stored: Stored) -> Iterator[str]:
-    for name, scales in stored.scales.items():
-        entry, expected = stored.entry(name), stored.layout.scale_name(name)
-        if entry.dtype != torch.float8_e4m3fn or len(entry.shape) != 2:
-            yield f"{name} is {entry.dtype} {entry.shape}, expected a matrix of float8_e4m3fn"
-        elif scales != [expected]:
-            yield f"{name} has {' and '.join(scales) or 'no scale'}, expected exactly {expected}"
-        else:
-            scale, shape = stored.entry(expected), stored.layout.stored(entry)["scale"].shape
-            if (scale.dtype, scale.shape) != (torch.float32, shape):
-                yield f"{expected} is {scale.dtype} {scale.shape}, expected float32 {shape}"
-    for name in stored.names:
-        weight = next(
-            (name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(".weight" + suffix)), None
-        )
-        if weight is not None:
-            holds = stored.entry(weight).dtype if weight in stored.raw.entries else "nothing"
-            yield f"{name} is the scale of nothing: {weight} holds {holds}"
-
-
-def _check_scale_values(stored: Stored) -> Iterator[str]:
-    for scale_name in (scale for scales in stored.scales.values() for scale in scales):
-        scale = stored.raw[scale_name].float()
-        wrong = int((~(scale.isfinite() & (scale > 0))).sum())
-        if wrong:
-            yield f"{scale_name} has {wrong} values that are not finite and > 0"
-        elif stored.layout.scale_format == "ue8m0" and not powers_of_two(scale):
-            yield f"{scale_name} is not all powers of two, which scale_fmt ue8m0 promises"
-        elif stored.layout.scale_format == "bfloat16" and not bool((scale == scale.bfloat16().float()).all()):
-            yield f"{scale_name} has values that bfloat16 cannot hold: transformers would round them"
-
-
-def powers_of_two(scale: Tensor) -> bool:
-    """Whether every scale is a power of two."""
-    return bool((torch.frexp(scale.float()).mantissa == 0.5).all())
-
-
-def _check_values(stored: Stored) -> Iterator[str]:
-    for name in stored.names:
-        dtype = stored.entry(name).dtype
-        if dtype == torch.float8_e4m3fn:
-            wrong = int(((stored.raw[name].view(torch.uint8) & 0x7F) == 0x7F).sum())
-        elif dtype.is_floating_point and dtype not in FP8 and math.prod(stored.entry(name).shape):
-            low, high = stored.raw[name].aminmax()
-            wrong = 0 if bool(low.isfinite() & high.isfinite()) else int((~stored.raw[name].isfinite()).sum())
-        else:
-            wrong = 0
-        if wrong:
-            yield f"{name} has {wrong} NaN or Inf values"
-
-
-def _check_sizes(stored: Stored) -> Iterator[str]:
-    if isinstance(stored.layout.granularity, PerBlock):
-        for name in stored.codes:
-            if any(size % 128 for size in stored.entry(name).shape):
-                yield f"{name} has the shape {stored.entry(name).shape}"
-
-
 def _check_modules(stored: Stored) -> Iterator[str]:
     for name in stored.codes:
         role = stored.role(name)
         if role not in ("linear", "expert"):
             what = "not the weight of a Linear module" if role == "other" else f"of the kind {role!r}"
-            yield f"{name} is in FP8, but {what}: readers keep it in high precision"
+            yield f"{name} is quantized, but {what}: readers keep it in high precision"
 
 
 def _check_ignore(stored: Stored) -> Iterator[str]:
@@ -183,15 +130,24 @@ def _check_ignore(stored: Stored) -> Iterator[str]:
 
 
 def _check_fused(stored: Stored) -> Iterator[str]:
-    codes = set(stored.codes)
+    codes, present = set(stored.codes), set(stored.names)
     for group in FUSED:
         for first in (name for name in stored.names if name.endswith(f".{group[0]}.weight")):
             prefix = first.removesuffix(f"{group[0]}.weight")
-            shards = [
-                name for name in (f"{prefix}{leaf}.weight" for leaf in group) if name in stored.raw.entries
-            ]
+            every = (f"{prefix}{leaf}.weight" for leaf in group)
+            shards = [name for name in every if name in present]
             if 0 < len(codes.intersection(shards)) < len(shards):
-                yield f"of {', '.join(shards)} only {', '.join(sorted(codes.intersection(shards)))} in FP8"
+                quantized = ", ".join(sorted(codes.intersection(shards)))
+                yield f"of {', '.join(shards)} only {quantized} quantized"
+            yield from _different_globals(stored, [name for name in shards if name in codes])
+
+
+def _different_globals(stored: Stored, shards: list[str]) -> Iterator[str]:
+    """Of global scales servers take one for all weights that they fuse."""
+    names = [name for shard in shards for name in stored.found[shard].get(GLOBAL_SCALE, ())]
+    values = {name: stored.raw[name].flatten().tolist() for name in names}
+    if len({tuple(value) for value in values.values()}) > 1:
+        yield f"{', '.join(values)} differ: servers use one of them for all these weights"
 
 
 def _check_ties(stored: Stored) -> Iterator[str]:
@@ -205,17 +161,17 @@ def _check_ties(stored: Stored) -> Iterator[str]:
 
 def _check_complete(stored: Stored) -> Iterator[str]:
     outline, counts = stored.outline, Counter(stored.keys.values())
-    part = {key: stored.entry(name) for name, key in stored.keys.items()}
+    part = {key: stored.shape(name) for name, key in stored.keys.items()}
     for key, shape in outline.parameters.items():
         if key in outline.ties or key in outline.copies or matches(outline.may_lack, key):
             continue
         if key not in part:
             yield f"{key} is missing"
-        elif len(shape) == 3 and len(part[key].shape) == 2 and counts[key] % shape[0]:
+        elif len(shape) == 3 and len(part[key]) == 2 and counts[key] % shape[0]:
             yield f"{key} has {counts[key]} parts for {shape[0]} experts"
     for name, key in stored.keys.items():
-        scale = name.endswith(tuple(".weight" + suffix for suffix in SUFFIXES))
-        if key not in outline.tensors and not scale and not matches(outline.may_add, key):
+        orphan = name.endswith(tuple(".weight" + suffix for suffix in SUFFIXES))
+        if key not in outline.tensors and not orphan and not matches(outline.may_add, key):
             yield f"{name} is no tensor of {outline.model}"
 
 
@@ -240,14 +196,15 @@ CHECKS: tuple[tuple[str, str, CheckFunction], ...] = (
         _check_leftovers,
     ),
     ("config.json", "Restore the config.json of the export, or export again.", _check_config),
-    ("one scale per weight", "Export again: a reader would use other scales, or none.", _check_scales),
-    ("scale values", "Export again: these scales do not survive loading.", _check_scale_values),
-    ("finite values", "Export again from a checkpoint before the training run diverged.", _check_values),
-    ("sizes fit the blocks", "Export with --scheme FP8_DYNAMIC, which has one scale per row.", _check_sizes),
+    ("one scale per weight", "Export again: a reader would use other scales, or none.", check_parts),
+    ("scale values", "Export again: these scales do not survive loading.", check_scale_values),
+    ("finite values", "Export again from a checkpoint before the training run diverged.", check_values),
+    ("packed codes", "Export again: readers unpack other codes than were meant.", check_packing),
+    ("sizes fit the blocks", "Export with --scheme FP8_DYNAMIC, which has one scale per row.", check_sizes),
     ("quantized modules", "Export again and keep them: --ignore NAME.", _check_modules),
     (
         "ignore list",
-        "Correct the list in quantization_config: full names of all Linear modules not in FP8.",
+        "Correct the list in quantization_config: full names of all Linear modules not quantized.",
         _check_ignore,
     ),
     (

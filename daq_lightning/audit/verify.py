@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from daq_lightning.audit.rules import CHECKS, FP8, SUFFIXES, UnknownError
+from daq_lightning.audit.rules import CHECKS, UnknownError
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST, RawCheckpoint
+from daq_lightning.checkpoint.found import found_weights, shape_of
 from daq_lightning.checkpoint.layouts import Layout, listed_modules, read_layout
+from daq_lightning.checkpoint.layouts.parts import CODES
 from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.checkpoint.patterns import BoundedMatcher
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry
@@ -51,16 +53,21 @@ class Stored:
 
     def __init__(self, raw: RawCheckpoint) -> None:
         self.raw, self.folder = raw, raw.path
-        self.codes = [name for name, entry in raw.entries.items() if entry.dtype in FP8]
-        self.scales = {
-            name: [name + suffix for suffix in SUFFIXES if name + suffix in raw.entries]
-            for name in self.codes
-        }
-        hidden = {scale for scales in self.scales.values() for scale in scales}
-        self.names = [name for name in raw.entries if name not in hidden]
+        self.found = found_weights(raw.entries)
+        self.codes = list(self.found)
+        weight_of = {parts[CODES][0]: weight for weight, parts in self.found.items()}
+        hidden = {name for parts in self.found.values() for names in parts.values() for name in names}
+        self.names = [
+            weight_of.get(name, name) for name in raw.entries if name in weight_of or name not in hidden
+        ]
 
     def entry(self, name: str) -> TensorEntry:
-        return self.raw.entries[name]
+        """The tensor of a name; of a quantized weight, its codes."""
+        return self.raw.entries[self.found[name][CODES][0] if name in self.found else name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the weight, however its codes are packed."""
+        return shape_of(name, self.entry(name)) if name in self.found else self.entry(name).shape
 
     @cached_property
     def layout(self) -> Layout:
@@ -81,7 +88,7 @@ class Stored:
         return self.outline.keys
 
     def role(self, name: str) -> Role:
-        return self.outline.role(self.keys[name], len(self.entry(name).shape))
+        return self.outline.role(self.keys[name], len(self.shape(name)))
 
     @cached_property
     def manifest(self) -> Manifest | None:
@@ -110,28 +117,28 @@ class Stored:
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> list[str]:
-    """The problems that readers of an FP8 folder would have; see `run_checks`."""
+    """The problems that readers of a quantized folder would have; see `run_checks`."""
     return [f"{check.name}: {problem}" for check in run_checks(folder) for problem in check.problems]
 
 
 def run_checks(folder: str | os.PathLike[str]) -> list[Check]:
-    """Runs every check on an FP8 checkpoint folder. Reads all tensors once, one at a time.
+    """Runs every check on a quantized checkpoint folder. Reads all tensors once, one at a time.
 
     Raises:
-        CheckpointError: Not a folder, no safetensors in it, or nothing in it speaks of FP8.
+        CheckpointError: Not a folder, no safetensors in it, or nothing in it is quantized.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: expected an exported FP8 checkpoint.")
+        raise CheckpointError(f"{path} is not a folder: expected an exported checkpoint.")
     if not any(path.glob("*.safetensors")) and not (path / INDEX).exists():
-        raise CheckpointError(f"{path} has no safetensors files: expected an exported FP8 checkpoint.")
+        raise CheckpointError(f"{path} has no safetensors files: expected an exported checkpoint.")
     try:
         stored = Stored(RawCheckpoint(path))
     except CheckpointError as error:
         return [Check(name="files", problems=(str(error),), remedy="Copy the folder again, or export again.")]
     if not stored.codes and not stored.raw.quantization:
         raise CheckpointError(
-            f"{path} holds no FP8 weights: make an FP8 checkpoint with `daq-lightning quantize`."
+            f"{path} holds no quantized weights: make a quantized checkpoint with `daq-lightning quantize`."
         )
     results = []
     for name, remedy, check in CHECKS:

@@ -22,9 +22,8 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
-import torch
-
 from daq_lightning.checkpoint.folder import CARD, INDEX, MANIFEST, SINGLE, read_index, read_json, sha256_of
+from daq_lightning.checkpoint.layouts.parts import CODES, GLOBAL_SCALE, SCALE, SHAPE, ZERO
 from daq_lightning.checkpoint.tensor_file import CheckpointError, read_header
 
 FORMAT_VERSION = 1
@@ -70,7 +69,8 @@ class Manifest:
         settings: Of the search and the plan.
         versions: Of the packages that made it.
         lineage: Its place in a chain.
-        tensors: Name -> fingerprints: "base" (or ""), "weights" (dtype -> fingerprint), "codes", "scale".
+        tensors: Name -> fingerprints: "base" (or ""), "weights" (dtype -> fingerprint), and the parts of its
+            layout: "codes", "scale", and what else there is.
         kept: Name -> fingerprint of the stored tensor.
         files: Name -> size and SHA-256 of every file that holds no tensors.
         training: Where in a training run it was made: step, epoch, checkpoint.
@@ -94,10 +94,22 @@ class Manifest:
 
     def stored(self) -> dict[str, str]:
         """Name -> fingerprint of every tensor in the files: kept ones, codes and scales."""
-        suffix = "_scale_inv" if self.quantization_config.get("quant_method") == "fp8" else "_scale"
-        codes = {name: prints["codes"] for name, prints in self.tensors.items()}
-        scales = {name + suffix: prints["scale"] for name, prints in self.tensors.items()}
-        return {**self.kept, **codes, **scales}
+        packed = "pack" in str(self.quantization_config.get("format"))
+        inverse = self.quantization_config.get("quant_method") == "fp8"
+        suffixes = {
+            CODES: "_packed" if packed else "",
+            SCALE: "_scale_inv" if inverse else "_scale",
+            ZERO: "_zero_point",
+            GLOBAL_SCALE: "_global_scale",
+            SHAPE: "_shape",
+        }
+        parts = {
+            name + suffix: prints[part]
+            for name, prints in self.tensors.items()
+            for part, suffix in suffixes.items()
+            if part in prints
+        }
+        return {**self.kept, **parts}
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file."""
@@ -150,10 +162,12 @@ def _check_shape(content: Mapping[str, Any], path: Path) -> None:
     for name in ("quantization_config", "settings", "versions", "tensors", "kept", "files", "training"):
         check(isinstance(content[name], dict), f"an object in {name}")
     check(all(map(_is_text, content["kept"].values())), "a fingerprint for every kept tensor")
+    needed = (CODES, SCALE)
+    known = {"base", "weights", *needed, ZERO, GLOBAL_SCALE, SHAPE}
     for name, prints in content["tensors"].items():
-        described = isinstance(prints, dict) and set(prints) == {"base", "weights", "codes", "scale"}
+        described = isinstance(prints, dict) and {"base", "weights", *needed} <= set(prints) <= known
         check(described, f"base, weights, codes and scale of {name}")
-        check(all(_is_text(prints[key]) for key in ("base", "codes", "scale")), f"fingerprints of {name}")
+        check(all(_is_text(prints[key]) for key in set(prints) - {"weights"}), f"fingerprints of {name}")
         forms = prints["weights"]
         check(
             isinstance(forms, dict) and all(map(_is_text, forms.values())),
@@ -206,7 +220,7 @@ def _holds_only(file: Path, manifest: Manifest) -> bool:
         return file.suffix == ".safetensors"
     stored = manifest.stored()
     return all(
-        name in stored and (name not in manifest.tensors or entry.dtype == torch.float8_e4m3fn)
+        name in stored and (name not in manifest.tensors or entry.dtype.itemsize == 1)
         for name, entry in entries.items()
     )
 

@@ -1,37 +1,44 @@
 """A checkpoint folder as a lazy mapping from names to tensors.
 
-An FP8 folder looks like the checkpoint that it stands for: `X.weight` is dequantized as transformers does it,
-`dtype(float32(code) * float32(scale))`, and its scale is not listed.
+A quantized folder looks like the checkpoint that it stands for: `X.weight` is dequantized as transformers
+does it, `dtype((float32(code) - zero) * float32(scale))`, and what it is stored as is not listed. So are
+folders that bitsandbytes made for QLoRA, in four bits.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.bitsandbytes import FourBitWeight, four_bit_weights
 from daq_lightning.checkpoint.folder import RawCheckpoint, config_dtype
+from daq_lightning.checkpoint.found import found_weights
+from daq_lightning.checkpoint.layouts.parts import CODES, Unpacked
+from daq_lightning.checkpoint.stored_weight import Recognizer, StoredWeight
 from daq_lightning.checkpoint.tensor_file import CheckpointError, DescribedTensors, TensorSpec
-from daq_lightning.numerics.formats import Granularity, PerBlock, PerChannel, PerTensor
+from daq_lightning.numerics.formats import Granularity
 from daq_lightning.numerics.quantize import dequantize
 
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.buffers import Buffers
 
-_SCALES = ("_scale_inv", "_scale")
-_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 _PACKED = (".weight_packed", ".qweight", ".weight_global_scale", ".weight_shape", "_proj_blocks")
-_ACTIVATION_SCALES = ("input_scale", "output_scale", "weight_zero_point", "activation_scale")
+_ACTIVATION_SCALES = (
+    "input_scale",
+    "input_global_scale",
+    "output_scale",
+    "weight_zero_point",
+    "activation_scale",
+)
 _CACHE_SCALES = ("q_scale", "k_scale", "v_scale", "prob_output_scale", "kv_scale")
-_FP8 = torch.float8_e4m3fn
 
 
 class Checkpoint(DescribedTensors):
-    """A checkpoint folder in high precision: FP8 weights are dequantized, one tensor at a time.
+    """A checkpoint folder in high precision: quantized weights are dequantized, one tensor at a time.
 
     Args:
         path: As for `RawCheckpoint`.
@@ -42,26 +49,32 @@ class Checkpoint(DescribedTensors):
         specs: Name, dtype and shape of every tensor, without reading any.
 
     Raises:
-        CheckpointError: As for `RawCheckpoint`, or FP8 codes without a scale of a known shape.
+        CheckpointError: As for `RawCheckpoint`, or codes without a scale of a known shape.
     """
 
     def __init__(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         self.raw = RawCheckpoint(path)
         self.path, self.config = self.raw.path, self.raw.config
         self.dtype = dtype or config_dtype(self.config) or torch.bfloat16
-        self._block = _block_size(self.raw.quantization, self.path)
-        codes = [name for name, entry in self.raw.entries.items() if entry.dtype == _FP8]
-        self._scales = {name: self._scale_of(name) for name in codes}
-        self._granularities = {name: self._granularity_of(name) for name in codes}
-        hidden = set(self._scales.values())
-        self._check_foreign(hidden)
-        self.specs = {
-            name: TensorSpec(
-                name=name, dtype=self.dtype if name in self._scales else entry.dtype, shape=entry.shape
-            )
-            for name, entry in self.raw.entries.items()
-            if name not in hidden and not self._belongs_to_quantization(name)
+        recognizer = Recognizer(self.raw.entries, self.raw.quantization, self.path)
+        self._weights = {
+            name: recognizer.weight(name, found) for name, found in found_weights(self.raw.entries).items()
         }
+        self._four_bit = four_bit_weights(self.raw.entries, self.raw.read)
+        every = [*self._weights.values(), *self._four_bit.values()]
+        hidden = {part for weight in every for part in weight.parts.values()}
+        self._check_foreign(hidden)
+        by_codes: dict[str, StoredWeight | FourBitWeight] = {
+            **{weight.parts[CODES]: weight for weight in self._weights.values()},
+            **self._four_bit,
+        }
+        self.specs = {}
+        for name, entry in self.raw.entries.items():
+            if name in by_codes:
+                weight = by_codes[name]
+                self.specs[weight.name] = TensorSpec(name=weight.name, dtype=self.dtype, shape=weight.shape)
+            elif name not in hidden and not self._belongs_to_quantization(name):
+                self.specs[name] = TensorSpec(name=name, dtype=entry.dtype, shape=entry.shape)
 
     @property
     def places(self) -> tuple[Path, ...]:
@@ -70,8 +83,8 @@ class Checkpoint(DescribedTensors):
 
     @property
     def quantized(self) -> bool:
-        """Whether any weight is stored in FP8."""
-        return bool(self._scales)
+        """Whether any weight is stored as codes."""
+        return bool(self._weights or self._four_bit)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
@@ -85,62 +98,45 @@ class Checkpoint(DescribedTensors):
         """
         if name not in self.specs:
             raise KeyError(name)
-        if name not in self._scales:
+        if name in self._four_bit:
+            return self._four_bit[name].dequantize(lambda part: self.raw.read(part, buffers), self.dtype)
+        if name not in self._weights:
             return self.raw.read(name, buffers)
-        codes, scale = self.raw.read(name, buffers), self.raw.read(self._scales[name], buffers)
-        if scale.dtype == torch.float8_e8m0fnu:
-            scale = scale.float()
-        granularity = self._granularities[name]
-        scale = scale.reshape(granularity.grid((codes.shape[0], codes.shape[1])))
-        return dequantize(codes, scale, granularity, self.dtype)
+        unpacked = self.unpacked(name, buffers)
+        return dequantize(unpacked.centered, unpacked.scale, self.granularity(name), self.dtype)
+
+    def unpacked(self, name: str, buffers: Buffers | None = None) -> Unpacked:
+        """Codes, scale and zero points of a quantized weight.
+
+        Args:
+            name: Of the weight.
+            buffers: Where the memory of what is read comes from; None takes new memory.
+
+        Raises:
+            CheckpointError: What is stored beside the codes contradicts them.
+        """
+        return self._weights[name].unpack(lambda part: self.raw.read(part, buffers))
 
     def granularity(self, name: str) -> Granularity:
-        """Which elements of an FP8 weight share a scale."""
-        return self._granularities[name]
+        """Which elements of a quantized weight share a scale."""
+        return self._weights[name].granularity
 
-    def _granularity_of(self, name: str) -> Granularity:
-        """From the shape of the scale and config.json."""
-        shape, scale = self.raw.entries[name].shape, self.raw.entries[self._scales[name]].shape
-        shape_MN = (shape[0], shape[1])
-        candidates: list[Granularity] = [PerChannel(), PerTensor()] if self._block is None else [self._block]
-        for granularity in candidates:
-            squeezed = tuple(size for size in granularity.grid(shape_MN) if size != 1)
-            if scale == granularity.grid(shape_MN) or (
-                not isinstance(granularity, PerBlock)
-                and tuple(size for size in scale if size != 1) == squeezed
-            ):
-                return granularity
-        raise CheckpointError(
-            f"{self.path}: the scale of {name} has shape {scale}, which fits a weight of shape {shape} under "
-            f"none of {', '.join(map(str, candidates))}; the quantization_config is "
-            f"{self.raw.quantization or 'missing'}."
-        )
+    def stored(self, name: str) -> StoredWeight | None:
+        """How a weight is quantized; None if it is not, or by bitsandbytes."""
+        return self._weights.get(name)
 
-    def _scale_of(self, name: str) -> str:
-        found = [name + suffix for suffix in _SCALES if name + suffix in self.raw.entries]
-        if len(found) != 1 or len(self.raw.entries[name].shape) != 2:
-            raise CheckpointError(
-                f"{self.path}: {name} of shape {self.raw.entries[name].shape} holds FP8 codes and has "
-                f"{len(found)} scales; expected a matrix and exactly one of "
-                f"{', '.join(name + suffix for suffix in _SCALES)}."
-            )
-        dtype = self.raw.entries[found[0]].dtype
-        if dtype not in _SCALE_DTYPES:
-            raise CheckpointError(
-                f"{self.path}: {found[0]} is {str(dtype).removeprefix('torch.')}, expected a scale in one of "
-                f"{', '.join(str(known).removeprefix('torch.') for known in _SCALE_DTYPES)}."
-            )
-        return found[0]
-
-    def _check_foreign(self, scales: set[str]) -> None:
-        """Refuses weights quantized otherwise than by FP8 codes and scale: they would pass as plain ones."""
+    def _check_foreign(self, known: set[str]) -> None:
+        """Refuses weights quantized otherwise than by codes and scale: they would pass as plain ones."""
         odd = [
             name
             for name, entry in self.raw.entries.items()
-            if name.endswith(_PACKED)
-            or (name.endswith((".weight_scale", ".weight_scale_inv")) and name not in scales)
-            or (entry.dtype.itemsize == 1 and entry.dtype not in (_FP8, torch.bool) and name not in scales
-                and name.endswith((".weight", "_proj")))
+            if name not in known
+            and (
+                name.endswith(_PACKED)
+                or name.endswith((".weight_scale", ".weight_scale_inv"))
+                or (entry.dtype.itemsize == 1 and entry.dtype != torch.bool
+                    and name.endswith((".weight", "_proj")))
+            )
         ]  # fmt: skip
         if odd:
             listed = ", ".join(
@@ -148,20 +144,21 @@ class Checkpoint(DescribedTensors):
             )
             raise CheckpointError(
                 f"{self.path}: {len(odd)} tensors belong to weights that are not FP8 (e4m3) codes with one "
-                f"scale: {listed}. Its quantization_config is {self.raw.quantization or 'missing'}. Pass the "
-                "checkpoint in high precision, or one in FP8."
+                f"scale, nor packed as compressed-tensors or bitsandbytes (4 bit) do it: {listed}. Its "
+                f"quantization_config is {self.raw.quantization or 'missing'}. Pass the checkpoint in high "
+                "precision, or one in a format of `daq-lightning quantize --help`."
             )
 
     def _belongs_to_quantization(self, name: str) -> bool:
         """Scales of activations and of the cache do not outlive the quantization of the weights."""
         owner, _, leaf = name.rpartition(".")
         if leaf in _ACTIVATION_SCALES:
-            return f"{owner}.weight" in self._scales
-        return bool(self._scales) and leaf in _CACHE_SCALES
+            return f"{owner}.weight" in self._weights
+        return bool(self._weights) and leaf in _CACHE_SCALES
 
 
 def load_checkpoint(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Checkpoint:
-    """Opens a checkpoint folder, FP8 or not, as a lazy mapping from names to tensors.
+    """Opens a checkpoint folder, quantized or not, as a lazy mapping from names to tensors.
 
     Args:
         path: A folder (or file) of safetensors.
@@ -174,22 +171,3 @@ def load_checkpoint(path: str | os.PathLike[str], dtype: torch.dtype | None = No
         CheckpointError: The path does not exist, has no safetensors, or its files contradict each other.
     """
     return Checkpoint(path, dtype)
-
-
-def _block_size(quantization: Mapping[str, Any], path: Path) -> PerBlock | None:
-    """The size of the blocks that share a scale; None if no block layout is described."""
-    try:
-        sizes = [quantization["weight_block_size"]] if quantization.get("weight_block_size") else []
-        for group in (quantization.get("config_groups") or {}).values():
-            weights = group.get("weights") or {}
-            if weights.get("strategy") == "block":
-                sizes.append(weights["block_structure"])
-            if weights.get("symmetric") is False:
-                raise ValueError("weights with a zero point")
-        if len({tuple(size) for size in sizes}) > 1:
-            raise ValueError("blocks of several sizes")
-        return PerBlock(*map(int, sizes[0])) if sizes else None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: the quantization_config {quantization} cannot be followed: {error}."
-        ) from error

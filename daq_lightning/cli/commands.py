@@ -22,7 +22,7 @@ _SHOWN = 5  # differing weights in the text of inspect
 
 
 def quantize(options: Namespace) -> int:
-    """Writes an FP8 checkpoint, or shows what would be written."""
+    """Writes a quantized checkpoint, or shows what would be written."""
     from daq_lightning.cli.ranks import all_ranks, device_of_rank
     from daq_lightning.export.calibration import Calibration
     from daq_lightning.export.job import prepare
@@ -136,7 +136,7 @@ def _show_plan(job: Job, options: Namespace) -> int:
     quantized, missing = len(job.plan.quantized), len(job.without_base)
     print(job.plan.table())
     base: Any = job.base
-    print(f"base: {quantized - missing} of {quantized} FP8 weights are in {base.path}")
+    print(f"base: {quantized - missing} of {quantized} weights to quantize are in {base.path}")
     print("".join(f"  {name}: plain scale, {why}\n" for name, why in job.without_base.items()), end="")
     if job.calibration is not None:
         print(f"calibration: {job.calibration.source}")
@@ -231,7 +231,7 @@ def chain(options: Namespace) -> int:
 
 
 def verify(options: Namespace) -> int:
-    """Checks an FP8 folder against what its readers need."""
+    """Checks a quantized folder against what its readers need."""
     from daq_lightning.audit.verify import checklist, run_checks
 
     checks = run_checks(options.out)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from daq_lightning.checkpoint.families import family_of
 from daq_lightning.cli.inputs import checkpoint_of, export_folder, model_folder, print_json, weights_of
 
 if TYPE_CHECKING:
@@ -142,8 +143,10 @@ def level_found(found: Evaluation) -> Level:
 
 def text_of(found: Evaluation, text: str, context: int) -> str:
     """The verdict, then the figures, with a word on each."""
-    figures = found.figures
-    inputs = "activations in FP8 as on a server" if found.quantized_activations else "activations in 16 bit"
+    figures, family = found.figures, family_of(found.scheme)
+    inputs = (
+        f"activations in {family} as on a server" if found.quantized_activations else "activations in 16 bit"
+    )
     lines = [
         headline(found),
         "",
@@ -182,7 +185,7 @@ def text_of(found: Evaluation, text: str, context: int) -> str:
         notes.append(f"Training changed only {found.changed} tokens of this text: more text would say more.")
     if found.unseen:
         notes.append(
-            f"{len(found.unseen)} modules with FP8 weights kept their input in 16 bit, which servers "
+            f"{len(found.unseen)} modules with quantized weights kept their input in 16 bit, which servers "
             f"quantize: {', '.join(found.unseen[:3])}{', ...' if len(found.unseen) > 3 else ''}."
         )
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])

@@ -35,7 +35,7 @@ def spread_over_gpus(argv: Sequence[str], device: str | None) -> None:
     count = torch.cuda.device_count()
     if count > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        sys.stderr.write(f"FP8 export: on {count} GPUs; --device cuda:0 takes one\n")
+        sys.stderr.write(f"Export: on {count} GPUs; --device cuda:0 takes one\n")
         sys.stderr.flush()
         os.execv(sys.executable, [sys.executable, *launcher, "-m", "daq_lightning", *argv])
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.families import family_of
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.numerics.backends import delta_stats
 from daq_lightning.numerics.objectives import DeltaStats, as_searched
@@ -100,7 +101,7 @@ def _since_root(job: Job, pair: Pair, result: SearchResult) -> DeltaStats | None
 def notes_of(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
     """What a reader of the report has to know: no change at all, weights without a base, and casts."""
     measured = [report.searched for name, report in reports.items() if name not in job.without_base]
-    notes = []
+    notes, family = [], family_of(job.plan.layout.scheme.name)
     if measured and not any(bool(stats.n_changed) for stats in measured):
         notes.append(
             f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?"
@@ -108,7 +109,7 @@ def notes_of(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
     notes += [f"{name}: plain absmax scale, because {problem}." for name, problem in job.without_base.items()]
     notes += [
         f"{name}: to a reader that dequantizes to {str(job.plan.dtype).removeprefix('torch.')} some of its "
-        "values are infinite: serve it with FP8 kernels, or keep it (ignore)."
+        f"values are infinite: serve it with {family} kernels, or keep it (ignore)."
         for name, report in reports.items()
         if report.dequantized is None
     ]
@@ -118,7 +119,7 @@ def notes_of(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
     if cast:
         notes.append(
             f"{len(cast)} kept tensors were cast from {str(cast[0].spec.dtype).removeprefix('torch.')} to "
-            f"{str(job.plan.dtype).removeprefix('torch.')}, which FP8 readers need."
+            f"{str(job.plan.dtype).removeprefix('torch.')}, which readers need."
         )
     return notes
 

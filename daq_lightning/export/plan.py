@@ -4,16 +4,16 @@
     everything else -> kept: head, router, embedding, norm, bias, vision tower
     the list of unquantized Linear modules goes into config.json, because readers trust it blindly
 
-One scheme serves the whole model. Blocks of 128 need sizes that are multiples of 128 (transformers infers the
-block size as rows // scale_rows and computes garbage for 192 rows); a model with other sizes goes to one
-scale per channel. Projections that servers fuse (q/k/v, gate/up) are quantized together or not at all.
+One scheme serves the whole model; `layout_choice` says which. Projections that servers fuse (q/k/v, gate/up)
+are quantized together or not at all, and where a weight has a global scale they share one: servers take one
+of them for all.
 
 Source: the readers, as listed in `daq_lightning.checkpoint.layouts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,10 @@ from daq_lightning.checkpoint.layouts import Layout, make_layout
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.ignore import ignored_by
+from daq_lightning.export.layout_choice import check_layout, scheme_of
 from daq_lightning.export.progress import size_text
 from daq_lightning.model.fusion import check_experts, check_fused, shared_input
 from daq_lightning.model.outline import Outline, Role, owner_of
-from daq_lightning.numerics.formats import PerBlock
 
 if TYPE_CHECKING:
     from daq_lightning.export.settings import ExportSettings
@@ -35,7 +35,7 @@ _KEEP_REASON: Mapping[Role, str] = {
     "router": "router",
     "head": "output head",
     "outside": "outside the language model",
-    "conv1d": "Conv1D (transposed Linear), which no FP8 reader takes",
+    "conv1d": "Conv1D (transposed Linear), which no reader takes",
     "other": "not a Linear weight",
 }
 
@@ -52,7 +52,7 @@ class TensorPlan:
         stored: Part -> what the file will hold of it: those of the layout, or `KEPT`, the tensor in its final
             dtype.
         reason: Why, in a few words.
-        together: Equal for weights that are rounded together, for they share an input; else "".
+        together: Equal for weights that are searched and rounded together, for they share an input; else "".
     """
 
     spec: TensorSpec
@@ -106,17 +106,21 @@ class ExportPlan:
         lines = [
             f"{tensor.spec.name:{width}}  {'x'.join(map(str, tensor.spec.shape)):>14}  "
             f"{str(tensor.spec.dtype).removeprefix('torch.'):>9} -> "
-            f"{'e4m3' if tensor.quantize else str(tensor.stored[KEPT].dtype).removeprefix('torch.'):9} "
-            f"{tensor.reason}"
+            f"{self._stored_as(tensor):9} {tensor.reason}"
             for tensor in self.tensors
         ]
         before = sum(tensor.spec.nbytes for tensor in self.tensors)
         after = sum(spec.nbytes for spec in self.stored)
         lines.append(
-            f"{self.layout.scheme.name}: {len(self.quantized)} of {len(self.tensors)} tensors in FP8, "
-            f"{size_text(before)} -> {size_text(after)}"
+            f"{self.layout.scheme.name}: {len(self.quantized)} of {len(self.tensors)} tensors in "
+            f"{self.layout.scheme.title}, {size_text(before)} -> {size_text(after)}"
         )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _stored_as(self, tensor: TensorPlan) -> str:
+        if tensor.quantize:
+            return self.layout.scheme.code
+        return str(tensor.stored[KEPT].dtype).removeprefix("torch.")
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -146,8 +150,8 @@ def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportS
         settings: What the user chose.
 
     Raises:
-        CheckpointError: Nothing to quantize, sizes that FP8_BLOCK cannot hold, an ignore pattern that matches
-            nothing, or one that splits projections which servers fuse.
+        CheckpointError: Nothing to quantize, sizes that the scheme cannot hold, experts of several shapes, an
+            ignore pattern that matches nothing, or one that splits projections which servers fuse.
     """
     keys = outline.keys
     roles: dict[str, Role] = {spec.name: outline.role(keys[spec.name], len(spec.shape)) for spec in specs}
@@ -157,7 +161,7 @@ def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportS
         and spec.dtype.is_floating_point and min(spec.shape) > 0
     ]  # fmt: skip
     if not chosen:
-        conv1d = " Its Conv1D layers hold transposed weights, which no FP8 reader takes." * (
+        conv1d = " Its Conv1D layers hold transposed weights, which no reader takes." * (
             "conv1d" in roles.values()
         )
         raise CheckpointError(
@@ -166,13 +170,16 @@ def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportS
         )
     check_fused({spec.name for spec in chosen}, roles)
     check_experts(chosen, specs, keys, roles)
-    layout, notes = _choose_layout(settings, chosen, roles)
+    scheme, container, notes = scheme_of(settings, chosen)
+    layout = make_layout(scheme, container=container, scale_format=settings.scale_format)
+    notes += check_layout(layout, chosen, roles)
     dtype, masters = _kept_dtype(specs)
     doubles = sum(spec.dtype == torch.float64 for spec in chosen)
     if doubles:
         notes.append(f"{doubles} weights are float64: they were searched and measured as float32.")
     names, reasons = {spec.name for spec in chosen}, dict.fromkeys(ignored, "ignored by pattern")
-    shared = {name: shared_input(name) for name in names} if settings.by_curvature else {}
+    joined = settings.by_curvature or layout.scale_format == "e4m3"
+    shared = {name: shared_input(name) for name in names} if joined else {}
     tensors = tuple(
         _quantized(spec, keys[spec.name], roles[spec.name], layout, shared.get(spec.name, ""))
         if spec.name in names
@@ -218,43 +225,6 @@ def _is_expert(tensor: TensorPlan) -> bool:
     return tensor.role == "expert" or (
         len(tensor.spec.shape) == 3 and owner_of(tensor.key).endswith("experts")
     )
-
-
-def _choose_layout(
-    settings: ExportSettings, chosen: Iterable[TensorSpec], roles: Mapping[str, Role]
-) -> tuple[Layout, list[str]]:
-    scheme, container = settings.scheme, settings.container
-    notes = []
-    odd = [spec for spec in chosen if spec.shape[0] % 128 or spec.shape[1] % 128]
-    if scheme == "auto":
-        scheme = "FP8_DYNAMIC" if odd else "FP8_BLOCK"
-        if odd:
-            container = None
-            notes.append(
-                f"FP8_DYNAMIC instead of FP8_BLOCK: {len(odd)} weights have sizes that are not multiples of "
-                f"128, such as {odd[0].name} {odd[0].shape}."
-            )
-    layout = make_layout(scheme, container=container, scale_format=settings.scale_format)
-    if isinstance(layout.granularity, PerBlock) and odd:
-        listed = ", ".join(f"{spec.name} {spec.shape}" for spec in odd[:8]) + (
-            ", ..." if len(odd) > 8 else ""
-        )
-        raise CheckpointError(
-            f"FP8_BLOCK needs sizes that are multiples of 128; {len(odd)} weights have others: {listed}. "
-            "Readers would compute garbage. Use scheme='FP8_DYNAMIC' (one scale per channel) or "
-            "scheme='auto'."
-        )
-    if "expert" in roles.values() and layout.container != "fp8":
-        if isinstance(layout.granularity, PerBlock):
-            raise CheckpointError(
-                "transformers cannot load mixture-of-experts models with compressed-tensors blocks: "
-                "use the fp8 container of FP8_BLOCK."
-            )
-        notes.append(
-            f"{layout.scheme.name} of a mixture-of-experts model loads in transformers and in vLLM on a GPU; "
-            "vLLM on a CPU has no backend for it. FP8_BLOCK loads in all of them."
-        )
-    return layout, notes
 
 
 def _kept_dtype(specs: Sequence[TensorSpec]) -> tuple[torch.dtype, bool]:

@@ -27,7 +27,7 @@ def _with_bar(parts: Sequence[_Part], size: Callable[[_Part], int]) -> Iterator[
     from tqdm import tqdm
 
     with tqdm(
-        total=sum(map(size, parts)), unit="B", unit_scale=True, desc="FP8 export", dynamic_ncols=True
+        total=sum(map(size, parts)), unit="B", unit_scale=True, desc="Export", dynamic_ncols=True
     ) as bar:
         for part in parts:
             yield part
@@ -44,7 +44,7 @@ def _with_lines(parts: Sequence[_Part], size: Callable[[_Part], int]) -> Iterato
         if done == total or now - last > _LINE_SECONDS:
             last, rate = now, done / max(now - start, 1e-9)
             sys.stderr.write(
-                f"FP8 export: {done / max(total, 1):.0%} of {size_text(total)}, {rate / 1e6:.3g} MB/s, "
+                f"Export: {done / max(total, 1):.0%} of {size_text(total)}, {rate / 1e6:.3g} MB/s, "
                 f"{(total - done) / max(rate, 1e-9):.0f} s left\n"
             )
             sys.stderr.flush()

@@ -53,7 +53,7 @@ def check_experts(
     keys: Mapping[str, str],
     roles: Mapping[str, Role],
 ) -> None:
-    """Raises CheckpointError where only some experts of a layer are chosen."""
+    """Raises CheckpointError where only some experts of a layer are chosen, or where they differ in shape."""
     names = {spec.name for spec in chosen}
     layers = {owner_of(keys[spec.name]) for spec in chosen if roles[spec.name] == "expert"}
     for spec in specs:
@@ -61,6 +61,17 @@ def check_experts(
             raise CheckpointError(
                 f"{spec.name} would be kept and other experts of {owner_of(keys[spec.name])} quantized, but "
                 "servers hold the experts of a layer in one tensor: ignore all of them or none."
+            )
+    first: dict[tuple[str, str], TensorSpec] = {}
+    for spec in chosen:
+        layer, found, expert = spec.name.rpartition(".experts.")
+        if not found or roles[spec.name] != "expert":
+            continue
+        one = first.setdefault((layer, expert.partition(".")[2]), spec)
+        if one.shape != spec.shape:
+            raise CheckpointError(
+                f"{spec.name} has the shape {spec.shape} and {one.name} {one.shape}, but servers hold the "
+                "experts of a layer in one tensor: ignore all of them."
             )
 
 

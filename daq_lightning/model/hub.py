@@ -151,7 +151,7 @@ def push_folder(
         ]
         # not `upload_folder`, which may make several commits of a large folder
         api.create_commit(
-            repo_id, operations=[*additions, *stale], commit_message="FP8 export by daq-lightning"
+            repo_id, operations=[*additions, *stale], commit_message="Quantized export by daq-lightning"
         )
     except (errors.HTTPError, OSError, ValueError) as error:
         raise HubError(

@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from daq_lightning.checkpoint.families import family_of
 from daq_lightning.model.hub import is_repository
+from daq_lightning.numerics.formats import PerBlock
 from daq_lightning.report.eval_results import Evaluation, model_index, table
 from daq_lightning.report.front_matter import merge, read_texts, split_card
 from daq_lightning.report.serving import creation, serving
@@ -32,12 +34,12 @@ _SPECIAL = re.compile(r"[\\`*\[\]<>|!&]")
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _LISTED = 3
 _SCALES = (
-    "The scales of these weights were searched so that rounding to FP8 keeps what fine-tuning changed "
+    "The scales of these weights were searched so that rounding to {family} keeps what fine-tuning changed "
     "(Delta-Aware Quantization, [arXiv 2603.22324](https://arxiv.org/abs/2603.22324))."
 )
 _CODES = (
-    "The FP8 codes of these weights were chosen so that their errors cancel where the model is sensitive to "
-    "them, and what fine-tuning changed is kept (after GPTQ, "
+    "The {family} codes of these weights were chosen so that their errors cancel where the model is "
+    "sensitive to them, and what fine-tuning changed is kept (after GPTQ, "
     "[arXiv 2210.17323](https://arxiv.org/abs/2210.17323), for both sides of a weight)."
 )
 
@@ -81,7 +83,7 @@ def model_card(existing: str, facts: CardFacts) -> str:
         >>> card = model_card("---\\nlicense: mit\\n---\\n# Our model\\n", facts)  # doctest: +SKIP
     """
     front, body = split_card(existing)
-    body = _OURS.sub("\n\n", body).strip("\n")
+    body, family = _OURS.sub("\n\n", body).strip("\n"), family_of(facts.report.scheme)
     try:
         metadata = _metadata(front or "", facts)
     except ValueError as error:
@@ -89,14 +91,14 @@ def model_card(existing: str, facts: CardFacts) -> str:
         body = f"The metadata of the card below could not be read ({error}):\n\n~~~\n{front}~~~\n\n{body}"
     if not body.strip():
         of = facts.published or facts.base
-        body = f"# FP8 of {of}" if of else "# FP8 export of a fine-tuned model"
+        body = f"# {family} of {of}" if of else f"# {family} export of a fine-tuned model"
         about = ""
     else:
         about = (
             "What stands above, and any scores in the metadata of this card, were written for the model "
             "before it was quantized.\n\n"
         )
-    section = f"{BEGIN}\n\n## FP8 quantization\n\n{about}{_section(facts)}\n{END}\n"
+    section = f"{BEGIN}\n\n## {family} quantization\n\n{about}{_section(facts)}\n{END}\n"
     # of a name that is no UTF-8, the escapes
     section = section.encode("utf-8", "backslashreplace").decode()
     return f"---\n{metadata}---\n\n{body}\n\n{section}"
@@ -126,12 +128,13 @@ def _metadata(front: str, facts: CardFacts) -> str:
     ours |= _of_base(facts.base_card, licensed="license" in existing)
     ours["quantized_by"] = "daq-lightning"
     tags = [tag for tag in existing.get("tags", []) if not tag.startswith("base_model:")]
-    tags += ["fp8", "quantized", "vllm", "daq-lightning"]
+    tags += [family_of(facts.report.scheme).lower(), "quantized", "vllm", "daq-lightning"]
     if facts.layout.quantization_config(())["quant_method"] == "compressed-tensors":
         tags.append("compressed-tensors")
     if facts.evaluation is not None and facts.evaluation.known:
         ours["model-index"] = model_index(
-            f"FP8 of {facts.published or facts.base or 'model'}", facts.evaluation
+            f"{family_of(facts.report.scheme)} of {facts.published or facts.base or 'model'}",
+            facts.evaluation,
         )
     return merge(front, ours | {"tags": list(dict.fromkeys(tags))}, replaced)
 
@@ -166,8 +169,12 @@ def _section(facts: CardFacts) -> str:
 
 def _about(facts: CardFacts) -> str:
     report, scheme = facts.report, facts.layout.scheme
-    shared = "a block of 128 x 128" if scheme.name == "FP8_BLOCK" else "a row"
-    activations = "FP8, scaled when the model runs" if scheme.quantized_activations else "16 bit"
+    family, run = family_of(scheme.name), scheme.activations
+    shared = f"{scheme.group} weights of a row" if scheme.group else "a row"
+    if isinstance(scheme.granularity, PerBlock) and not scheme.group:
+        shared = f"a block of {scheme.granularity.rows} x {scheme.granularity.cols}"
+    zero = " and one zero point" * scheme.asymmetric
+    activations = "16 bit" if run is None else f"{family}, scaled when the model runs"
     reasons: dict[str, list[str]] = {}
     for name, reason in report.kept.items():
         reasons.setdefault(reason.removeprefix("kept: "), []).append(name)
@@ -178,10 +185,12 @@ def _about(facts: CardFacts) -> str:
     ]
     return "\n".join(
         [
-            _CODES if any(tensor.rounding is not None for tensor in report.tensors) else _SCALES,
+            (_CODES if any(tensor.rounding is not None for tensor in report.tensors) else _SCALES).format(
+                family=family
+            ),
             "",
-            f"- quantized: {len(report.tensors)} weights of linear layers, as {scheme.name}: FP8 (E4M3), one "
-            f"{facts.layout.scale_format} scale for {shared}",
+            f"- quantized: {len(report.tensors)} weights of linear layers, as {scheme.name}: {scheme.title}, "
+            f"one {facts.layout.scale_format} scale{zero} for {shared}",
             f"- activations: {activations}",
             f"- not quantized, in {report.dtype}: {len(report.kept)} tensors"
             + (", by reason:" if kept else ""),
@@ -194,7 +203,7 @@ def _figures(report: ExportReport) -> str:
     """The table of the summary, for all weights together."""
     sides: tuple[tuple[Side, str], ...] = (
         ("absmax", "plain absmax scales"),
-        ("searched", "these scales, FP8 kernels (vLLM, SGLang)"),
+        ("searched", f"these scales, {family_of(report.scheme)} kernels (vLLM, SGLang)"),
         ("dequantized", f"these scales, dequantized to {report.dtype} (transformers)"),
     )
     rows = []

@@ -42,8 +42,9 @@ def step_charts(report: ExportReport) -> str:
     cut = f"<p>and {more} more projections in daq_report.json.</p>" if more > 0 else ""
     legend = "".join(f'<span class="key {kind}">{word}</span> ' for kind, word in _SHOWN)
     return (
-        "<p>What to see: how large the changes are beside a step of FP8, and how far to the left they are "
-        "still kept: the wide bar is what is written, the narrow one beside it what plain scales would do."
+        "<p>What to see: how large the changes are beside a step of the format, and how far to the left they "
+        "are still kept: the wide bar is what is written, the narrow one beside it what plain scales would "
+        "do."
         f'</p><p class="legend">{legend}</p><div class="charts">{"".join(charts)}</div>{cut}'
     )
 

@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.families import family_of
 from daq_lightning.checkpoint.folder import REPORT, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.bins import STEP_EDGES
@@ -33,7 +34,7 @@ from daq_lightning.report.shape import FLOAT_SUMS, check_report
 
 Side: TypeAlias = Literal["searched", "dequantized", "absmax", "root"]
 _READ_AS = {
-    "searched": "float32 product of code and scale, as FP8 kernels compute (vLLM, SGLang)",
+    "searched": "float32 product of code and scale, as {family} kernels compute (vLLM, SGLang)",
     "dequantized": "that product rounded to {dtype}, as transformers dequantizes",
 }
 FORMAT_VERSION = 1
@@ -155,17 +156,16 @@ class ExportReport:
         sides: tuple[Side, ...] = ("searched", "dequantized", "absmax", "root")
         return [side for side in sides if all(getattr(tensor, side) is not None for tensor in self.tensors)]
 
+    def _read_as(self, side: str) -> str:
+        return _READ_AS[side].format(dtype=self.dtype, family=family_of(self.scheme))
+
     def to_dict(self) -> dict[str, Any]:
         """The content of `daq_report.json`."""
         return {
             "format_version": FORMAT_VERSION,
             "scheme": self.scheme,
             "dtype": self.dtype,
-            "read_as": {
-                side: text.format(dtype=self.dtype)
-                for side, text in _READ_AS.items()
-                if side in self._sides()
-            },
+            "read_as": {side: self._read_as(side) for side in _READ_AS if side in self._sides()},
             "search": dict(self.search),
             "step_edges": list(STEP_EDGES),
             "totals": {side: _with_sums(self.totals(side)) for side in self._sides()},
@@ -216,7 +216,7 @@ class ExportReport:
         """At most fourteen lines for a person: where it is, what was kept, how it validates, what to know."""
         count = len(self.tensors)
         lines = [
-            f"FP8 export: {self.path}",
+            f"{family_of(self.scheme)} export: {self.path}",
             f"  {count} weights as {self.scheme}, {len(self.kept)} tensors kept; "
             + ("plain scales" if self.plain else f"search for {self.search.get('metric', '?')}"),
             f"  {'':12}{'sign rate':>10}{'cosine':>10}{'gain':>10}{'mse':>12}{'lost':>9}",

@@ -283,6 +283,6 @@ is <em>served</em> of it is the part along its own direction, at its strength: a
 serves 40 %, and 1.3 serves 70 %, since it is 30 % too strong. Over several weights it is the mean by the
 squared size of their updates. <em>Error</em> is what rounding adds to a weight, most of it in no direction in
 particular. <em>Plain</em> scales are those that the largest weight of a block or row sets (absmax). A
-<em>step</em> is the distance between two neighbours that FP8 can hold; where a change is below half of it and
-the base lies on a step, the change is lost. Good is 95 % and more, bad is below 80 %: bounds of this page. A
-pattern with * stands for several weights, whose sums are added.</p>"""
+<em>step</em> is the distance between two neighbours that the format can hold; where a change is below half of
+it and the base lies on a step, the change is lost. Good is 95 % and more, bad is below 80 %: bounds of this
+page. A pattern with * stands for several weights, whose sums are added.</p>"""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from daq_lightning.checkpoint.readers import TRANSFORMERS, VLLM
 from daq_lightning.numerics.formats import PerBlock
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _DEEP_GEMM = (
 )
 _SCALES = {
     "float32": "vLLM and transformers both keep the float32 scales as they are.",
+    "e4m3": "The scales are values of E4M3, divided by one power of two for all weights that servers fuse: "
+    "vLLM and transformers hold the same values.",
     "bfloat16": "transformers casts the scales to bfloat16, vLLM keeps float32. All scales are numbers of "
     "bfloat16, so both hold the same values.",
     "ue8m0": "The scales are powers of two, which no server changes that rounds scales to them (vLLM with "
@@ -54,9 +57,14 @@ def serving(layout: Layout, has_config: bool) -> str:
             "model's own config.json, with the `quantization_config` of `daq_manifest.json`, and its "
             "tokenizer."
         )
-    scales = _SCALES[layout.scale_format]
-    if isinstance(layout.granularity, PerBlock) and layout.scale_format != "ue8m0":
+    scheme, scales = layout.scheme, _SCALES[layout.scale_format]
+    if scheme.scale_format == "ue8m0":
+        scales = "The scales are powers of two, as the format has them."
+    elif scheme.code.startswith("int") and layout.scale_format == "bfloat16":
+        scales = "The scales are stored in bfloat16, which vLLM and transformers both hold."
+    if isinstance(layout.granularity, PerBlock) and not scheme.group and layout.scale_format != "ue8m0":
         scales += f" {_DEEP_GEMM}"
+    scales = " ".join(filter(None, (scales, VLLM.get(scheme.name), TRANSFORMERS.get(scheme.name))))
     return (
         f"{commands}\n\n{scales} What SGLang does with scales was not looked at.\n\n"
         "Do not call `save_pretrained` on this model once it is loaded: that quantizes it anew. "

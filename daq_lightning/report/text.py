@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from daq_lightning.checkpoint.families import family_of
 from daq_lightning.numerics.objectives import cosine
 from daq_lightning.report.figures import ExportReport, TensorReport, figures
 
@@ -26,19 +27,20 @@ def table(report: ExportReport, limit: int | None = None) -> str:
         report: The report.
         limit: Show only this many tensors, the worst.
     """
-    tensors = worst_first(report)[:limit]
+    tensors, family = worst_first(report)[:limit], family_of(report.scheme)
     width = max((len(tensor.name) for tensor in tensors), default=0)
     plain, kept = report.metrics("absmax"), report.metrics("searched")
     lines = [
         f"{report.path}: {len(report.tensors)} weights as {report.scheme}, searched for "
         f"{report.search.get('metric')}",
-        "Worst first: the lowest cosine between the update (post - base) and what is left of it in FP8.",
+        "Worst first: the lowest cosine between the update (post - base) and what is left of it in "
+        f"{family}.",
         "absmax: that cosine under plain scales; gain: strength of the update along its own direction, 1 is "
         "full;",
         "sign: share of elements whose change keeps its sign; lost: share whose change became zero; moved: "
         "share of",
         "scales that the search moved away from plain ones.",
-        "Figures are those of FP8 kernels (vLLM, SGLang); the last line is for readers that dequantize "
+        f"Figures are those of {family} kernels (vLLM, SGLang); the last line is for readers that dequantize "
         "(transformers).",
         "",
         f"{'weight':{width}} {'shape':>14} {'cosine':>8} {'absmax':>8} {'gain':>8} {'sign':>7} {'mse':>10} "

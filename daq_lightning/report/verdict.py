@@ -1,8 +1,9 @@
 """A report in words: how much is served of what training changed, what is worst and why, and what to do.
 
 Served is the share that survives at its strength (`daq_lightning.report.rows`). The rounding error beside
-it is no verdict of its own: FP8 moves every weight by some percent of itself, and an update that is smaller
-than that may still be served in full, since the errors of millions of elements have no direction in common.
+it is no verdict of its own: rounding moves every weight by some percent of itself, and an update that is
+smaller than that may still be served in full, since the errors of millions of elements have no direction in
+common.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from daq_lightning.checkpoint.families import family_of
 from daq_lightning.model.fusion import FUSED
 from daq_lightning.numerics.search.settings import WIDE_RANGE
 from daq_lightning.report.levels import FAIR, GOOD, Level, level_of, percent, times, worst_rows
@@ -174,10 +176,11 @@ def _other_readers(report: ExportReport, served: float, read: Figures | None) ->
             f"Readers that dequantize to {report.dtype} (transformers) were not measured for all weights."
         ]
     worse = level_of(read.served) != "good" and read.served < served - 0.02
-    loss = " Serve it with FP8 kernels." if worse else ""
+    family = family_of(report.scheme)
+    loss = f" Serve it with {family} kernels." if worse else ""
     return [
-        f"These are the figures of FP8 kernels (vLLM, SGLang). Readers that dequantize to {report.dtype} "
-        f"(transformers) see {percent(read.served)}.{loss}"
+        f"These are the figures of {family} kernels (vLLM, SGLang). Readers that dequantize to "
+        f"{report.dtype} (transformers) see {percent(read.served)}.{loss}"
     ]
 
 
@@ -200,6 +203,8 @@ def _advice(report: ExportReport, worst: Sequence[Row]) -> list[str]:
         )
     if report.scheme == "FP8_BLOCK":
         advice.append("Or give every row a scale of its own: --scheme FP8_DYNAMIC.")
+    elif family_of(report.scheme) in ("INT4", "FP4"):
+        advice.append("Or take eight bits: --scheme W8A8 or FP8_DYNAMIC.")
     return advice
 
 

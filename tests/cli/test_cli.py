@@ -117,8 +117,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(models, tmp_path, capsys):
     assert quantize(models, out, "--dry-run", "--ignore", "model.layers.0.self_attn.o_proj") == 0
     text = capsys.readouterr().out
     assert "ignored by pattern" in text
-    assert "6 of 12 tensors in FP8" in text
-    assert "6 of 6 FP8 weights are in" in text
+    assert "6 of 12 tensors in FP8 (E4M3)" in text
+    assert "6 of 6 weights to quantize are in" in text
     assert quantize(models, out, "--dry_run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert sum(tensor["quantize"] for tensor in plan["tensors"].values()) == 7
@@ -185,7 +185,7 @@ def test_json_is_the_report(models, tmp_path, capsys):
 def test_progress_in_a_log_has_rate_and_time_left(models, tmp_path, capsys):
     assert quantize(models, tmp_path / "out") == 0
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("FP8 export: 100%")
+    assert line.startswith("Export: 100%")
     assert "MB/s" in line
     assert "0 s left" in line
 
@@ -250,7 +250,7 @@ BAD_COMMANDS = {
     ),
     "chain of something else": (["chain", "POST"], "is not an export"),
     "chain of nothing": (["chain", "nowhere"], "FOLDER: nowhere is not there"),
-    "verify something else": (["verify", "POST"], "holds no FP8 weights"),
+    "verify something else": (["verify", "POST"], "holds no quantized weights"),
     "verify nothing": (["verify", "nowhere"], "nowhere is not a folder"),
 }
 

@@ -73,7 +73,9 @@ def test_the_table_shows_every_tensor_the_sizes_and_the_notes():
         assert ("e4m3" in line) == tensor.quantize
     before = sum(tensor.spec.nbytes for tensor in planned.tensors) / 1e3
     after = sum(spec.nbytes for spec in planned.stored) / 1e3
-    assert f"14 of {len(planned.tensors)} tensors in FP8, {before:.3g} kB -> {after:.3g} kB" in lines[-2]
+    assert (
+        f"14 of {len(planned.tensors)} tensors in FP8 (E4M3), {before:.3g} kB -> {after:.3g} kB" in lines[-2]
+    )
     assert lines[-1].startswith("note: FP8_DYNAMIC instead of FP8_BLOCK")
 
 

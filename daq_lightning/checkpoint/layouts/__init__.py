@@ -15,7 +15,7 @@ from daq_lightning.checkpoint.layouts.compressed_tensors import (
 from daq_lightning.checkpoint.layouts.fp8 import Fp8Layout, read_fp8
 from daq_lightning.checkpoint.layouts.layout import Described
 from daq_lightning.checkpoint.layouts.layout import Layout as Layout
-from daq_lightning.checkpoint.schemes import Container, choose_scheme
+from daq_lightning.checkpoint.schemes import SCHEMES, Container, choose_scheme
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.formats import ScaleFormat
 
@@ -26,7 +26,7 @@ _LAYOUTS: Mapping[Container, type[Layout]] = {
 
 _READERS: Mapping[Container, Callable[[Mapping[str, Any]], Described]] = {
     "fp8": read_fp8,
-    "compressed-tensors": read_compressed_tensors,
+    "compressed-tensors": lambda quantization: read_compressed_tensors(quantization, SCHEMES.values()),
 }
 
 

@@ -14,7 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from daq_lightning.checkpoint.layouts.layout import Described, Layout
+from daq_lightning.checkpoint.layouts.parts import Codes, PlainCodes, Scales
+from daq_lightning.checkpoint.layouts.scales import NumberScales
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,9 +32,15 @@ class Fp8Layout(Layout):
 
     container: ClassVar[Container] = "fp8"
 
-    def scale_name(self, weight_name: str) -> str:
-        """`X.weight` -> `X.weight_scale_inv`."""
-        return f"{weight_name}_scale_inv"
+    @property
+    def codes(self) -> Codes:
+        """One an element."""
+        return PlainCodes(self.scheme.format.dtype)
+
+    @property
+    def scales(self) -> Scales:
+        """float32, as `X.weight_scale_inv`."""
+        return NumberScales(torch.float32, "_scale_inv")
 
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """See `Layout.quantization_config`; vLLM matches full names only, no patterns."""

@@ -1,16 +1,16 @@
-"""What every layout answers: under which names and shapes a quantized weight is stored, and what config.json
-says."""
+"""What every layout answers: under which names and shapes a quantized weight is stored, how codes and scales
+become those tensors and come back, and what config.json says."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.layouts.parts import SCALE, Codes, Part, Scales, Unpacked
 from daq_lightning.checkpoint.tensor_file import TensorSpec
 
 if TYPE_CHECKING:
@@ -49,9 +49,15 @@ class Layout(ABC):
         """Which elements share a scale."""
         return self.scheme.granularity
 
+    @property
     @abstractmethod
-    def scale_name(self, weight_name: str) -> str:
-        """`X.weight` -> the name of its scale."""
+    def codes(self) -> Codes:
+        """How codes are packed."""
+
+    @property
+    @abstractmethod
+    def scales(self) -> Scales:
+        """How scales are stored."""
 
     @abstractmethod
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
@@ -63,15 +69,55 @@ class Layout(ABC):
                 without an error.
         """
 
+    def names(self, weight_name: str) -> dict[str, str]:
+        """Part -> the name of its tensor."""
+        return {part: weight_name + stored.suffix for part, stored in self._parts((1, 1)).items()}
+
+    def scale_name(self, weight_name: str) -> str:
+        """The name of the scale of a weight."""
+        return self.names(weight_name)[SCALE]
+
     def stored(self, weight: TensorSpec) -> dict[str, TensorSpec]:
-        """What the file holds of a quantized weight: part ("codes", "scale") -> the tensor, in file order."""
-        shape_MN = (weight.shape[0], weight.shape[1])
-        scale_shape = self.granularity.grid(shape_MN)
+        """What the file holds of a quantized weight: part -> the tensor, in file order."""
         return {
-            "codes": TensorSpec(name=weight.name, dtype=self.scheme.format.dtype, shape=weight.shape),
-            "scale": TensorSpec(name=self.scale_name(weight.name), dtype=torch.float32, shape=scale_shape),
+            part: TensorSpec(name=weight.name + stored.suffix, dtype=stored.dtype, shape=stored.shape)
+            for part, stored in self._parts((weight.shape[0], weight.shape[1])).items()
         }
 
-    def pack(self, codes_MN: Tensor, scale: Tensor) -> dict[str, Tensor]:
-        """The tensors of `stored` from the result of a search."""
-        return {"codes": codes_MN, "scale": scale}
+    def pack(
+        self,
+        codes_MN: Tensor,
+        scale: Tensor,
+        *,
+        zero: Tensor | None = None,
+        global_scale: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The tensors of `stored` from the result of a search.
+
+        Args:
+            codes_MN: Values of the format, in its dtype.
+            scale: float32, what multiplies them.
+            zero: int8, of asymmetric schemes: what codes are counted from.
+            global_scale: float32 (1), of scales in E4M3: ``scale * global_scale`` are values of E4M3.
+
+        Raises:
+            ValueError: The file cannot hold a scale exactly.
+        """
+        return self.codes.pack(codes_MN, zero) | self.scales.pack(scale, global_scale)
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: Sequence[int]) -> Unpacked:
+        """Codes, scale and zero points from the tensors of `stored`.
+
+        Args:
+            parts: Part -> tensor, as read.
+            shape: Of the weight.
+
+        Raises:
+            ValueError: What is stored beside the codes contradicts the shape.
+        """
+        codes_MN, zero = self.codes.unpack(parts, (shape[0], shape[1]))
+        return Unpacked(codes_MN, self.scales.unpack(parts), zero)
+
+    def _parts(self, shape_MN: tuple[int, int]) -> dict[str, Part]:
+        grid = self.granularity.grid(shape_MN)
+        return self.codes.parts(shape_MN, grid) | self.scales.parts(grid)

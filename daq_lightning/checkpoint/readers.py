@@ -1,0 +1,103 @@
+"""Which readers load which scheme: data for plans, cards and docs.
+
+Seen: tiny Llama, Qwen2, Phi3, Qwen3-MoE and Mixtral models in every scheme, loaded by transformers 5.23 with
+compressed-tensors 0.20 on a CPU; FP8, W8A8 and W4A16 by vLLM 0.32 on a CPU. What vLLM does on a GPU was read
+in its code (`compressed_tensors.schemes` and `compressed_tensors_moe`), and is called so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata, util
+from pathlib import Path
+
+from daq_lightning.checkpoint.tensor_file import CheckpointError
+
+TRANSFORMERS: Mapping[str, str] = {
+    "W4A16_ASYM": "transformers 5.23 loads W4A16_ASYM only dequantized: "
+    "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)).",
+}
+"""Scheme -> what to know before loading a dense model in transformers; any other loads as it is."""
+
+VLLM: Mapping[str, str] = {
+    "MXFP8": "vLLM loads MXFP8 on a GPU (read in its code, not run).",
+    "W8A8": "vLLM 0.32 loads W8A8 on any processor and on a GPU.",
+    "W4A16": "vLLM 0.32 loads W4A16 on any processor and on a GPU.",
+    "W4A16_ASYM": "vLLM loads W4A16_ASYM on a GPU (read in its code, not run).",
+    "NVFP4A16": "vLLM loads NVFP4A16 on a GPU (read in its code, not run).",
+    "MXFP4A16": "vLLM loads MXFP4A16 on a GPU (read in its code, not run).",
+}
+"""Scheme -> where vLLM loads a dense model of it."""
+
+_NOT_EXPERTS = (
+    "transformers 5.23 cannot load {0} of a mixture-of-experts model; vLLM has code for it on a GPU (not "
+    "run). FP8_BLOCK and W4A16 load in both."
+)
+_CHANNELS = (
+    "{0} of a mixture-of-experts model loads in transformers and in vLLM on a GPU; vLLM on a CPU has no "
+    "backend for it. FP8_BLOCK loads in all of them."
+)
+_EXPERTS_TOO = (
+    "{0} of a mixture-of-experts model loads in transformers; vLLM has code for it on a GPU (not run)."
+)
+EXPERTS: Mapping[str, str] = {
+    "FP8_DYNAMIC": _CHANNELS,
+    "FP8A16": _CHANNELS,
+    "MXFP8": _NOT_EXPERTS,
+    "W8A8": _NOT_EXPERTS,
+    "W4A16_ASYM": _NOT_EXPERTS,
+    "W4A16": _EXPERTS_TOO,
+    "MXFP4A16": _EXPERTS_TOO,
+    "NVFP4A16": "transformers 5.23 reads the experts of NVFP4A16 without their global scale and computes "
+    "garbage, without an error: serve this model with vLLM, which has code for it on a GPU (not run). W4A16 "
+    "loads in both.",
+}
+"""Scheme -> what to know of a mixture of experts in it."""
+
+
+def notes_on_readers(scheme: str, form: str, *, experts: bool) -> list[str]:
+    """What somebody who exports a model should know of its readers.
+
+    Args:
+        scheme: By name.
+        form: How compressed-tensors calls the way it is stored; "" in another container.
+        experts: Whether the model has any that are quantized.
+
+    Example:
+        >>> notes_on_readers("FP8_BLOCK", "", experts=True)
+        []
+    """
+    told = [EXPERTS[scheme].format(scheme)] if experts and form and scheme in EXPERTS else []
+    if scheme in TRANSFORMERS and not experts:
+        told.append(TRANSFORMERS[scheme])
+    if form and not installed_readers_know(form):
+        version = metadata.version("compressed-tensors")
+        told.append(
+            f"The compressed-tensors {version} that is installed here does not know {form}: transformers on "
+            "this machine will not load the export. Update it: pip install -U compressed-tensors."
+        )
+    return told
+
+
+def installed_readers_know(form: str) -> bool:
+    """Whether the compressed-tensors of this machine, if there is one, knows a way of storing.
+
+    Its list of formats is looked up as text: importing it takes seconds.
+    """
+    found = util.find_spec("compressed_tensors")
+    if found is None or found.origin is None:
+        return True
+    try:
+        listed = (Path(found.origin).parent / "config" / "base.py").read_text("utf-8")
+    except OSError:  # of another structure, of which nothing is known
+        return True
+    return f'"{form}"' in listed
+
+
+def check_readable(scheme: str, container: str, *, blocks: bool, experts: bool) -> None:
+    """Raises CheckpointError for what is known to load nowhere."""
+    if experts and blocks and container != "fp8":
+        raise CheckpointError(
+            f"transformers cannot load mixture-of-experts models with compressed-tensors blocks ({scheme}): "
+            "use the fp8 container of FP8_BLOCK."
+        )
