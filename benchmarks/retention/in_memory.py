@@ -49,6 +49,7 @@ def quantized(subject: Subject, setting: Setting, curvature: Curvature | None = 
             setting.search(),
             scale_format=scale_format,
             names=names,
+            fmt=scheme.format,
         )
         for name, result in zip(names, results, strict=True):
             codes = result.codes
@@ -62,6 +63,7 @@ def quantized(subject: Subject, setting: Setting, curvature: Curvature | None = 
                     inputs=sides.inputs,
                     outputs=sides.outputs,
                     name=name,
+                    fmt=scheme.format,
                 ).codes
             else:
                 stats = stats.add(result.stats.total())

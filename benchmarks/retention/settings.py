@@ -26,7 +26,7 @@ class Setting:
     Attributes:
         kind: "fp8", or a model to compare with: "base", "post", or a name of `others`.
         objective: "absmax" or one of METRICS; scales are those of `scheme` searched for it.
-        scheme: FP8_BLOCK or FP8_DYNAMIC.
+        scheme: FP8_BLOCK or FP8_DYNAMIC, or one of FOUR_BIT.
         scope: One alpha a "group" or a "tensor".
         low: Lower end of the range of alpha.
         high: Upper end.
@@ -91,6 +91,8 @@ def settings(model: str, base_kind: BaseKind, *, quick: bool = False) -> list[Se
     found += [Setting(kind="post", activations=True)]
     seen = [one for one in [Setting(), HYBRID, *rounded] if _served(one)]
     found += [replace(one, activations=True) for one in seen]
+    for scheme in () if quick else FOUR_BIT:
+        found += four_bit(scheme, model)
     return list(dict.fromkeys(found))
 
 
@@ -112,6 +114,31 @@ def gptq() -> list[Setting]:
         for ordered in (False, True)
         for damping in (0.1, 0.01, 0.001)
     ]
+
+
+FOUR_BIT = ("W4A16", "NVFP4A16")
+"""Integers in groups of 128, and E2M1 in groups of 16: weights only."""
+
+
+def four_bit(scheme: str, model: str) -> list[Setting]:
+    """Nearest with plain and with searched scales; codes chosen at plain scales (the toy) and at those of the
+    least squared error."""
+    mse = Setting(scheme=scheme, objective="mse", low=0.5, high=2.0)
+    nearest = [Setting(scheme=scheme), mse, replace(HYBRID, scheme=scheme)]
+    scales = [mse] if model == "minilm" else nearest[:2]
+    chosen = [UPDATE, INPUTS_UPDATE, *gptq(), ACTIVATIONS, ACTIVATIONS_UPDATE]
+    return nearest + [
+        replace(one, scheme=scheme, objective=of.objective, low=of.low, high=of.high)
+        for of in scales
+        for one in chosen
+    ]
+
+
+def all_gptq(scheme: str) -> list[Setting]:
+    """Every GPTQ of a scheme, at whatever scales."""
+    if scheme not in FOUR_BIT:
+        return gptq()
+    return [one for one in four_bit(scheme, "toy") if one.rounding == "gptq"]
 
 
 def _searched(base_kind: BaseKind, quick: bool) -> Iterator[Setting]:

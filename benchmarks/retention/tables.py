@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from benchmarks.retention import goals
 from benchmarks.retention import settings as s
 from benchmarks.retention.rows import Rows
 from benchmarks.retention.settings import RANGES, Setting
@@ -94,7 +95,7 @@ def all_tables(rows: Rows) -> str:
             table = list(_table(rows, model, base, lines, columns))
             if table:
                 parts += [f"### {heading}", "\n".join(table)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([f"## Goals\n\n{goals.table(rows)}", *parts]) + "\n"
 
 
 def _tables() -> Iterator[tuple[str, list[tuple[str, Setting]], tuple[Column, ...]]]:
@@ -122,6 +123,9 @@ def _tables() -> Iterator[tuple[str, list[tuple[str, Setting]], tuple[Column, ..
     served = [("activations alone: the floor", Setting(kind="post", activations=True))]
     served += [(label, replace(setting, activations=True)) for label, setting in ROUNDING]
     yield "Weights and activations in FP8", served, SERVED_COLUMNS
+    for scheme in s.FOUR_BIT:
+        lines = [(_label(setting), setting) for setting in s.four_bit(scheme, "toy")]
+        yield f"Four bit: {scheme}, weights only", lines, ROUNDING_COLUMNS
 
 
 ROUNDING: list[tuple[str, Setting]] = [
@@ -138,6 +142,15 @@ ROUNDING: list[tuple[str, Setting]] = [
     ("gradients of 16 steps", s.GRADIENTS),
     ("activations, text of its own", s.SELF),
 ]
+
+
+def _label(setting: Setting) -> str:
+    """Of a row in four bit."""
+    scales = f"{setting.objective} scales"
+    if setting.rounding == "nearest":
+        return f"nearest, {scales}"
+    labels = {(one.rounding, one.update, one.damping_in, one.ordered): label for label, one in ROUNDING}
+    return f"{labels[setting.rounding, setting.update, setting.damping_in, setting.ordered]}, {scales}"
 
 
 def _table(
@@ -161,11 +174,13 @@ def _beside(rows: Rows, model: str, base: str, setting: Setting) -> list[dict[st
         return min((row["style_kld_mean"] for row in found), default=math.nan)
 
     found = rows.of(model, base, setting)
+    plain = setting.scheme if setting.scheme in s.FOUR_BIT else "FP8_BLOCK"
+    gptq = s.all_gptq(plain)
     for row in found:
         kl, seed = row["style_kld_mean"], row["seed"]
         floor = least([Setting(kind="post", activations=True)], seed)
-        row["less"] = least([Setting()], seed) / kl if kl else math.nan
-        row["of_gptq"] = kl / least(s.gptq(), seed)
+        row["less"] = least([Setting(scheme=plain)], seed) / kl if kl else math.nan
+        row["of_gptq"] = kl / least(gptq, seed)
         row["of_floor"] = kl / floor if setting.activations else math.nan
     return found
 
