@@ -44,7 +44,9 @@ def sample_text(
     if isinstance(begin, int) and 0 <= begin < vocabulary:
         tokens_BT = torch.full((count, 1), begin, dtype=torch.int64, device="cpu")
     else:
-        tokens_BT = torch.randint(vocabulary, (count, 1), generator=generator, dtype=torch.int64)
+        tokens_BT = torch.randint(
+            vocabulary, (count, 1), generator=generator, dtype=torch.int64, device="cpu"
+        )
     cache = None
     for position in range(1, length):
         given = tokens_BT if cache is None else tokens_BT[:, -1:]
@@ -63,6 +65,6 @@ def _sampled(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
             "earlier checkpoint, or leave calibration out."
         )
     sums_BV = logits_BV.double().softmax(-1).cumsum(-1)
-    drawn_B1 = torch.rand(len(sums_BV), 1, generator=generator, dtype=torch.float64)
+    drawn_B1 = torch.rand(len(sums_BV), 1, generator=generator, dtype=torch.float64, device="cpu")
     found_B1 = torch.searchsorted(sums_BV, drawn_B1 * sums_BV[:, -1:], right=True)
     return found_B1.clamp_(max=sums_BV.shape[1] - 1)

@@ -93,6 +93,9 @@ def notes_on_rounding(roundings: Mapping[str, Rounding | None]) -> list[str]:
             f"{len(along)} of {len(known)} weights are rounded along their curvature ({sources}): predicted "
             f"loss {predicted_loss(along):.3g} of that of nearest rounding at the same scales."
         )
+        by_update = [name for name, rounding in known.items() if rounding.source == "update"]
+        if by_update and len(set(rounding.source for rounding in along)) > 1:
+            notes.append(f"nothing but the update is known of the curvature of {_listed(by_update)}.")
     left_out = [name for name, rounding in known.items() if rounding.left_out]
     if left_out:
         notes.append(f"batches with NaN or Inf were left out of the curvature of {_listed(left_out)}.")

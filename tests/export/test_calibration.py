@@ -230,6 +230,16 @@ def test_what_cannot_be_walked_is_loaded_whole_and_said(models, text, tmp_path, 
     assert not (tmp_path / "large").exists()
 
 
+def test_experts_in_a_stack_go_by_the_update_and_are_named(tmp_path):
+    base, post = tiny_models.make_pair(tmp_path, tiny_models.qwen3_moe)
+    report = export_checkpoint(post, base, tmp_path / "out", rounding="curvature", calibrate="self")
+    sources = {tensor.name: tensor.rounding.source for tensor in report.tensors}
+    experts = [name for name in sources if ".experts." in name]
+    assert {sources.pop(name) for name in experts} == {"update"}
+    assert set(sources.values()) == {"self: 32 sequences and update"}
+    assert f"of {', '.join(experts[:3])} and {len(experts) - 3} more." in "".join(report.notes)
+
+
 @pytest.mark.parametrize(
     ("content", "options", "error"),
     [
