@@ -131,10 +131,10 @@ class Survival:
             rank_zero_warn(
                 f"At step {trainer.global_step}, plain {family} would round away or distort "
                 f"{1 - survival:.0%} of what training has changed so far (daq/survival = {survival:.2f}): "
-                f"the changes are small beside the steps of the format. {self._outlook(searched)} The share may "
-                "grow as training goes on. If it does not: a larger learning rate or more steps make larger "
-                "changes, and a base in bfloat16, instead of one that was quantized before, lets more of the "
-                "small ones through."
+                f"the changes are small beside the steps of the format. {self._outlook(searched)} The share "
+                "may grow as training goes on. If it does not: a larger learning rate or more steps make "
+                "larger changes, and a base in bfloat16, instead of one that was quantized before, lets more "
+                "of the small ones through."
             )
 
 
