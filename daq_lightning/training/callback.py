@@ -92,7 +92,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         schemes: What to fall back to, in order: schemes, or "keep:8" for the 8 worst layers in 16 bit.
         log_per_layer: Whether figures of each weight, and pictures, go to the loggers; see `loggers.py`.
         log_survival_every_n_steps: Every so many optimizer steps log `daq/survival`, the share of the update
-            that plain FP8 would keep if training stopped now; see `survival.py`.
+            that plain rounding would keep if training stopped now; see `survival.py`.
         push_to_hub: Repository on the Hub, "org/name", that the last export is uploaded to when training is
             over; if that fails, the export stays and the error is raised.
 
