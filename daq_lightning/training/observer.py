@@ -89,11 +89,19 @@ class Observer:
         self._sums, self._factor = sums, factor
         self._latest: dict[str, _Input] = {}  # by group
         self._inputs: list[_Input] = []
-        self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(partial(self._hook, self._forward, layer), with_kwargs=True)
-            for layer in layers
-            for module in layer.modules
-        ]
+        self._handles: list[RemovableHandle] = []
+        for layer in layers:
+            for module in layer.modules:
+                self.hang_up(module, partial(self._forward, layer))
+
+    def hang_up(self, module: nn.Module, act: Callable[..., None]) -> None:
+        """Acts after each forward of a module until `close`, on the arguments of a hook with `kwargs`."""
+        hook = partial(self._hook, act)
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def on_gradient(self, output: Tensor, act: Callable[[Tensor], None]) -> None:
+        """Acts on the gradient of an output, if it comes before `close`."""
+        output.register_hook(partial(self._hook, lambda gradient: act(gradient) if self._handles else None))
 
     def __enter__(self) -> Observer:
         return self
@@ -125,14 +133,14 @@ class Observer:
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         x = args[0] if args else kwargs.get("input")
-        if not torch.is_grad_enabled() or not (_is_plain(x) and _is_plain(output)):
+        if not torch.is_grad_enabled() or not (is_plain(x) and is_plain(output)):
             return
         with torch.no_grad():
             one = self._input(layer, x.detach())
         one.names.append(layer.name)
         if output.requires_grad:
             one.waiting += 1
-            output.register_hook(partial(self._hook, self._backward, layer, one))
+            self.on_gradient(output, partial(self._backward, layer, one))
         elif not one.waiting:  # nothing upstream is trained: there will be no gradient
             one.used.fill_(True)
             one.seen = True
@@ -150,7 +158,7 @@ class Observer:
 
     @torch.no_grad()
     def _backward(self, layer: Layer, one: _Input, gradient: Tensor) -> None:
-        if not self._handles or not _is_plain(gradient):
+        if not is_plain(gradient):
             return
         y_TM = gradient.detach().reshape(-1, gradient.shape[-1])
         used_T = used_tokens(y_TM)
@@ -183,6 +191,6 @@ def _is_same(one: _Input, x: Tensor) -> bool:
     )
 
 
-def _is_plain(tensor: object) -> TypeGuard[Tensor]:
+def is_plain(tensor: object) -> TypeGuard[Tensor]:
     """Whether it is a tensor that this process has whole."""
     return isinstance(tensor, Tensor) and not hasattr(tensor, "full_tensor") and tensor.ndim >= 2
