@@ -16,8 +16,9 @@ def linear_layers(model: LiveModel, names: Iterable[str]) -> dict[str, tuple[nn.
     """Checkpoint name of a weight -> the layers that compute with it: one, or several that share it.
 
     Of a layer with adapters it is what PEFT put around it: it takes the same input, and at its output there
-    is a gradient even where nothing upstream is trained. Weights that no Linear layer has to itself are left
-    out: stacked experts, and what a checkpoint splits.
+    is a gradient even where nothing upstream is trained. Of a module that PEFT trains as a copy it is the
+    copy, which the model computes with. Weights that no Linear layer has to itself are left out: stacked
+    experts, and what a checkpoint splits.
 
     Args:
         model: The model.
@@ -34,9 +35,12 @@ def linear_layers(model: LiveModel, names: Iterable[str]) -> dict[str, tuple[nn.
         users.setdefault(id(layer.weight), []).append(around.get(id(layer), layer))
     found = {}
     for name in names:
-        layer = architecture.module_of(model.keys[name])
-        if isinstance(layer, nn.Linear) and parts[model.keys[name]] == 1:
-            found[name] = tuple(users[id(layer.weight)])
+        key = model.keys[name]
+        layer = architecture.module_of(key)
+        if not isinstance(layer, nn.Linear) or parts[key] > 1:
+            continue
+        copy = None if model.adapters is None else model.adapters.weights.slots[key].copy
+        found[name] = tuple(users[id(layer.weight)]) if copy is None else (copy[0],)
     return found
 
 
