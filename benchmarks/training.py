@@ -3,7 +3,7 @@
     without         a small Llama is trained, the callbacks sleep
     with            DeltaAwareQuantization is asked after every step; its export at the end is left out
     with survival   the same, with log_survival_every_n_steps=10
-    collecting      every batch is observed for rounding, all layers at once, which a run does for a few batches
+    collecting      every batch is observed for rounding, which a run does for a few of them
 
 One fit goes through many short segments of so many steps, each of one kind, in an order that changes, so that
 whatever else the machine does meets all kinds; each segment is compared with the "without" of its turn. On a

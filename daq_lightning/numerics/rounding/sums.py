@@ -40,7 +40,7 @@ class KroneckerSum:
     @property
     @torch.no_grad()
     def total(self) -> Tensor:
-        """The sum until now: float32, shape (K, K), for vectors of size K; changes with what is added later."""
+        """The sum until now: float32, shape (K, K), for vectors of size K; later calls change it."""
         for start in range(0, len(self._upper), _BLOCK):
             end = start + _BLOCK
             self._upper[end:, start:end] = self._upper[start:end, end:].T
@@ -77,9 +77,7 @@ class KroneckerSum:
             values_TK = values_TK.float()
             for start in range(0, values_TK.shape[1], _BLOCK):
                 rows = slice(start, start + _BLOCK)
-                self._upper[rows, start:].addmm_(
-                    values_TK[:, rows].T, values_TK[:, start:], alpha=factor**2
-                )
+                self._upper[rows, start:].addmm_(values_TK[:, rows].T, values_TK[:, start:], alpha=factor**2)
         return finite
 
 
