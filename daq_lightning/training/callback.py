@@ -29,7 +29,7 @@ from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.rounding.settings import RoundingChoice
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.training import settings_check as check
-from daq_lightning.training.curvature import Collecting, Source, bytes_of
+from daq_lightning.training.collecting import Collecting, Source, bytes_of
 from daq_lightning.training.due import ExportsWhenDue
 from daq_lightning.training.gate import OnFailure, ValidationSettings
 from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging

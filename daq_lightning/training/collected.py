@@ -2,13 +2,16 @@
 
     inputs:a|b|c   the inputs that the layers a, b and c were given
     outputs:a      the gradients at the output of a
+    experts:a|b    the inputs of all experts of a layer, where a and b stand for one
 
-They lie in memory or in a file, are added up over the ranks of a run, and are read one weight at a time.
+An expert that few tokens reached takes the inputs of all experts of its layer in place of its own. Sums
+lie in memory or in a file, are added up over the ranks of a run, and are read one weight at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +23,9 @@ from daq_lightning.export.ranks import Agreement, Ranks
 from daq_lightning.numerics.rounding.statistics import Statistics
 from daq_lightning.training.observer import Sums
 
-_INPUTS, _OUTPUTS = "inputs:", "outputs:"
+_INPUTS, _OUTPUTS, _EXPERTS = "inputs:", "outputs:", "experts:"
+FEW = 4
+"""An expert has few tokens if they are less than the width of its input over this."""
 
 
 class Collected(NamedTuple):
@@ -30,11 +35,13 @@ class Collected(NamedTuple):
         tensors: Name of a sum -> float32 matrix.
         tokens: Name of a sum -> how many tokens it has.
         left_out: Name of a sum -> how many calls with NaN or Inf it has not.
+        source: What they are of, in a word; "" for what most of a run are.
     """
 
     tensors: Mapping[str, Tensor]
     tokens: dict[str, int]
     left_out: dict[str, int]
+    source: str = ""
 
     @classmethod
     def of(cls, sums: Sums) -> Collected:
@@ -44,11 +51,18 @@ class Collected(NamedTuple):
         if not named:
             return cls({}, {}, {})
         counts = torch.stack([torch.stack([one.tokens, one.left_out]) for one in named.values()]).tolist()
-        return cls(
-            tensors={name: one.total for name, one in named.items()},
-            tokens={name: count for name, (count, _) in zip(named, counts, strict=True)},
-            left_out={name: count for name, (_, count) in zip(named, counts, strict=True)},
-        )
+        tensors = {name: one.total for name, one in named.items()}
+        tokens = {name: count for name, (count, _) in zip(named, counts, strict=True)}
+        left_out = {name: count for name, (_, count) in zip(named, counts, strict=True)}
+        of_experts: dict[str, list[str]] = {}
+        for name in named:
+            if (shared := _of_experts(name)) is not None:
+                of_experts.setdefault(shared, []).append(name)
+        for shared, names in of_experts.items():
+            tensors[shared] = _total_of(tensors[name] for name in names)
+            tokens[shared] = sum(tokens[name] for name in names)
+            left_out[shared] = sum(left_out[name] for name in names)
+        return cls(tensors, tokens, left_out)
 
     def summed(self, owners: Mapping[str, int], ranks: Ranks) -> Collected:
         """The sums over all ranks, each on the rank that exports its weights. A collective.
@@ -62,8 +76,8 @@ class Collected(NamedTuple):
         counts = ranks.gather((self.tokens, self.left_out))
         mine: dict[str, Tensor] = {}
         agreement = Agreement(ranks)
-        for name in sorted(sizes):
-            owner = owners[_layers_of(name)[0]]
+        needed = ((one, owner) for one in sorted(sizes) for owner in _owners_of(one, owners))
+        for name, owner in needed:
             total = torch.zeros(sizes[name], sizes[name], dtype=torch.float32, device="cpu")
             with agreement.attempt():
                 if name in self.tensors:  # else no token of this rank came there
@@ -73,6 +87,7 @@ class Collected(NamedTuple):
                 mine[name] = total
         agreement.end()
         return Collected(
+            source=self.source,
             tensors=mine,
             tokens={name: sum(tokens.get(name, 0) for tokens, _ in counts) for name in mine},
             left_out={name: sum(left.get(name, 0) for _, left in counts) for name in mine},
@@ -80,19 +95,20 @@ class Collected(NamedTuple):
 
 
 class InFile(Mapping[str, Tensor]):
-    """Tensors of a safetensors file, read when they are asked for; the last one is kept."""
+    """Tensors of a safetensors file, read when they are asked for; the last inputs are kept."""
 
     def __init__(self, path: Path) -> None:
         self._entries = read_header(path)
-        self._last: tuple[str, Tensor] | None = None
+        self._last: dict[str, tuple[str, Tensor]] = {}  # by kind
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._last is None or self._last[0] != name:
+        kind = name.partition(":")[0]
+        if kind not in self._last or self._last[kind][0] != name:
             tensor = self._entries[name].read()
-            if not name.startswith(_INPUTS):
+            if name.startswith(_OUTPUTS):
                 return tensor
-            self._last = (name, tensor)
-        return self._last[1]
+            self._last[kind] = (name, tensor)
+        return self._last[kind][1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -114,18 +130,23 @@ class AllCollected(Mapping[str, Statistics]):
         self._of: dict[str, tuple[Collected, list[str]]] = {}  # layer -> its sums
         for part in parts:
             for name in part.tokens:
-                for layer in _layers_of(name):
+                for layer in [] if name.startswith(_EXPERTS) else _layers_of(name):
                     self._of.setdefault(layer, (part, []))[1].append(name)
 
     def __getitem__(self, layer: str) -> Statistics:
         part, names = self._of[layer]
         inputs = [name for name in names if name.startswith(_INPUTS) and part.tokens[name]]
         outputs = [name for name in names if name.startswith(_OUTPUTS) and part.tokens[name]]
+        total, source = _total(part, inputs), part.source or self._source
+        shared = _of_experts(inputs[0]) if inputs else None
+        seen = sum(part.tokens[name] for name in inputs)
+        if shared is not None and total is not None and seen * FEW < len(total):
+            total, source = part.tensors[shared], f"{source}, inputs of all experts"
         return Statistics(
-            inputs=_total(part, inputs),
+            inputs=total,
             outputs=_total(part, outputs),
             tokens=sum(part.tokens[name] for name in outputs or inputs),
-            source=self._source,
+            source=source,
             left_out=sum(part.left_out[name] for name in names),
         )
 
@@ -140,11 +161,40 @@ def _layers_of(name: str) -> list[str]:
     return name.partition(":")[2].split("|")
 
 
+def _of_experts(name: str) -> str | None:
+    """The sum of the inputs of all experts of a layer, of that of one; None if it is of no expert.
+
+    Example:
+        >>> _of_experts("inputs:mlp.experts.3.gate_proj.weight|mlp.experts.3.up_proj.weight")
+        'experts:mlp.experts.*.gate_proj.weight|mlp.experts.*.up_proj.weight'
+    """
+    if not name.startswith(_INPUTS) or ".experts." not in name:
+        return None
+    return _EXPERTS + re.sub(r"\.experts\.\d+\.", ".experts.*.", name.removeprefix(_INPUTS))
+
+
+def _owners_of(name: str, owners: Mapping[str, int]) -> list[int]:
+    """The ranks that need a sum."""
+    if not name.startswith(_EXPERTS):
+        return [owners[_layers_of(name)[0]]]
+    before, _, after = _layers_of(name)[0].partition("*")
+    experts = re.compile(re.escape(before) + r"\d+" + re.escape(after))
+    return sorted({owner for layer, owner in owners.items() if experts.fullmatch(layer)})
+
+
 def _total(part: Collected, names: list[str]) -> Tensor | None:
     """Of one sum, the tensor itself: layers with the same inputs have the same one."""
     if not names:
         return None
-    first, *others = (part.tensors[name] for name in names)
-    for other in others:
-        first = first + other
-    return first
+    if len(names) == 1:
+        return part.tensors[names[0]]
+    return _total_of(part.tensors[name] for name in names)
+
+
+def _total_of(tensors: Iterable[Tensor]) -> Tensor:
+    """A sum, in a tensor of its own; one is read at a time."""
+    total: Tensor | None = None
+    for tensor in tensors:
+        total = tensor.clone() if total is None else total.add_(tensor)
+    assert total is not None
+    return total

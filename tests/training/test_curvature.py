@@ -12,14 +12,13 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live import Tuning, data, fit, make_trainer, tiny_llama
-from tiny_models import qwen3_moe
 
 from daq_lightning import DeltaAwareQuantization, ExportReport, load_checkpoint
 from daq_lightning.audit.recompute import differences, recompute
 from daq_lightning.export.ranks import ALONE
 from daq_lightning.numerics.rounding.sums import KroneckerSum
-from daq_lightning.training import curvature as module
-from daq_lightning.training.curvature import batches_left
+from daq_lightning.training import collecting, curvature
+from daq_lightning.training.collecting import batches_left
 from daq_lightning.training.observer import Layer
 from daq_lightning.training.parts import in_parts
 
@@ -98,6 +97,18 @@ def test_an_adapted_layer_has_a_gradient_where_nothing_before_it_is_trained(tmp_
     assert damping["k_proj"] == damping["v_proj"] == 0.1  # inputs alone
 
 
+def test_a_trained_copy_of_a_module_is_observed(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    torch.manual_seed(5)
+    model = peft.get_peft_model(tiny_llama(), config)  # type: ignore[arg-type]
+    callback = quantization(tmp_path)
+    fit(tmp_path, callback, module=Tuning(model))
+    found = {tensor.name.split(".")[-2]: tensor.rounding for tensor in callback.report.tensors}
+    assert found["down_proj"].method == "curvature"
+    assert found["down_proj"].tokens == 4 * BATCH
+    assert found["down_proj"].damping_out == 0.01  # both sides
+
+
 def test_the_report_holds_what_the_files_say(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     callback = quantization(tmp_path, base=str(tmp_path / "base"))
@@ -120,8 +131,8 @@ def test_auto_collects_unless_a_search_is_asked_for(tmp_path):
 
 def test_the_last_batches_are_observed(tmp_path, monkeypatch):
     seen = []
-    original = module.Observer
-    monkeypatch.setattr(module, "Observer", lambda *a: seen.append(trainer.global_step) or original(*a))
+    original = curvature.observe
+    monkeypatch.setattr(curvature, "observe", lambda *a: seen.append(trainer.global_step) or original(*a))
     trainer = make_trainer(tmp_path, quantization(tmp_path, curvature_steps=2), max_steps=10, max_epochs=-1)
     trainer.fit(Tuning(), data())
     assert seen == [7, 8]  # and one to spare
@@ -179,14 +190,6 @@ def test_the_best_checkpoint_is_rounded_along_what_the_run_collected(tmp_path):
     callback = quantization(tmp_path, which="best")
     fit(tmp_path, saver, callback)
     assert sources(callback.report) == {"activations and update"}
-
-
-def test_stacked_experts_have_no_layer_of_their_own_and_are_rounded_along_their_update(tmp_path):
-    callback = quantization(tmp_path)
-    fit(tmp_path, callback, module=Tuning(qwen3_moe()), max_steps=2)
-    experts = {tensor.rounding.source for tensor in callback.report.tensors if ".experts." in tensor.name}
-    others = {tensor.rounding.source for tensor in callback.report.tensors if ".experts." not in tensor.name}
-    assert (experts, others) == ({"update"}, {"activations and update"})
 
 
 def test_two_layers_with_one_weight_add_up(tmp_path):
@@ -401,17 +404,22 @@ def test_fallbacks_of_several_ranks_are_refused_or_rounded_to_nearest(tmp_path):
     }  # fmt: skip
     model = torch.nn.Linear(2, 2)
     alone, several = (
-        SimpleNamespace(strategy=SimpleNamespace(model=model), lightning_module=model, world_size=size)
+        SimpleNamespace(
+            strategy=SimpleNamespace(model=model),
+            lightning_module=model,
+            world_size=size,
+            enable_validation=True,
+        )
         for size in (1, 2)
     )
     required = quantization(tmp_path, **fallback)._settings
-    assert module.settled(required, alone).choices.rounding == "curvature"
+    assert collecting.settled(required, alone).choices.rounding == "curvature"
     with pytest.raises(MisconfigurationException, match="deals the weights to the ranks anew"):
-        module.settled(required, several)
-    found = module.settled(quantization(tmp_path, rounding="auto", **fallback)._settings, several)
+        collecting.settled(required, several)
+    found = collecting.settled(quantization(tmp_path, rounding="auto", **fallback)._settings, several)
     assert (found.choices.rounding, found.collecting) == ("nearest", None)
     gradients = quantization(tmp_path, curvature="gradients", **fallback)._settings  # the same on all ranks
-    assert module.settled(gradients, several).choices.rounding == "curvature"
+    assert collecting.settled(gradients, several).choices.rounding == "curvature"
 
 
 def test_collecting_costs_nothing_in_other_batches(tmp_path):
