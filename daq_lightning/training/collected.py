@@ -2,9 +2,10 @@
 
     inputs:a|b|c   the inputs that the layers a, b and c were given
     outputs:a      the gradients at the output of a
-    experts:a|b    the inputs of all experts of a layer, where a and b stand for one
+    experts:...    the sum of one of these over all experts of a layer
 
-An expert that few tokens reached takes the inputs of all experts of its layer in place of its own. Sums
+An expert that few tokens reached takes that of all experts where it meets the rest of the model: for the
+inputs of its first weights, and the gradients at the output of its last. What lies between is its own. Sums
 lie in memory or in a file, are added up over the ranks of a run, and are read one weight at a time.
 """
 
@@ -24,8 +25,15 @@ from daq_lightning.numerics.rounding.statistics import Statistics
 from daq_lightning.training.observer import Sums
 
 _INPUTS, _OUTPUTS, _EXPERTS = "inputs:", "outputs:", "experts:"
-FEW = 4
-"""An expert has few tokens if they are less than the width of its input over this."""
+_LAST = ("down_proj", "w2")
+FEW = 2
+"""An expert has few tokens if they are less than the width of the model over this.
+
+Measured on a small Qwen3-MoE (16 experts, width 128, one seed): loss of the codes over that of nearest, of
+inputs of its own and of all experts: .57 and .05 with 4 tokens, .05 and .03 with 32, .026 and .026 with 64,
+.014 and .020 with 128. Of gradients at the output: .52 and .10, .08 and .025, .020 and .012, .009 and .006.
+Inputs of all experts in its last weight are worse than nearest with few tokens (1.8).
+"""
 
 
 class Collected(NamedTuple):
@@ -137,16 +145,12 @@ class AllCollected(Mapping[str, Statistics]):
         part, names = self._of[layer]
         inputs = [name for name in names if name.startswith(_INPUTS) and part.tokens[name]]
         outputs = [name for name in names if name.startswith(_OUTPUTS) and part.tokens[name]]
-        total, source = _total(part, inputs), part.source or self._source
-        shared = _of_experts(inputs[0]) if inputs else None
-        seen = sum(part.tokens[name] for name in inputs)
-        if shared is not None and total is not None and seen * FEW < len(total):
-            total, source = part.tensors[shared], f"{source}, inputs of all experts"
+        shared = any(_shared(part, side) for side in (inputs, outputs))
         return Statistics(
-            inputs=total,
+            inputs=_total(part, inputs),
             outputs=_total(part, outputs),
             tokens=sum(part.tokens[name] for name in outputs or inputs),
-            source=source,
+            source=(part.source or self._source) + ", one side of all experts" * shared,
             left_out=sum(part.left_out[name] for name in names),
         )
 
@@ -158,19 +162,21 @@ class AllCollected(Mapping[str, Statistics]):
 
 
 def _layers_of(name: str) -> list[str]:
-    return name.partition(":")[2].split("|")
+    return name.rpartition(":")[2].split("|")
 
 
 def _of_experts(name: str) -> str | None:
-    """The sum of the inputs of all experts of a layer, of that of one; None if it is of no expert.
+    """The sum over all experts of a layer that can stand in for that of one; None if there is none.
 
     Example:
         >>> _of_experts("inputs:mlp.experts.3.gate_proj.weight|mlp.experts.3.up_proj.weight")
-        'experts:mlp.experts.*.gate_proj.weight|mlp.experts.*.up_proj.weight'
+        'experts:inputs:mlp.experts.*.gate_proj.weight|mlp.experts.*.up_proj.weight'
+        >>> _of_experts("inputs:mlp.experts.3.down_proj.weight")
     """
-    if not name.startswith(_INPUTS) or ".experts." not in name:
+    last = name.removesuffix(".weight").endswith(_LAST)
+    if ".experts." not in name or name.startswith(_OUTPUTS) is not last:
         return None
-    return _EXPERTS + re.sub(r"\.experts\.\d+\.", ".experts.*.", name.removeprefix(_INPUTS))
+    return _EXPERTS + re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
 
 
 def _owners_of(name: str, owners: Mapping[str, int]) -> list[int]:
@@ -182,10 +188,20 @@ def _owners_of(name: str, owners: Mapping[str, int]) -> list[int]:
     return sorted({owner for layer, owner in owners.items() if experts.fullmatch(layer)})
 
 
+def _shared(part: Collected, names: list[str]) -> str | None:
+    """The sum over all experts that stands in for some of one, of few tokens."""
+    shared = _of_experts(names[0]) if names else None
+    if shared is None or sum(part.tokens[name] for name in names) * FEW >= len(part.tensors[shared]):
+        return None
+    return shared
+
+
 def _total(part: Collected, names: list[str]) -> Tensor | None:
     """Of one sum, the tensor itself: layers with the same inputs have the same one."""
     if not names:
         return None
+    if (shared := _shared(part, names)) is not None:
+        return part.tensors[shared]
     if len(names) == 1:
         return part.tensors[names[0]]
     return _total_of(part.tensors[name] for name in names)

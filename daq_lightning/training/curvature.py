@@ -148,7 +148,9 @@ class Collector:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         factor = 1.0 if scaler is None else 1.0 / scaler.get_scale()
-        self._observer = observe(self._parts[self._part], self._sums, factor)
+        # not the validation of an export of another callback
+        training = partial(getattr, trainer, "training")
+        self._observer = observe(self._parts[self._part], self._sums, factor, training)
 
     def before_step(self) -> None:
         """Reads gradients, if it is they that are collected."""

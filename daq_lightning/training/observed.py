@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -41,9 +41,11 @@ def layers_of(model: LiveModel, tensors: Sequence[TensorPlan], *, experts: bool)
     return layers
 
 
-def observe(layers: Sequence[Layer], sums: Sums, factor: float) -> Observer:
+def observe(
+    layers: Sequence[Layer], sums: Sums, factor: float, when: Callable[[], bool] | None = None
+) -> Observer:
     """Opens an observer of some layers; see `Observer`."""
     experts = [layer for layer in layers if isinstance(layer, ExpertLayer)]
-    observer = Observer([layer for layer in layers if not isinstance(layer, ExpertLayer)], sums, factor)
+    observer = Observer([layer for layer in layers if not isinstance(layer, ExpertLayer)], sums, factor, when)
     observe_experts(experts, observer, sums, factor)
     return observer

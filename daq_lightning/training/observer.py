@@ -79,14 +79,21 @@ class Observer:
         layers: The layers.
         sums: What is added to.
         factor: Multiplies gradients: 1 over the scale of the loss.
+        when: Whether a forward is to be observed; None observes all.
 
     Attributes:
         error: What went wrong in a hook, such as too little memory; the hooks did nothing from then on.
     """
 
-    def __init__(self, layers: Sequence[Layer], sums: Sums, factor: float = 1.0) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        sums: Sums,
+        factor: float = 1.0,
+        when: Callable[[], bool] | None = None,
+    ) -> None:
         self.error: Exception | None = None
-        self._sums, self._factor = sums, factor
+        self._sums, self._factor, self._when = sums, factor, when
         self._latest: dict[str, _Input] = {}  # by group
         self._inputs: list[_Input] = []
         self._handles: list[RemovableHandle] = []
@@ -96,7 +103,11 @@ class Observer:
 
     def hang_up(self, module: nn.Module, act: Callable[..., None]) -> None:
         """Acts after each forward of a module until `close`, on the arguments of a hook with `kwargs`."""
-        hook = partial(self._hook, act)
+
+        def hook(*arguments: Any) -> None:
+            if self._when is None or self._when():
+                self._hook(act, *arguments)
+
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def on_gradient(self, output: Tensor, act: Callable[[Tensor], None]) -> None:
