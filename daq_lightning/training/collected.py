@@ -12,7 +12,7 @@ lie in memory or in a file, are added up over the ranks of a run, and are read o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.tensor_file import read_header
 from daq_lightning.export.ranks import Agreement, Ranks
 from daq_lightning.numerics.rounding.statistics import Statistics
+from daq_lightning.numerics.rounding.sums import KroneckerSum
 from daq_lightning.training.observer import Sums
 
 _INPUTS, _OUTPUTS, _EXPERTS = "inputs:", "outputs:", "experts:"
@@ -53,12 +54,12 @@ class Collected(NamedTuple):
 
     @classmethod
     def of(cls, sums: Sums) -> Collected:
-        """What an observer summed, by reference; its counts leave the device in one transfer."""
+        """What an observer summed, by reference; counts leave each device in one transfer."""
         named = {_INPUTS + "|".join(names): one for names, one in sums.inputs.items()}
         named |= {_OUTPUTS + name: one for name, one in sums.outputs.items()}
         if not named:
             return cls({}, {}, {})
-        counts = torch.stack([torch.stack([one.tokens, one.left_out]) for one in named.values()]).tolist()
+        counts = _counts(list(named.values()))
         tensors = {name: one.total for name, one in named.items()}
         tokens = {name: count for name, (count, _) in zip(named, counts, strict=True)}
         left_out = {name: count for name, (_, count) in zip(named, counts, strict=True)}
@@ -207,10 +208,22 @@ def _total(part: Collected, names: list[str]) -> Tensor | None:
     return _total_of(part.tensors[name] for name in names)
 
 
+def _counts(sums: Sequence[KroneckerSum]) -> list[list[int]]:
+    """Tokens, and calls that were left out, of sums that may lie on several devices."""
+    places: dict[torch.device, list[int]] = {}
+    for place, one in enumerate(sums):
+        places.setdefault(one.tokens.device, []).append(place)
+    counts: dict[int, list[int]] = {}
+    for of_device in places.values():
+        both = [torch.stack([sums[place].tokens, sums[place].left_out]) for place in of_device]
+        counts |= zip(of_device, torch.stack(both).tolist(), strict=True)
+    return [counts[place] for place in range(len(sums))]
+
+
 def _total_of(tensors: Iterable[Tensor]) -> Tensor:
     """A sum, in a tensor of its own; one is read at a time."""
     total: Tensor | None = None
     for tensor in tensors:
-        total = tensor.clone() if total is None else total.add_(tensor)
+        total = tensor.clone() if total is None else total.add_(tensor.to(total.device))
     assert total is not None
     return total

@@ -176,7 +176,7 @@ class Observer:
         if layer.name not in self._sums.outputs:
             self._sums.outputs[layer.name] = KroneckerSum(y_TM.shape[1], y_TM.device)
         self._sums.outputs[layer.name].add(y_TM, used_T, self._factor)
-        one.used |= used_T
+        one.used |= used_T.to(one.used.device)
         one.seen = True
         one.waiting -= 1
         if not one.waiting:

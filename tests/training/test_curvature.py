@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live import Tuning, data, fit, make_trainer, tiny_llama
 
@@ -56,6 +57,13 @@ def sources(report: ExportReport) -> set[str]:
     return {tensor.rounding.source for tensor in report.tensors}
 
 
+def in_16_bit(overflows: bool = False) -> MixedPrecision:
+    """As on a GPU: the loss is scaled by 2^10; at first by 2^40, which overflows in float16, if asked for."""
+    first, factor = (2.0**40, 2.0**-30) if overflows else (2.0**10, 0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=first, backoff_factor=factor)
+    return MixedPrecision("16-mixed", "cpu", scaler=scaler)  # type: ignore[arg-type]
+
+
 RUNS = {
     "full": (Tuning, {}),
     "lora": (adapted, {}),
@@ -63,17 +71,22 @@ RUNS = {
     "bf16": (Tuning, {"precision": "bf16-mixed"}),
     "manual": (Manual, {"max_steps": -1, "max_epochs": 1}),
     "clipped": (Tuning, {"gradient_clip_val": 0.1}),
+    "16": (Tuning, {"plugins": in_16_bit}),
+    "16, lora": (adapted, {"plugins": in_16_bit}),
+    "16, accumulated": (Tuning, {"plugins": in_16_bit, "accumulate_grad_batches": 2, "max_steps": 2}),
+    "16, manual": (Manual, {"plugins": in_16_bit, "max_steps": -1, "max_epochs": 1}),
 }
 
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_training_is_bit_identical_while_statistics_are_collected(tmp_path, kind):
     make, changes = RUNS[kind]
+    plugins = changes.get("plugins", list)  # anew for each run
     callback = quantization(tmp_path)
-    with_it = fit(tmp_path, callback, module=make(), **changes)
+    with_it = fit(tmp_path, callback, module=make(), **(changes | {"plugins": plugins()}))
     random_with = torch.get_rng_state()
     optimizer_with = with_it.trainer.optimizers[0].state_dict()["state"]
-    without = fit(tmp_path, module=make(), **changes)
+    without = fit(tmp_path, module=make(), **(changes | {"plugins": plugins()}))
     assert torch.equal(torch.get_rng_state(), random_with)
     for (name, one), two in zip(with_it.named_parameters(), without.parameters(), strict=True):
         assert torch.equal(one, two), name
@@ -81,12 +94,46 @@ def test_training_is_bit_identical_while_statistics_are_collected(tmp_path, kind
         optimizer_with.values(), without.trainer.optimizers[0].state_dict()["state"].values(), strict=True
     ):
         assert torch.equal(one["exp_avg"], two["exp_avg"])
-    assert sources(callback.report) == {"activations" if kind == "lora" else "activations and update"}
+    assert sources(callback.report) == {"activations" if "lora" in kind else "activations and update"}
     assert not any(part._forward_hooks for part in with_it.modules())
     for tensor in callback.report.tensors:
         assert tensor.rounding.loss <= tensor.rounding.nearest_loss
         assert tensor.rounding.tokens > 0
     assert callback.report.tensors[-1].rounding.tokens == 4 * BATCH
+
+
+class Sums(L.Callback):
+    """What was collected, before it is let go."""
+
+    def __init__(self, export: DeltaAwareQuantization) -> None:
+        self.export, self.found = export, {}
+
+    def on_train_end(self, trainer, pl_module):
+        run = self.export._run
+        self.found = dict(run.collector.curvature(run._owners))
+
+
+def test_gradients_of_a_scaled_loss_are_those_of_a_plain_one(tmp_path):
+    found = []
+    for plugins in ([], [in_16_bit()]):
+        export = quantization(tmp_path)
+        sums = Sums(export)
+        fit(tmp_path, sums, export, max_steps=1, plugins=plugins)
+        found.append(sums.found)
+    plain, scaled = found
+    for name in plain:
+        size = plain[name].outputs.norm()
+        assert (scaled[name].outputs - plain[name].outputs).norm() < 0.02 * size
+        assert scaled[name].tokens == pytest.approx(plain[name].tokens, abs=2)  # of 8 bits less
+
+
+def test_a_step_that_overflows_is_left_out_and_counted(tmp_path):
+    callback = quantization(tmp_path)
+    with_it = fit(tmp_path, callback, plugins=[in_16_bit(overflows=True)])
+    assert callback.report.tensors[-1].rounding.tokens == 3 * BATCH
+    assert all(tensor.rounding.left_out for tensor in callback.report.tensors)
+    without = fit(tmp_path, plugins=[in_16_bit(overflows=True)])
+    assert all(torch.equal(*pair) for pair in zip(with_it.parameters(), without.parameters(), strict=True))
 
 
 def test_an_adapted_layer_has_a_gradient_where_nothing_before_it_is_trained(tmp_path):
