@@ -60,7 +60,8 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
             where a search is asked for, or the strategy, a compiled model, or fallbacks of several ranks do
             not let it be collected.
         curvature: What is collected: "activations", and the gradients at the outputs of layers; or the
-            "gradients" of weights, without hooks. "auto" is "activations".
+            "gradients" of weights, without hooks; or the activations of "validation" batches at the export.
+            "auto" is "activations", and "validation" for what was not seen in training.
         curvature_memory: What sums may take at a time, in bytes or as "2 GB".
         curvature_steps: Batches that each layer is observed for.
         ignore: Modules to keep in high precision: full names, or regular expressions after `re:`.

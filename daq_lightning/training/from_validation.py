@@ -197,7 +197,8 @@ class _Watch(Callback):
             if isinstance(found, Tensor) and found.requires_grad and found.numel() == 1:
                 return found
         logits = _in(output, "logits")
-        labels = kwargs.get("labels", _in(batch, "labels"))
+        labels = kwargs.get("labels")
+        labels = _in(batch, "labels") if labels is None else labels
         if not (isinstance(logits, Tensor) and logits.requires_grad and isinstance(labels, Tensor)):
             raise ValueError(
                 "validation_step returns no loss with a gradient, and there are no logits and labels: "

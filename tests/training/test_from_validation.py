@@ -35,8 +35,11 @@ class Validated(Tuning):
         self.register_buffer("validations", torch.zeros(()))
         self.norm = nn.BatchNorm1d(8)
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> Any:
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
         self.validations += 1
+        if self.returns == "labels":  # they stand in the batch, and the loss is computed nowhere
+            self.model(input_ids=batch["ids"])
+            return None
         self.norm.train()(torch.rand(4, 8))
         if self.error is not None and batch_idx == 1:
             raise self.error("in validation")
@@ -52,9 +55,15 @@ class Validated(Tuning):
         }[self.returns]()
 
 
-def held_out(length: int = 6) -> torch.utils.data.DataLoader[Any]:
+def labelled(rows: list[Tensor]) -> dict[str, Tensor]:
+    return {"ids": torch.stack(rows), "labels": torch.stack(rows)}
+
+
+def held_out(length: int = 6, **settings: Any) -> torch.utils.data.DataLoader[Any]:
     generator = torch.Generator().manual_seed(11)
-    return torch.utils.data.DataLoader(torch.randint(1, 32, (length, 8), generator=generator), batch_size=2)  # type: ignore[arg-type]
+    return torch.utils.data.DataLoader(
+        torch.randint(1, 32, (length, 8), generator=generator), batch_size=2, **settings
+    )  # type: ignore[arg-type]
 
 
 def everything(trainer: L.Trainer) -> dict[str, Any]:
@@ -124,7 +133,8 @@ class Probes(L.Callback):
 def run(folder, *callbacks: L.Callback, module: Validated | None = None, **changes: Any) -> Validated:
     L.seed_everything(3, verbose=False)
     module = Validated() if module is None else module
-    make_trainer(folder, *callbacks, num_sanity_val_steps=0, **changes).fit(module, data(), held_out())
+    validation = held_out(collate_fn=labelled) if module.returns == "labels" else held_out()
+    make_trainer(folder, *callbacks, num_sanity_val_steps=0, **changes).fit(module, data(), validation)
     return module
 
 
@@ -172,7 +182,7 @@ def expected(model: nn.Module, batches: list[Tensor]) -> dict[str, tuple[np.ndar
     return sums
 
 
-@pytest.mark.parametrize("returns", ["loss", "dict", "model"])
+@pytest.mark.parametrize("returns", ["loss", "dict", "model", "labels"])
 def test_sums_are_those_of_numpy_and_layers_take_turns(tmp_path, returns):
     """Four parts, two batches each, of three that there are: they come again."""
     module, probe = Validated(), Probes(memory=300_000)
@@ -213,6 +223,17 @@ def test_codes_are_rounded_along_validation_and_the_run_is_the_same(tmp_path, mo
     assert "from validation at an export" in caplog.text
 
 
+def test_what_another_callback_takes_from_validation_is_not_observed_in_training(tmp_path):
+    """The first exports while the hooks of the second are there."""
+    first = quantization(tmp_path / "first", curvature="validation", every_n_train_steps=3)
+    second = quantization(tmp_path / "second", curvature="activations")
+    run(tmp_path, first, second)
+    alone = quantization(tmp_path / "alone", curvature="activations")
+    run(tmp_path, alone)
+    assert len(first.exports) == 2
+    assert second.report.tensors == alone.report.tensors
+
+
 def test_auto_takes_from_validation_what_a_short_run_did_not_see(tmp_path, caplog):
     export = quantization(tmp_path, curvature_memory="300 kB")
     with caplog.at_level("INFO"):
@@ -233,6 +254,21 @@ def test_auto_takes_validation_where_memory_ends_in_training(tmp_path, monkeypat
         with pytest.warns(UserWarning, match="No more curvature"):
             run(tmp_path, export)
     assert sources(export.report) == {"validation and update"}
+
+
+def test_after_an_error_nothing_is_taken_from_validation(tmp_path):
+    """Other ranks may be gone: an export of what is left waits for none."""
+
+    class Fails(Validated):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                raise RuntimeError("in training")
+
+    module, export = Fails(), quantization(tmp_path, curvature="validation", export_on_exception=True)
+    with pytest.raises(RuntimeError, match="in training"):
+        run(tmp_path, export, module=module)
+    assert sources(export.report) == {"update"}
+    assert not module.validations
 
 
 def test_a_compiled_model_is_observed_in_validation(tmp_path, caplog):
