@@ -3,6 +3,7 @@
     without         a small Llama is trained, the callbacks sleep
     with            DeltaAwareQuantization is asked after every step; its export at the end is left out
     with survival   the same, with log_survival_every_n_steps=10
+    collecting      every batch is observed for rounding, which a run does for a few of them
 
 One fit goes through many short segments of so many steps, each of one kind, in an order that changes, so that
 whatever else the machine does meets all kinds; each segment is compared with the "without" of its turn. On a
@@ -29,7 +30,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KINDS = ("without", "with", "with survival")
+KINDS = ("without", "with", "with survival", "collecting")
 
 
 class Spent(NamedTuple):
@@ -137,8 +138,15 @@ def fit(order: list[str], folder: Path, args: Any) -> tuple[dict[str, list[Spent
             elif self._run is not None and self._run.survival is not None:  # as if it had been awake
                 self._run.survival._periods = trainer.global_step // args.every
 
+        def on_train_batch_start(self, *others: Any) -> None:
+            if now["kind"] == self.kind:
+                super().on_train_batch_start(*others)
+
     class Measuring(Sleeping):
         kind = "with survival"
+
+    class Collecting(Sleeping):
+        kind = "collecting"
 
     class Clock(L.Callback):
         """Reads the clocks between segments; the last callback, so that it sees what the others do."""
@@ -165,8 +173,10 @@ def fit(order: list[str], folder: Path, args: Any) -> tuple[dict[str, list[Spent
 
     callbacks: list[L.Callback] = [Clock()]
     if len(order) > 1:
-        measuring = Measuring(dirpath=str(folder / "two"), log_survival_every_n_steps=args.every)
-        callbacks = [Sleeping(dirpath=str(folder / "one")), measuring, *callbacks]
+        plain: dict[str, Any] = {"rounding": "nearest"}
+        measuring = Measuring(dirpath=str(folder / "two"), log_survival_every_n_steps=args.every, **plain)
+        collecting = Collecting(dirpath=str(folder / "three"), curvature_steps=10**9)
+        callbacks = [Sleeping(dirpath=str(folder / "one"), **plain), measuring, collecting, *callbacks]
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(
         max_steps=args.every * len(order),

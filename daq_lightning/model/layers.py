@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import nn
 
 if TYPE_CHECKING:
+    from daq_lightning.model.adapters.merged import AdaptedWeights
     from daq_lightning.model.architecture import Architecture
     from daq_lightning.model.live import LiveModel
 
@@ -28,16 +29,20 @@ class Named(Protocol):
     def keys(self) -> Mapping[str, str]: ...
 
 
-def linear_layers(model: Named, names: Iterable[str]) -> dict[str, tuple[nn.Module, ...]]:
+def linear_layers(
+    model: Named, names: Iterable[str], adapters: AdaptedWeights | None = None
+) -> dict[str, tuple[nn.Module, ...]]:
     """Checkpoint name of a weight -> the layers that compute with it: one, or several that share it.
 
     Of a layer with adapters it is what PEFT put around it: it takes the same input, and at its output there
-    is a gradient even where nothing upstream is trained. Weights that no Linear layer has to itself are left
-    out: stacked experts, and what a checkpoint splits.
+    is a gradient even where nothing upstream is trained. Of a module that PEFT trains as a copy it is the
+    copy, which the model computes with. Weights that no Linear layer has to itself are left out: stacked
+    experts, and what a checkpoint splits.
 
     Args:
         model: The model.
         names: Checkpoint names.
+        adapters: Of the model.
     """
     architecture, parts = model.architecture, Counter(model.keys.values())
     around: dict[int, nn.Module] = {}
@@ -50,9 +55,12 @@ def linear_layers(model: Named, names: Iterable[str]) -> dict[str, tuple[nn.Modu
         users.setdefault(id(layer.weight), []).append(around.get(id(layer), layer))
     found = {}
     for name in names:
-        layer = architecture.module_of(model.keys[name])
-        if isinstance(layer, nn.Linear) and parts[model.keys[name]] == 1:
-            found[name] = tuple(users[id(layer.weight)])
+        key = model.keys[name]
+        layer = architecture.module_of(key)
+        if not isinstance(layer, nn.Linear) or parts[key] > 1:
+            continue
+        copy = None if adapters is None else adapters.weights.slots[key].copy
+        found[name] = tuple(users[id(layer.weight)]) if copy is None else (copy[0],)
     return found
 
 

@@ -79,21 +79,40 @@ class Observer:
         layers: The layers.
         sums: What is added to.
         factor: Multiplies gradients: 1 over the scale of the loss.
+        when: Whether a forward is to be observed; None observes all.
 
     Attributes:
         error: What went wrong in a hook, such as too little memory; the hooks did nothing from then on.
     """
 
-    def __init__(self, layers: Sequence[Layer], sums: Sums, factor: float = 1.0) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        sums: Sums,
+        factor: float = 1.0,
+        when: Callable[[], bool] | None = None,
+    ) -> None:
         self.error: Exception | None = None
-        self._sums, self._factor = sums, factor
+        self._sums, self._factor, self._when = sums, factor, when
         self._latest: dict[str, _Input] = {}  # by group
         self._inputs: list[_Input] = []
-        self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(partial(self._hook, self._forward, layer), with_kwargs=True)
-            for layer in layers
-            for module in layer.modules
-        ]
+        self._handles: list[RemovableHandle] = []
+        for layer in layers:
+            for module in layer.modules:
+                self.hang_up(module, partial(self._forward, layer))
+
+    def hang_up(self, module: nn.Module, act: Callable[..., None]) -> None:
+        """Acts after each forward of a module until `close`, on the arguments of a hook with `kwargs`."""
+
+        def hook(*arguments: Any) -> None:
+            if self._when is None or self._when():
+                self._hook(act, *arguments)
+
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def on_gradient(self, output: Tensor, act: Callable[[Tensor], None]) -> None:
+        """Acts on the gradient of an output, if it comes before `close`."""
+        output.register_hook(partial(self._hook, lambda gradient: act(gradient) if self._handles else None))
 
     def __enter__(self) -> Observer:
         return self
@@ -125,14 +144,14 @@ class Observer:
         self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         x = args[0] if args else kwargs.get("input")
-        if not torch.is_grad_enabled() or not (_is_plain(x) and _is_plain(output)):
+        if not torch.is_grad_enabled() or not (is_plain(x) and is_plain(output)):
             return
         with torch.no_grad():
             one = self._input(layer, x.detach())
         one.names.append(layer.name)
         if output.requires_grad:
             one.waiting += 1
-            output.register_hook(partial(self._hook, self._backward, layer, one))
+            self.on_gradient(output, partial(self._backward, layer, one))
         elif not one.waiting:  # nothing upstream is trained: there will be no gradient
             one.used.fill_(True)
             one.seen = True
@@ -150,14 +169,14 @@ class Observer:
 
     @torch.no_grad()
     def _backward(self, layer: Layer, one: _Input, gradient: Tensor) -> None:
-        if not self._handles or not _is_plain(gradient):
+        if not is_plain(gradient):
             return
         y_TM = gradient.detach().reshape(-1, gradient.shape[-1])
         used_T = used_tokens(y_TM)
         if layer.name not in self._sums.outputs:
             self._sums.outputs[layer.name] = KroneckerSum(y_TM.shape[1], y_TM.device)
         self._sums.outputs[layer.name].add(y_TM, used_T, self._factor)
-        one.used |= used_T
+        one.used |= used_T.to(one.used.device)
         one.seen = True
         one.waiting -= 1
         if not one.waiting:
@@ -183,6 +202,6 @@ def _is_same(one: _Input, x: Tensor) -> bool:
     )
 
 
-def _is_plain(tensor: object) -> TypeGuard[Tensor]:
+def is_plain(tensor: object) -> TypeGuard[Tensor]:
     """Whether it is a tensor that this process has whole."""
     return isinstance(tensor, Tensor) and not hasattr(tensor, "full_tensor") and tensor.ndim >= 2

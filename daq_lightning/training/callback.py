@@ -29,7 +29,7 @@ from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.rounding.settings import RoundingChoice
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.training import settings_check as check
-from daq_lightning.training.curvature import Collecting, Source, bytes_of
+from daq_lightning.training.collecting import Collecting, Source, bytes_of
 from daq_lightning.training.due import ExportsWhenDue
 from daq_lightning.training.gate import OnFailure, ValidationSettings
 from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging
@@ -61,7 +61,8 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
             where a search is asked for, or the strategy, a compiled model, or fallbacks of several ranks do
             not let it be collected.
         curvature: What is collected: "activations", and the gradients at the outputs of layers; or the
-            "gradients" of weights, without hooks. "auto" is "activations".
+            "gradients" of weights, without hooks; or the activations of "validation" batches at the export.
+            "auto" is "activations", and "validation" for what was not seen in training.
         curvature_memory: What sums may take at a time, in bytes or as "2 GB".
         curvature_steps: Batches that each layer is observed for.
         ignore: Modules to keep in high precision: full names, or regular expressions after `re:`.

@@ -7,7 +7,8 @@
 
 Layers are observed in parts whose sums fit `curvature_memory`, one part after the other through the depth,
 each for `curvature_steps` batches: four are as good as all, and the last ones as good as any. What does not
-fit all at once lies in a file in the folder of the exports until it is needed.
+fit all at once lies in a file in the folder of the exports until it is needed. Parts that no batch was
+observed for, if that is asked for, are observed in validation when an export needs them.
 
 Under DDP every rank sums its own tokens; an export adds them up on the rank that rounds the weight. A resumed
 run collects anew.
@@ -16,17 +17,13 @@ run collects anew.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -34,105 +31,52 @@ from daq_lightning.checkpoint.tensor_file import write_tensors
 from daq_lightning.export.collected import AllCollected, Collected, InFile
 from daq_lightning.export.progress import size_text
 from daq_lightning.export.ranks import ALONE, Ranks
-from daq_lightning.model.layers import linear_layers
 from daq_lightning.model.observer import Layer, Observer, Sums
 from daq_lightning.model.parts import bytes_in, in_parts
 from daq_lightning.numerics.rounding.statistics import Curvature
-from daq_lightning.training import settings_check as check
+from daq_lightning.training.collecting import Collecting, batches_left
+from daq_lightning.training.from_validation import observe_validation
 from daq_lightning.training.gradients import GradientObserver
-from daq_lightning.training.strategies import why_not_observed
+from daq_lightning.training.observed import layers_of, observe
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from daq_lightning.export.plan import TensorPlan
     from daq_lightning.model.live import LiveModel
     from daq_lightning.training.run_settings import RunSettings
 
-Source: TypeAlias = Literal["auto", "activations", "gradients"]
 EVERY = 32
 """Of so many batches one is observed where the end of a run is not known."""
-_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collecting:
-    """How to collect; the fields are arguments of `DeltaAwareQuantization`, checked when it is made.
-
-    Attributes:
-        source: What is collected: "activations", and the gradients at the outputs of layers; "gradients" of
-            the weights at optimizer steps, which a compiled model has too; "auto" is "activations".
-        memory: Bytes of sums that are held at a time, > 0; once more while sums are taken anew.
-        steps: Batches that each layer is observed for, >= 1.
-        required: Whether a run that cannot collect is an error, or is exported without.
-        at_end: Whether only the last weights are exported.
-    """
-
-    source: Source
-    memory: int
-    steps: int
-    required: bool
-    at_end: bool
-
-    def __post_init__(self) -> None:
-        check.choice("curvature", self.source, get_args(Source))
-        check.require(self.steps is not None, "curvature_steps", self.steps, "a whole number of at least 1")
-        check.count("curvature_steps", self.steps)
-
-
-def settled(settings: RunSettings, trainer: Trainer) -> RunSettings:
-    """The settings of a run that can or cannot be observed: codes along a curvature, or nearest.
-
-    Raises:
-        MisconfigurationException: It cannot, and was required to.
-    """
-    if settings.collecting is None:
-        return settings
-    hooks = settings.collecting.source != "gradients"
-    reason = why_not_observed(trainer, hooks=hooks)
-    if hooks and settings.validation.schemes and trainer.world_size > 1:
-        # each rank has the sums of the weights that it was dealt first
-        reason = reason or "on_failure='fallback' deals the weights to the ranks anew"
-    if not reason:
-        choices = dataclasses.replace(settings.choices, rounding="curvature")
-        return dataclasses.replace(settings, choices=choices)
-    if settings.collecting.required:
-        raise MisconfigurationException(
-            f"rounding='curvature' cannot collect it here: {reason}. Leave it out, or use rounding='nearest'."
-        )
-    rank_zero_info(f"Codes are rounded to nearest, not along a curvature: {reason}.")
-    choices = dataclasses.replace(settings.choices, rounding="nearest")
-    return dataclasses.replace(settings, choices=choices, collecting=None)
 
 
 def collector_of(
-    settings: RunSettings, model: LiveModel, tensors: Sequence[TensorPlan], *, resumed: bool
+    settings: RunSettings,
+    trainer: Trainer,
+    model: LiveModel,
+    tensors: Sequence[TensorPlan],
+    *,
+    resumed: bool,
 ) -> Collector | None:
     """What collects in a run whose settings are `settled`, if anything does; says what it is going to do.
 
     Args:
         settings: Of the run.
+        trainer: Whose fit it is.
         model: What is trained.
         tensors: The weights that are exported.
         resumed: Whether the run goes on from a checkpoint, in which nothing of a curvature is kept.
     """
-    if settings.collecting is None:
+    collecting = settings.collecting
+    if collecting is None:
         return None
-    if settings.collecting.source == "gradients" and model.adapters is not None:
+    if collecting.source == "gradients" and model.adapters is not None:
         raise MisconfigurationException(
             "curvature='gradients' reads the gradients of weights, of which adapters leave them without any: "
             "use curvature='activations'."
         )
-    modules = linear_layers(model, [tensor.spec.name for tensor in tensors])
-    layers = [
-        Layer(
-            name=tensor.spec.name,
-            group=tensor.together,
-            shape=tensor.spec.shape,
-            modules=modules[tensor.spec.name],
-        )
-        for tensor in tensors
-        if tensor.spec.name in modules
-    ]
-    collector = Collector(layers, settings.collecting, Path(settings.dirpath).absolute())
+    layers = layers_of(model, tensors, experts=collecting.source != "gradients")
+    collector = Collector(layers, collecting, Path(settings.dirpath).absolute(), trainer, model.model)
     rank_zero_info(collector.describe() + " It is collected anew in this resumed run." * resumed)
     return collector
 
@@ -144,10 +88,19 @@ class Collector:
         layers: The weights that are exported, in the order of the model.
         settings: How to collect.
         folder: Of the exports.
+        trainer: Whose fit it is.
+        model: Inside of its module.
     """
 
-    def __init__(self, layers: Sequence[Layer], settings: Collecting, folder: Path) -> None:
-        self._settings, self._folder = settings, folder
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        settings: Collecting,
+        folder: Path,
+        trainer: Trainer,
+        model: nn.Module,
+    ) -> None:
+        self._settings, self._folder, self._trainer, self._model = settings, folder, trainer, model
         self._parts, self._too_large = in_parts(layers, settings.memory)
         self._steps = settings.steps  # of each part
         self._spilled: TemporaryDirectory[str] | None = None
@@ -160,8 +113,9 @@ class Collector:
     def describe(self) -> str:
         """What will be observed, for a person, before training begins."""
         sizes = [bytes_in(part) for part in self._parts]
+        at_end = ", from validation at an export" * self._only_validation
         words = (
-            f"Curvature for rounding: {sum(map(len, self._parts))} weights in {len(sizes)} "
+            f"Curvature for rounding{at_end}: {sum(map(len, self._parts))} weights in {len(sizes)} "
             f"part{'s' * (len(sizes) != 1)}, "
             f"{size_text(max(sizes, default=0))} of sums at a time ({size_text(sum(sizes))} in all), "
             f"{self._settings.steps * len(sizes)} batches"
@@ -171,7 +125,10 @@ class Collector:
                 f"; {len(self._too_large)} weights such as {self._too_large[0]} need more than "
                 "curvature_memory and are left out"
             )
-        return f"{words}."
+        spare = "; what no batch was observed for is taken from validation" * (
+            self._validates and not self._only_validation
+        )
+        return f"{words}{spare}."
 
     @contextlib.contextmanager
     def giving_up(self) -> Iterator[None]:
@@ -184,14 +141,16 @@ class Collector:
 
     def begin_batch(self, trainer: Trainer, batch_idx: int) -> None:
         """Hangs up hooks, or waits for gradients, if this batch is to be observed."""
-        if self._gave_up or not self._parts or not self._is_due(trainer, batch_idx):
+        if self._gave_up or not self._parts or self._only_validation or not self._is_due(trainer, batch_idx):
             return
         if self._from_gradients:
             self._observer = GradientObserver(self._parts[self._part], self._sums)
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         factor = 1.0 if scaler is None else 1.0 / scaler.get_scale()
-        self._observer = Observer(self._parts[self._part], self._sums, factor)
+        # not the validation of an export of another callback
+        training = partial(getattr, trainer, "training")
+        self._observer = observe(self._parts[self._part], self._sums, factor, training)
 
     def before_step(self) -> None:
         """Reads gradients, if it is they that are collected."""
@@ -209,16 +168,17 @@ class Collector:
             raise observer.error
         self._observed += 1
         if self._sums.batches >= self._steps:
-            self._complete[self._part] = self._kept(Collected.of(self._sums), f"part-{self._part}")
+            self._keep(self._part, self._sums)
             self._sums, self._part = Sums(), (self._part + 1) % len(self._parts)
 
     def curvature(self, owners: Mapping[str, int], ranks: Ranks = ALONE) -> Curvature:
-        """What was collected until now, on the rank that exports a weight. A collective.
+        """What was collected until now, or is now in validation, where a weight is exported. A collective.
 
         Args:
             owners: Weight name -> that rank.
             ranks: Who exports; one that is alone has its own tokens only.
         """
+        self._observe_validation(ranks)
         parts = []
         for part in range(len(self._parts)):
             unfinished = Collected.of(self._sums) if part == self._part else Collected({}, {}, {})
@@ -237,6 +197,38 @@ class Collector:
             self._spilled.cleanup()
         self._observer, self._spilled, self._complete, self._sums = None, None, {}, Sums()
 
+    def _observe_validation(self, ranks: Ranks) -> None:
+        """Sums in validation what is missing on any rank; what goes wrong is said, and the export goes on."""
+        if not self._validates or self._trainer.interrupted:  # others may be gone
+            return
+        seen = {self._part} if self._sums.batches and not self._gave_up else set()
+        known = set() if self._only_validation else {*self._complete, *seen}
+        missing = set().union(*ranks.gather(set(range(len(self._parts))) - known))
+        if not missing:
+            return
+        parts = {part: self._parts[part] for part in sorted(missing)}
+        act = partial(
+            observe_validation, self._trainer, self._model, parts, self._settings.steps, observe=observe,
+            keep=partial(self._keep, source="validation"),
+        )  # fmt: skip
+        try:
+            batches = ranks.together(act)
+        except Exception as error:
+            rank_zero_warn(f"No more curvature is collected from validation for rounding: {error}")
+            return
+        weights = sum(map(len, parts.values()))
+        rank_zero_info(f"The curvature of {weights} weights is from {batches} batches of validation.")
+
+    @property
+    def _only_validation(self) -> bool:
+        return self._settings.source == "validation"
+
+    @property
+    def _validates(self) -> bool:
+        """Whether validation stands in for training."""
+        auto = self._settings.source == "auto" and self._trainer.enable_validation
+        return self._only_validation or auto
+
     @property
     def _from_gradients(self) -> bool:
         return self._settings.source == "gradients"
@@ -253,6 +245,10 @@ class Collector:
             return left <= needed + trainer.accumulate_grad_batches
         return self._observed < needed
 
+    def _keep(self, part: int, sums: Sums, source: str = "") -> None:
+        collected = Collected.of(sums)._replace(source=source)
+        self._complete[part] = self._kept(collected, f"part-{part}")
+
     def _kept(self, collected: Collected, name: str) -> Collected:
         """In memory if all parts fit, else in a file."""
         if len(self._parts) == 1:
@@ -263,37 +259,3 @@ class Collector:
         file = Path(self._spilled.name) / f"{name}.safetensors"
         write_tensors(file, {key: tensor.cpu() for key, tensor in collected.tensors.items()})
         return collected._replace(tensors=InFile(file))
-
-
-def batches_left(trainer: Trainer, batch_idx: int) -> int | None:
-    """How many batches a run has left with this one, or None if it may end earlier or is not known to end."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, (EarlyStopping, Timer)) for callback in callbacks):
-        return None
-    per_epoch, ends = trainer.num_training_batches, []
-    if trainer.max_epochs not in (None, -1) and math.isfinite(per_epoch):
-        ends.append((trainer.max_epochs - trainer.current_epoch) * int(per_epoch) - batch_idx)
-    if trainer.max_steps not in (None, -1):
-        if not trainer.lightning_module.automatic_optimization:  # which steps as often as it likes
-            return None
-        accumulated = trainer.accumulate_grad_batches
-        ends.append((trainer.max_steps - trainer.global_step) * accumulated - batch_idx % accumulated)
-    return min(ends, default=None)
-
-
-def bytes_of(memory: str | int) -> int:
-    """A number of bytes, or one with a unit.
-
-    Example:
-        >>> bytes_of("2 GB"), bytes_of(1000)
-        (2000000000, 1000)
-    """
-    number, _, unit = str(memory).strip().partition(" ")
-    expected = "a number of bytes, or one with a unit after a space, such as '2 GB'"
-    check.require(not isinstance(memory, bool), "curvature_memory", memory, expected)
-    try:
-        size = float(number) * (_UNITS[unit.strip()] if unit else 1)
-    except (ValueError, KeyError):
-        size = math.nan
-    check.require(math.isfinite(size) and size >= 1, "curvature_memory", memory, expected)
-    return int(size)

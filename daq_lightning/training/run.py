@@ -37,7 +37,8 @@ from daq_lightning.report.figures import ExportReport
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.base import read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.claims import free_name, remove_own
-from daq_lightning.training.curvature import collector_of, settled
+from daq_lightning.training.collecting import settled
+from daq_lightning.training.curvature import collector_of
 from daq_lightning.training.fallback import check_fallbacks, export_judged
 from daq_lightning.training.judge import Judge, judge_in
 from daq_lightning.training.layer_logs import log_layers
@@ -116,7 +117,8 @@ class Run:
             saved=saved,
         )
         self._owners = {name: rank for rank, names in enumerate(request.parts) for name in names}
-        self.collector = collector_of(settings, model, plan.quantized, resumed=resumed_from is not None)
+        resumed = resumed_from is not None
+        self.collector = collector_of(settings, trainer, model, plan.quantized, resumed=resumed)
         self.base = resolve_base(request, model, ranks)
         root = (state or {}).get("root") or self.base.path
         try:

@@ -21,7 +21,7 @@ from daq_lightning.training import settings_check as check
 from daq_lightning.training.gate import ValidationSettings
 
 if TYPE_CHECKING:
-    from daq_lightning.training.curvature import Collecting
+    from daq_lightning.training.collecting import Collecting
     from daq_lightning.training.schedule import Schedule
 
 

@@ -105,12 +105,13 @@ def _refuse(name: str, why: str) -> None:
     )
 
 
-def why_not_observed(trainer: Trainer, *, hooks: bool) -> str:
+def why_not_observed(trainer: Trainer, *, hooks: bool, compiled: bool = False) -> str:
     """Why a curvature cannot be collected, in a few words; "" if it can.
 
     Args:
         trainer: Whose model it is.
         hooks: Whether by hooks, or from gradients.
+        compiled: Whether a compiled model is run as it is written meanwhile.
     """
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
@@ -122,7 +123,7 @@ def why_not_observed(trainer: Trainer, *, hooks: bool) -> str:
         if not hooks:
             return f"under {name} no rank has whole gradients"
     assert strategy.model is not None
-    if not hooks:
+    if not hooks or compiled:
         return ""
     if any(map(_is_compiled, (trainer.lightning_module, *strategy.model.modules()))):
         return "a compiled model does not call hooks that come later"

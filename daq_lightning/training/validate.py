@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -51,23 +51,44 @@ def validate(trainer: Trainer, *, batches: int | None = None) -> dict[str, float
     Raises:
         Whatever the module raises.
     """
+    logged = run_validation(trainer, batches=batches)
+    found = {name: value for outputs in logged for name, value in outputs.items()}
+    return {name: mean_of_ranks(trainer, value) for name, value in found.items()}
+
+
+def run_validation(
+    trainer: Trainer,
+    *,
+    batches: int | None = None,
+    kind: type[_EvaluationLoop] = _EvaluationLoop,
+    callbacks: Sequence[Callback] = (),
+) -> list[dict[str, Any]]:
+    """One validation; everything is as before when it ends.
+
+    Args:
+        trainer: As for `validate`.
+        batches: The same.
+        kind: Of the loop.
+        callbacks: See it.
+
+    Returns:
+        What the module logged, of each dataloader.
+    """
     fit_validation = trainer.fit_loop.epoch_loop.val_loop
     with _as_it_was(trainer):
         fit_validation.setup_data()
-        loop = _loop_like(fit_validation, batches)
+        loop = _loop_like(fit_validation, batches, kind)
         trainer.fit_loop.epoch_loop.val_loop = loop
-        trainer.callbacks = []  # type: ignore[attr-defined]
+        trainer.callbacks = list(callbacks)  # type: ignore[attr-defined]
         trainer.loggers = [DummyLogger() for _ in trainer.loggers]
         trainer.validating = True
         with _data_as_it_was(loop):
-            logged = loop.run()
-        found = {name: value for outputs in logged for name, value in outputs.items()}
-        return {name: mean_of_ranks(trainer, value) for name, value in found.items()}
+            return loop.run()  # type: ignore[return-value]
 
 
-def _loop_like(other: _EvaluationLoop, batches: int | None) -> _EvaluationLoop:
+def _loop_like(other: _EvaluationLoop, batches: int | None, kind: type[_EvaluationLoop]) -> _EvaluationLoop:
     """A loop of validation over the same dataloaders, which has not run."""
-    loop = _EvaluationLoop(
+    loop = kind(
         other.trainer,
         TrainerFn.FITTING,
         RunningStage.VALIDATING,
@@ -85,6 +106,21 @@ def mean_of_ranks(trainer: Trainer, value: Any) -> float:
     """The mean of what the ranks have. A collective."""
     tensor = torch.full((), float(value), dtype=torch.float64, device=trainer.strategy.root_device)
     return float(trainer.strategy.reduce(tensor, reduce_op="mean"))
+
+
+@contextlib.contextmanager
+def on_device(trainer: Trainer) -> Iterator[None]:
+    """After the end of training the module is on the CPU already: it goes back for as long as this lasts."""
+    module, device = trainer.lightning_module, trainer.strategy.root_device
+    places = {parameter.device for parameter in module.parameters()}
+    if places == {torch.device("cpu")} and device.type != "cpu":
+        module.to(device)
+        try:
+            yield
+        finally:
+            module.cpu()
+    else:
+        yield
 
 
 @contextlib.contextmanager

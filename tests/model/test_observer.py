@@ -156,6 +156,28 @@ def test_an_input_that_is_overwritten_before_the_gradient_comes_is_left_out():
     assert "v" not in {name for names in sums.inputs for name in names}
 
 
+@pytest.mark.gpu
+def test_layers_on_several_devices_are_summed_each_on_its_own():
+    """v and o lie on a GPU, q and k on the CPU; what v is given is moved there by itself."""
+
+    class Mixed(Attention):
+        def mixed(self, x, memory):
+            there = self.v.weight.device
+            product = (self.q(x) * self.k(memory)).tanh().to(there)
+            return self.o(product + self.v(memory.to(there))).cpu()
+
+    module = Mixed()
+    module.v.cuda()
+    module.o.cuda()
+    found = observed(module, (batch(1),), (batch(2),))
+    assert found["o"].inputs.device.type == "cuda"
+    module.cpu()
+    expected = oracle(module, (batch(1),), (batch(2),))
+    for name, (inputs, outputs) in expected.items():
+        np.testing.assert_allclose(found[name].inputs.cpu().numpy(), inputs, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found[name].outputs.cpu().numpy(), outputs, rtol=1e-3, atol=1e-5)
+
+
 def test_nothing_is_counted_without_gradients_or_after_the_batch():
     module, sums = Attention(), Sums()
     with Observer(layers_of(module), sums):

@@ -35,7 +35,7 @@ def test_it_runs_and_prints_a_line_for_each_kind_of_fit():
     )
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    for kind in ("without", "with", "with survival"):
+    for kind in ("without", "with", "with survival", "collecting"):
         [line] = [line for line in lines if re.match(rf"{kind} +\d", line)]
         assert len(re.findall(r"\d+\.\d+", line)) == 8
     assert re.match(r"peak memory \d+ MB", lines[-1])

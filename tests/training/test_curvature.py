@@ -10,9 +10,9 @@ import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from live import Tuning, data, fit, make_trainer, tiny_llama
-from tiny_models import qwen3_moe
 
 from daq_lightning import DeltaAwareQuantization, ExportReport, load_checkpoint
 from daq_lightning.audit.recompute import differences, recompute
@@ -20,8 +20,8 @@ from daq_lightning.export.ranks import ALONE
 from daq_lightning.model.observer import Layer
 from daq_lightning.model.parts import in_parts
 from daq_lightning.numerics.rounding.sums import KroneckerSum
-from daq_lightning.training import curvature as module
-from daq_lightning.training.curvature import batches_left
+from daq_lightning.training import collecting, curvature
+from daq_lightning.training.collecting import batches_left
 
 BATCH = 2 * 7
 """Tokens of a batch that a loss depends on: of two sequences of eight, the last predict nothing."""
@@ -57,6 +57,13 @@ def sources(report: ExportReport) -> set[str]:
     return {tensor.rounding.source for tensor in report.tensors}
 
 
+def in_16_bit(overflows: bool = False) -> MixedPrecision:
+    """As on a GPU: the loss is scaled by 2^10; at first by 2^40, which overflows in float16, if asked for."""
+    first, factor = (2.0**40, 2.0**-30) if overflows else (2.0**10, 0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=first, backoff_factor=factor)
+    return MixedPrecision("16-mixed", "cpu", scaler=scaler)  # type: ignore[arg-type]
+
+
 RUNS = {
     "full": (Tuning, {}),
     "lora": (adapted, {}),
@@ -64,17 +71,22 @@ RUNS = {
     "bf16": (Tuning, {"precision": "bf16-mixed"}),
     "manual": (Manual, {"max_steps": -1, "max_epochs": 1}),
     "clipped": (Tuning, {"gradient_clip_val": 0.1}),
+    "16": (Tuning, {"plugins": in_16_bit}),
+    "16, lora": (adapted, {"plugins": in_16_bit}),
+    "16, accumulated": (Tuning, {"plugins": in_16_bit, "accumulate_grad_batches": 2, "max_steps": 2}),
+    "16, manual": (Manual, {"plugins": in_16_bit, "max_steps": -1, "max_epochs": 1}),
 }
 
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_training_is_bit_identical_while_statistics_are_collected(tmp_path, kind):
     make, changes = RUNS[kind]
+    plugins = changes.get("plugins", list)  # anew for each run
     callback = quantization(tmp_path)
-    with_it = fit(tmp_path, callback, module=make(), **changes)
+    with_it = fit(tmp_path, callback, module=make(), **(changes | {"plugins": plugins()}))
     random_with = torch.get_rng_state()
     optimizer_with = with_it.trainer.optimizers[0].state_dict()["state"]
-    without = fit(tmp_path, module=make(), **changes)
+    without = fit(tmp_path, module=make(), **(changes | {"plugins": plugins()}))
     assert torch.equal(torch.get_rng_state(), random_with)
     for (name, one), two in zip(with_it.named_parameters(), without.parameters(), strict=True):
         assert torch.equal(one, two), name
@@ -82,12 +94,46 @@ def test_training_is_bit_identical_while_statistics_are_collected(tmp_path, kind
         optimizer_with.values(), without.trainer.optimizers[0].state_dict()["state"].values(), strict=True
     ):
         assert torch.equal(one["exp_avg"], two["exp_avg"])
-    assert sources(callback.report) == {"activations" if kind == "lora" else "activations and update"}
+    assert sources(callback.report) == {"activations" if "lora" in kind else "activations and update"}
     assert not any(part._forward_hooks for part in with_it.modules())
     for tensor in callback.report.tensors:
         assert tensor.rounding.loss <= tensor.rounding.nearest_loss
         assert tensor.rounding.tokens > 0
     assert callback.report.tensors[-1].rounding.tokens == 4 * BATCH
+
+
+class Sums(L.Callback):
+    """What was collected, before it is let go."""
+
+    def __init__(self, export: DeltaAwareQuantization) -> None:
+        self.export, self.found = export, {}
+
+    def on_train_end(self, trainer, pl_module):
+        run = self.export._run
+        self.found = dict(run.collector.curvature(run._owners))
+
+
+def test_gradients_of_a_scaled_loss_are_those_of_a_plain_one(tmp_path):
+    found = []
+    for plugins in ([], [in_16_bit()]):
+        export = quantization(tmp_path)
+        sums = Sums(export)
+        fit(tmp_path, sums, export, max_steps=1, plugins=plugins)
+        found.append(sums.found)
+    plain, scaled = found
+    for name in plain:
+        size = plain[name].outputs.norm()
+        assert (scaled[name].outputs - plain[name].outputs).norm() < 0.02 * size
+        assert scaled[name].tokens == pytest.approx(plain[name].tokens, abs=2)  # of 8 bits less
+
+
+def test_a_step_that_overflows_is_left_out_and_counted(tmp_path):
+    callback = quantization(tmp_path)
+    with_it = fit(tmp_path, callback, plugins=[in_16_bit(overflows=True)])
+    assert callback.report.tensors[-1].rounding.tokens == 3 * BATCH
+    assert all(tensor.rounding.left_out for tensor in callback.report.tensors)
+    without = fit(tmp_path, plugins=[in_16_bit(overflows=True)])
+    assert all(torch.equal(*pair) for pair in zip(with_it.parameters(), without.parameters(), strict=True))
 
 
 def test_an_adapted_layer_has_a_gradient_where_nothing_before_it_is_trained(tmp_path):
@@ -96,6 +142,18 @@ def test_an_adapted_layer_has_a_gradient_where_nothing_before_it_is_trained(tmp_
     damping = {tensor.name.split(".")[-2]: tensor.rounding.damping_out for tensor in callback.report.tensors}
     assert damping["q_proj"] == damping["down_proj"] == 0.01  # both sides
     assert damping["k_proj"] == damping["v_proj"] == 0.1  # inputs alone
+
+
+def test_a_trained_copy_of_a_module_is_observed(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    torch.manual_seed(5)
+    model = peft.get_peft_model(tiny_llama(), config)  # type: ignore[arg-type]
+    callback = quantization(tmp_path)
+    fit(tmp_path, callback, module=Tuning(model))
+    found = {tensor.name.split(".")[-2]: tensor.rounding for tensor in callback.report.tensors}
+    assert found["down_proj"].method == "curvature"
+    assert found["down_proj"].tokens == 4 * BATCH
+    assert found["down_proj"].damping_out == 0.01  # both sides
 
 
 def test_the_report_holds_what_the_files_say(tmp_path):
@@ -120,8 +178,8 @@ def test_auto_collects_unless_a_search_is_asked_for(tmp_path):
 
 def test_the_last_batches_are_observed(tmp_path, monkeypatch):
     seen = []
-    original = module.Observer
-    monkeypatch.setattr(module, "Observer", lambda *a: seen.append(trainer.global_step) or original(*a))
+    original = curvature.observe
+    monkeypatch.setattr(curvature, "observe", lambda *a: seen.append(trainer.global_step) or original(*a))
     trainer = make_trainer(tmp_path, quantization(tmp_path, curvature_steps=2), max_steps=10, max_epochs=-1)
     trainer.fit(Tuning(), data())
     assert seen == [7, 8]  # and one to spare
@@ -179,14 +237,6 @@ def test_the_best_checkpoint_is_rounded_along_what_the_run_collected(tmp_path):
     callback = quantization(tmp_path, which="best")
     fit(tmp_path, saver, callback)
     assert sources(callback.report) == {"activations and update"}
-
-
-def test_stacked_experts_have_no_layer_of_their_own_and_are_rounded_along_their_update(tmp_path):
-    callback = quantization(tmp_path)
-    fit(tmp_path, callback, module=Tuning(qwen3_moe()), max_steps=2)
-    experts = {tensor.rounding.source for tensor in callback.report.tensors if ".experts." in tensor.name}
-    others = {tensor.rounding.source for tensor in callback.report.tensors if ".experts." not in tensor.name}
-    assert (experts, others) == ({"update"}, {"activations and update"})
 
 
 def test_two_layers_with_one_weight_add_up(tmp_path):
@@ -401,17 +451,22 @@ def test_fallbacks_of_several_ranks_are_refused_or_rounded_to_nearest(tmp_path):
     }  # fmt: skip
     model = torch.nn.Linear(2, 2)
     alone, several = (
-        SimpleNamespace(strategy=SimpleNamespace(model=model), lightning_module=model, world_size=size)
+        SimpleNamespace(
+            strategy=SimpleNamespace(model=model),
+            lightning_module=model,
+            world_size=size,
+            enable_validation=True,
+        )
         for size in (1, 2)
     )
     required = quantization(tmp_path, **fallback)._settings
-    assert module.settled(required, alone).choices.rounding == "curvature"
+    assert collecting.settled(required, alone).choices.rounding == "curvature"
     with pytest.raises(MisconfigurationException, match="deals the weights to the ranks anew"):
-        module.settled(required, several)
-    found = module.settled(quantization(tmp_path, rounding="auto", **fallback)._settings, several)
+        collecting.settled(required, several)
+    found = collecting.settled(quantization(tmp_path, rounding="auto", **fallback)._settings, several)
     assert (found.choices.rounding, found.collecting) == ("nearest", None)
     gradients = quantization(tmp_path, curvature="gradients", **fallback)._settings  # the same on all ranks
-    assert module.settled(gradients, several).choices.rounding == "curvature"
+    assert collecting.settled(gradients, several).choices.rounding == "curvature"
 
 
 def test_collecting_costs_nothing_in_other_batches(tmp_path):

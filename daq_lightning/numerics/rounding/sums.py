@@ -3,8 +3,9 @@
     used     tokens whose gradient y is not zero: padding and masked tokens say nothing
     A        over the tokens that any of the layers with this input used
 
-Sums are float32 on the device of the layer, and nothing waits for it: tokens are left out by zeros in their
-place. A call with NaN or Inf in it adds nothing and is counted.
+Sums are float32 on the device of the layer. Both are symmetric: of the blocks of 128 x 128 those on and above
+the diagonal are summed, and mirrored when the sum is read. A GPU is not waited for: tokens are left out there
+by zeros in their place. A call with NaN or Inf in it adds nothing and is counted.
 
 Legend: M out, N in, of a layer; T tokens.
 """
@@ -14,12 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_BLOCK = 128
+
 
 class KroneckerSum:
     """One side: the sum of v^T v over tokens.
 
     Attributes:
-        total: float32, shape (K, K), for vectors of size K.
         tokens: How many tokens were added: int64, shape ().
         left_out: How many calls were not, because of NaN or Inf: int64, shape ().
 
@@ -31,9 +33,18 @@ class KroneckerSum:
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
+        self._upper = torch.zeros(size, size, dtype=torch.float32, device=device)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self.left_out = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    @torch.no_grad()
+    def total(self) -> Tensor:
+        """The sum until now: float32, shape (K, K), for vectors of size K; later calls change it."""
+        for start in range(0, len(self._upper), _BLOCK):
+            end = start + _BLOCK
+            self._upper[end:, start:end] = self._upper[start:end, end:].T
+        return self._upper
 
     @torch.no_grad()
     def add(self, values_TK: Tensor, used_T: Tensor, factor: float = 1.0) -> None:
@@ -54,16 +65,29 @@ class KroneckerSum:
 
     def _add(self, values_TK: Tensor, used_T: Tensor, factor: float) -> Tensor:
         """Whether all values were finite, and hence added."""
-        with torch.autocast(values_TK.device.type, enabled=False):
-            values_TK = values_TK.float() if factor == 1 else values_TK.float() * factor
-            finite = values_TK.isfinite().all()
-            values_TK = torch.where((used_T & finite)[:, None], values_TK, 0.0)
-            self.total.addmm_(values_TK.T, values_TK)
+        finite = _largest(values_TK).isfinite().all()
         self.left_out += finite.logical_not()
+        if values_TK.device.type != "cpu":
+            values_TK = torch.where((used_T & finite)[:, None], values_TK, 0.0)
+        elif not finite:
+            return finite
+        elif not used_T.all():
+            values_TK = values_TK[used_T]
+        with torch.autocast(values_TK.device.type, enabled=False):
+            values_TK = values_TK.float()
+            for start in range(0, values_TK.shape[1], _BLOCK):
+                rows = slice(start, start + _BLOCK)
+                self._upper[rows, start:].addmm_(values_TK[:, rows].T, values_TK[:, start:], alpha=factor**2)
         return finite
 
 
 @torch.no_grad()
 def used_tokens(gradient_TM: Tensor) -> Tensor:
     """The tokens with a gradient, none of them if any value is NaN or Inf: bool, shape (T,)."""
-    return (gradient_TM != 0).any(1) & gradient_TM.isfinite().all()
+    largest_T = _largest(gradient_TM)
+    return (largest_T != 0) & largest_T.isfinite().all()
+
+
+def _largest(values_TK: Tensor) -> Tensor:
+    """The largest size of a value of each token, NaN if one is: one pass, that makes no mask."""
+    return values_TK.abs().amax(1) if values_TK.shape[1] else values_TK.new_zeros(len(values_TK))
