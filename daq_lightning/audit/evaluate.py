@@ -30,6 +30,7 @@ from daq_lightning.model.architecture import Architecture
 from daq_lightning.model.from_folder import FolderModel
 from daq_lightning.model.halves import Halves
 from daq_lightning.model.outline import owner_of
+from daq_lightning.model.tokens import text_field
 from daq_lightning.report.model_figures import model_metrics
 
 if TYPE_CHECKING:
@@ -124,12 +125,6 @@ def evaluate(
         reference_dtype=str(reference_dtype).removeprefix("torch."),
         unseen=heads["export"].unseen,
     )
-
-
-def most_tokens(config: Mapping[str, Any]) -> int | None:
-    """Tokens of a text that a model takes, by its config.json; None if that does not say."""
-    sizes = [_text_field(config, name) for name in ("max_position_embeddings", "n_positions")]
-    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 class _Served:
@@ -233,7 +228,7 @@ def _compare(
 
 def _check_vocabularies(models: Mapping[str, Checkpoint], windows: Sequence[Sequence[int]]) -> None:
     """What config.json says is checked before anything is computed."""
-    named = {role: _text_field(files.config, "vocab_size") for role, files in models.items()}
+    named = {role: text_field(files.config, "vocab_size") for role, files in models.items()}
     sizes = {role: size for role, size in named.items() if isinstance(size, int)}
     if len(set(sizes.values())) > 1:
         raise _different_vocabularies(sizes)
@@ -262,11 +257,6 @@ def _dtype_of(files: Checkpoint) -> torch.dtype:
     if found is None:
         raise CheckpointError(f"{files.path} has no tensor of floating point numbers.")
     return found
-
-
-def _text_field(config: Mapping[str, Any], name: str) -> Any:
-    inner = config.get("text_config")
-    return config.get(name, inner.get(name) if isinstance(inner, Mapping) else None)
 
 
 class _Bar:

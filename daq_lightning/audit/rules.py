@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
+from daq_lightning.audit.kv_rules import check_kv_cache
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE, config_dtype, read_index
+from daq_lightning.checkpoint.kv_cache import is_cache_scale
 from daq_lightning.checkpoint.layouts import read_layout
 from daq_lightning.checkpoint.tensor_file import read_metadata
 from daq_lightning.model.fusion import FUSED
@@ -214,7 +216,7 @@ def _check_complete(stored: Stored) -> Iterator[str]:
         elif len(shape) == 3 and len(part[key].shape) == 2 and counts[key] % shape[0]:
             yield f"{key} has {counts[key]} parts for {shape[0]} experts"
     for name, key in stored.keys.items():
-        scale = name.endswith(tuple(".weight" + suffix for suffix in SUFFIXES))
+        scale = is_cache_scale(name) or name.endswith(tuple(".weight" + suffix for suffix in SUFFIXES))
         if key not in outline.tensors and not scale and not matches(outline.may_add, key):
             yield f"{name} is no tensor of {outline.model}"
 
@@ -242,6 +244,11 @@ CHECKS: tuple[tuple[str, str, CheckFunction], ...] = (
     ("config.json", "Restore the config.json of the export, or export again.", _check_config),
     ("one scale per weight", "Export again: a reader would use other scales, or none.", _check_scales),
     ("scale values", "Export again: these scales do not survive loading.", _check_scale_values),
+    (
+        "KV cache",
+        "Export again: keys and values would be cached with scales that nobody chose.",
+        check_kv_cache,
+    ),
     ("finite values", "Export again from a checkpoint before the training run diverged.", _check_values),
     ("sizes fit the blocks", "Export with --scheme FP8_DYNAMIC, which has one scale per row.", _check_sizes),
     ("quantized modules", "Export again and keep them: --ignore NAME.", _check_modules),

@@ -92,6 +92,13 @@ def make_parser() -> ArgumentParser:
     )
     _add_setting(layout, ExportSettings, "container")
     _add_setting(layout, ExportSettings, "scale_format")
+    _add_setting(layout, ExportSettings, "kv_cache")
+    layout.add_argument(
+        "--kv-text",
+        metavar="FILE",
+        help="text that POST reads to find the scales of --kv-cache fp8-calibrated: UTF-8, .txt or .jsonl as "
+        "for evaluate; all of it is read, and POST is in memory meanwhile",
+    )
     _add_setting(layout, ExportSettings, "max_shard_bytes")
     search = quantize.add_argument_group("how scales are searched, and codes rounded")
     _add_setting(search, ScaleSearch, "metric")
@@ -270,5 +277,6 @@ def _dashed(option: str) -> str:
 
 def in_options(message: str) -> str:
     """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
-    named = r"\b(scheme|rounding|container|scale_format|missing_base|parent|chain_from|device)='([^']*)'"
+    names = "scheme|rounding|container|scale_format|kv_cache|kv_text|missing_base|parent|chain_from|device"
+    named = rf"\b({names})='([^']*)'"
     return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)

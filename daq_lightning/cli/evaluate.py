@@ -26,11 +26,11 @@ def evaluate(options: Namespace) -> int:
     """Judges an export on a text."""
     import torch
 
-    from daq_lightning.audit.evaluate import evaluate, most_tokens
+    from daq_lightning.audit.evaluate import evaluate
     from daq_lightning.checkpoint.text_file import read_documents
     from daq_lightning.export.run import check_device
     from daq_lightning.model.hub import is_repository
-    from daq_lightning.model.tokens import load_tokenizer, windows_of
+    from daq_lightning.model.tokens import load_tokenizer, most_tokens, windows_of
     from daq_lightning.report.levels import quality_class
 
     post, base = options.post, options.base

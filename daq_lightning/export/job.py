@@ -20,8 +20,9 @@ from torch import Tensor
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, spec_in
+from daq_lightning.export.kv_cache import CacheScales, constant_scales, plan_with_cache
 from daq_lightning.export.lineage import ancestors, make_lineage
-from daq_lightning.export.plan import ExportPlan, plan_export
+from daq_lightning.export.plan import ExportPlan
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source, described
@@ -46,6 +47,7 @@ class Job:
         root: The base of the chain's first stage: what is kept of the change since then is reported too.
         training: Step, epoch and checkpoint of the run that made the weights.
         curvature: What was collected of the weights' curvature; None where nothing collects it.
+        cache: The scales of cached keys and values; None without, and until they are found.
     """
 
     source: Source
@@ -58,11 +60,13 @@ class Job:
     root: Mapping[str, Tensor] | None = field(repr=False)
     training: Mapping[str, Any] = field(default_factory=dict)
     curvature: Curvature | None = field(default=None, repr=False)
+    cache: CacheScales | None = None
 
     def parts(self) -> dict[str, str]:
         """All that decides what is written, in words."""
         return parts_of(self.plan, self.settings) | {
             "the bases of the weights": json.dumps(dict(self.base_names)),
+            "the scales of the KV cache": json.dumps({} if self.cache is None else dict(self.cache.values)),
             "the model's config.json": json.dumps(self.source.config, sort_keys=True, default=str),
         }
 
@@ -93,7 +97,7 @@ class Job:
         Raises:
             CheckpointError: As for `plan_export`.
         """
-        plan = plan_export(self.source.specs, self.source.outline, settings)
+        plan = plan_with_cache(self.source.specs, self.source.outline, settings)
         quantized = {tensor.spec.name for tensor in plan.quantized}
         return dataclasses.replace(
             self,
@@ -162,7 +166,7 @@ def prepare(
         )
 
     def settle() -> tuple[ExportPlan, Mapping[str, Tensor], dict[str, str], dict[str, str]]:
-        plan = given or plan_export(source.specs, source.outline, settings)
+        plan = given or plan_with_cache(source.specs, source.outline, settings)
         known = described(base, [tensor.spec.name for tensor in plan.quantized])
         return (plan, known, *_match_base(plan, known, source, settings))
 
@@ -180,6 +184,7 @@ def prepare(
         lineage=lineage,
         root=root,
         curvature=curvature,
+        cache=constant_scales(plan, settings),
     )
     ranks.check_equal("The plan of the export", job.parts)
     return job

@@ -9,7 +9,7 @@ a document do not overlap, and a last one of a single token is left out, for not
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,18 @@ def windows_of(
             + ("." if limit is None else f", or a limit above {limit}.")
         )
     return windows
+
+
+def most_tokens(config: Mapping[str, Any]) -> int | None:
+    """Tokens of a text that a model takes, by its config.json; None if that does not say."""
+    sizes = [text_field(config, name) for name in ("max_position_embeddings", "n_positions")]
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def text_field(config: Mapping[str, Any], name: str) -> Any:
+    """A field of the language model in a config.json, which may hold other models too; None without it."""
+    inner = config.get("text_config")
+    return config.get(name, inner.get(name) if isinstance(inner, Mapping) else None)
 
 
 def _tokens(document: Document, tokenizer: Any) -> list[int]:

@@ -91,7 +91,7 @@ class Judge:
             lambda: WrittenWeights(self.job.plan, folder, files, trainer.strategy.root_device)
         )
         rank_zero_info(f"Validating what will be served as {report.scheme}.")
-        with _on_device(trainer), put_back(module) as swap:
+        with on_device(trainer), put_back(module) as swap:
             if self.state is not None:
                 swap.state(self.state)
             before = self.ranks.together(lambda: validate(trainer))
@@ -184,7 +184,7 @@ def judge_in(
 
 
 @contextlib.contextmanager
-def _on_device(trainer: Trainer) -> Iterator[None]:
+def on_device(trainer: Trainer) -> Iterator[None]:
     """After the end of training the module is on the CPU already: it goes back for as long as this lasts."""
     module, device = trainer.lightning_module, trainer.strategy.root_device
     places = {parameter.device for parameter in module.parameters()}

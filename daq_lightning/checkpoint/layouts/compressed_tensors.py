@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from daq_lightning.checkpoint.kv_cache import KV_CACHE_SCHEME
 from daq_lightning.checkpoint.layouts.layout import Described, Layout
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.formats import PerBlock
@@ -42,7 +43,7 @@ class CompressedTensorsLayout(Layout):
             "format": _FORMAT,
             "quantization_status": "compressed",
             "ignore": list(ignore),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": dict(KV_CACHE_SCHEME) if self.kv_cache else None,
             "config_groups": {
                 "group_0": {
                     "format": _FORMAT,
