@@ -191,7 +191,7 @@ def make_parser() -> ArgumentParser:
     evaluate.add_argument(
         "--weights-only",
         action="store_true",
-        help="leave activations in 16 bit, to see what the weights alone cost",
+        help="leave activations, keys and values in 16 bit, to see what the weights alone cost",
     )
     evaluate.add_argument(
         "--dataset",

@@ -144,6 +144,7 @@ def text_of(found: Evaluation, text: str, context: int) -> str:
     """The verdict, then the figures, with a word on each."""
     figures = found.figures
     inputs = "activations in FP8 as on a server" if found.quantized_activations else "activations in 16 bit"
+    inputs += ", keys and values cached in FP8" if found.kv_cache else ""
     lines = [
         headline(found),
         "",

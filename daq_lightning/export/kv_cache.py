@@ -254,7 +254,7 @@ def _notes(outline: Outline, modules: Sequence[str], plan: ExportPlan, settings:
         )
     if states:
         notes.append(
-            f"{len(states)} layers cache no keys and values, such as {states[0]}: what they keep stays as the "
-            "server has it."
+            f"{len(states)} layers cache no keys and values, such as {states[0]}: what they keep stays as "
+            "the server has it."
         )
     return notes

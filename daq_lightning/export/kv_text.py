@@ -22,9 +22,9 @@ from daq_lightning.checkpoint.text_file import read_documents
 from daq_lightning.export.kv_cache import CacheScales, cached_modules, found_scales
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.model.architecture import Architecture
-from daq_lightning.model.attention import watched
 from daq_lightning.model.from_folder import FolderModel
 from daq_lightning.model.halves import Halves
+from daq_lightning.model.in_front import watched
 from daq_lightning.model.tokens import load_tokenizer, most_tokens, windows_of
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The scale of cached keys or values in FP8: a MULTIPLIER for a whole tensor, of which a layer has two.
+"""Cached keys and values in FP8, with one scale for a whole tensor: a MULTIPLIER, of which a layer has two.
 
     scale = the smallest bfloat16 with 448 * scale >= absmax
 
@@ -39,3 +39,20 @@ def cache_scale(absmax: Tensor) -> Tensor:
     too_small = scale.double() * FP8_E4M3.max < absmax
     above = (scale.view(torch.int16) + 1).view(torch.bfloat16)  # of positive numbers, the next one
     return torch.where(absmax > 0, torch.where(too_small, above, scale), 1.0).to(torch.float32)
+
+
+def cached(values: Tensor, scale: float) -> Tensor:
+    """Keys or values as they are read from an FP8 cache: ``e4m3(values / scale) * scale``, in their dtype.
+
+    Args:
+        values: Of a floating dtype and any shape; what is larger than 448 * scale saturates.
+        scale: As for `cache_scale`.
+
+    Source: vLLM `reshape_and_cache`, in float32.
+
+    Example:
+        >>> cached(torch.tensor([1.0, 1.05, 900.0]), 1.0)
+        tensor([  1.,   1., 448.])
+    """
+    codes = (values.float() / scale).clamp(-FP8_E4M3.max, FP8_E4M3.max).to(FP8_E4M3.dtype)
+    return (codes.float() * scale).to(values.dtype)

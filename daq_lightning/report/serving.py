@@ -28,7 +28,7 @@ model = AutoModelForCausalLM.from_pretrained("MODEL", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("MODEL")
 ```"""
 _CACHE = (
-    "Keys and values are cached in FP8 (E4M3) with the scales `k_scale` and `v_scale` of each attention layer. "
+    "Keys and values are cached in FP8 (E4M3), with the `k_scale` and `v_scale` of each attention layer. "
     "vLLM does that unasked, since `kv_cache_scheme` is in config.json; `--kv-cache-dtype fp8` says it, and "
     "`--kv-cache-dtype bfloat16` leaves them in 16 bit. transformers rounds keys and values to FP8 likewise; "
     "loaded with `quantization_config=CompressedTensorsConfig(dequantize=True)`, it leaves them in 16 bit."

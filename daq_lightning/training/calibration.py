@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from daq_lightning.export.kv_cache import cached_modules, found_scales
-from daq_lightning.model.attention import watched
+from daq_lightning.model.in_front import watched
 from daq_lightning.model.swap import put_back
 from daq_lightning.training.judge import on_device
 from daq_lightning.training.validate import validate

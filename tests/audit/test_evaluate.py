@@ -13,10 +13,11 @@ import transformers
 
 from daq_lightning import ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.audit import evaluate as evaluating
-from daq_lightning.audit.evaluate import evaluate, most_tokens
+from daq_lightning.audit.evaluate import evaluate
 from daq_lightning.checkpoint.schemes import SCHEMES
 from daq_lightning.model.activations import quantized_activations
 from daq_lightning.model.halves import Halves
+from daq_lightning.model.tokens import most_tokens
 
 QUICK = ScaleSearch(n_coarse=2, n_fine=1)
 
