@@ -20,9 +20,9 @@ from torch import Tensor
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, spec_in
-from daq_lightning.export.kv_cache import CacheScales, constant_scales, plan_with_cache
+from daq_lightning.export.kv_cache import CacheScales, constant_scales, in_container, with_cache
 from daq_lightning.export.lineage import ancestors, make_lineage
-from daq_lightning.export.plan import ExportPlan
+from daq_lightning.export.plan import ExportPlan, plan_export
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source, described
@@ -97,7 +97,7 @@ class Job:
         Raises:
             CheckpointError: As for `plan_export`.
         """
-        plan = plan_with_cache(self.source.specs, self.source.outline, settings)
+        plan = plan_of(self.source, settings)
         quantized = {tensor.spec.name for tensor in plan.quantized}
         return dataclasses.replace(
             self,
@@ -166,7 +166,7 @@ def prepare(
         )
 
     def settle() -> tuple[ExportPlan, Mapping[str, Tensor], dict[str, str], dict[str, str]]:
-        plan = given or plan_with_cache(source.specs, source.outline, settings)
+        plan = given or plan_of(source, settings)
         known = described(base, [tensor.spec.name for tensor in plan.quantized])
         return (plan, known, *_match_base(plan, known, source, settings))
 
@@ -188,6 +188,12 @@ def prepare(
     )
     ranks.check_equal("The plan of the export", job.parts)
     return job
+
+
+def plan_of(source: Source, settings: ExportSettings) -> ExportPlan:
+    """The plan of weights and cache; errors are those of `plan_export`, `in_container` and `with_cache`."""
+    chosen = in_container(source.specs, source.outline, settings)
+    return with_cache(plan_export(source.specs, source.outline, chosen), source.outline, settings)
 
 
 def parts_of(plan: ExportPlan, settings: ExportSettings) -> dict[str, str]:

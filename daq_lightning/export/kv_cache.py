@@ -1,7 +1,7 @@
 """The FP8 cache of keys and values: which layers have scales, under which names, and their values.
 
-    plan_with_cache(specs, outline, settings)     the plan of the weights, and two tensors for each attention
-    constant_scales(plan), found_scales(...)      what those tensors hold
+    in_container, with_cache            the plan of the weights, and two tensors more for each attention
+    constant_scales, found_scales       what those tensors hold
 
 The compressed-tensors container is taken, the only one whose config.json has a word for it, and a model of
 which any attention caches something else than keys and values is refused: its reader would have scales that
@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,11 +24,13 @@ from torch import Tensor
 from daq_lightning.checkpoint.kv_cache import is_cache_scale, scale_names
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
-from daq_lightning.export.plan import ExportPlan, TensorPlan, plan_export
-from daq_lightning.export.settings import ExportSettings
 from daq_lightning.model.outline import CacheKind, Outline, owner_of
 from daq_lightning.numerics.kv_cache import cache_scale
 from daq_lightning.report.kv_cache import CacheReport
+
+if TYPE_CHECKING:
+    from daq_lightning.export.plan import ExportPlan, TensorPlan
+    from daq_lightning.export.settings import ExportSettings
 
 _REFUSED: Mapping[CacheKind, str] = {
     "latent": "caches what its keys and values are made of (MLA), which has no scale of keys and none of "
@@ -64,25 +67,51 @@ class CacheScales:
         }
 
 
-def plan_with_cache(specs: Sequence[TensorSpec], outline: Outline, settings: ExportSettings) -> ExportPlan:
-    """The plan of an export, with the scales of its cache if it is to have some.
+def in_container(specs: Sequence[TensorSpec], outline: Outline, settings: ExportSettings) -> ExportSettings:
+    """The settings of weights beside which there is such a cache.
 
-    Args, errors: Those of `plan_export`.
+    Args:
+        specs: The tensors of the checkpoint.
+        outline: What they are.
+        settings: What the user chose; without a cache they come back as they are.
+
+    Raises:
+        CheckpointError: FP8_BLOCK of a mixture of experts, which the container has no reader for.
+    """
+    if settings.kv_cache is None:
+        return settings
+    experts = any(outline.role(outline.keys[spec.name], len(spec.shape)) == "expert" for spec in specs)
+    if experts and settings.scheme == "FP8_BLOCK":
+        raise CheckpointError(
+            "kv_cache needs the compressed-tensors container, in which transformers cannot load FP8_BLOCK of "
+            "a mixture-of-experts model. Use scheme='FP8_DYNAMIC', or leave kv_cache out."
+        )
+    scheme = "FP8_DYNAMIC" if experts and settings.scheme == "auto" else settings.scheme
+    return dataclasses.replace(settings, scheme=scheme, container="compressed-tensors")
+
+
+def with_cache(plan: ExportPlan, outline: Outline, settings: ExportSettings) -> ExportPlan:
+    """The plan with the scales of the cache, if there is to be one.
+
+    Args:
+        plan: Of the weights, in the container that `in_container` chose.
+        outline: What they are.
+        settings: What the user chose.
 
     Raises:
         CheckpointError: A model that has no such cache, or of which a layer has another one.
     """
     if settings.kv_cache is None:
-        return plan_export(specs, outline, settings)
+        return plan
     modules = _cached(outline)
-    plan = plan_export(specs, outline, _in_container(specs, outline, settings))
-    names = {key: name for name, key in reversed(list(outline.keys.items()))}
-    scales = tuple(
-        _planned(name, key)
-        for module in modules
-        for name, key in zip(scale_names(_on_disk(module, names, outline)), scale_names(module), strict=True)
-    )
-    there = sorted({scale.spec.name for scale in scales} & {spec.name for spec in specs})
+    on_disk = {key: name for name, key in reversed(list(outline.keys.items()))}
+    scales: list[TensorPlan] = []
+    for module in modules:
+        names = scale_names(_on_disk(module, on_disk, outline))
+        scales += [
+            _planned(plan.tensors[0], name, key) for name, key in zip(names, scale_names(module), strict=True)
+        ]
+    there = sorted({scale.spec.name for scale in scales} & {tensor.spec.name for tensor in plan.tensors})
     if there:
         raise CheckpointError(
             f"The model already has {', '.join(there[:_LISTED])}, the scales of a cache: export the model it "
@@ -204,17 +233,6 @@ def _cached(outline: Outline) -> list[str]:
     return modules
 
 
-def _in_container(specs: Sequence[TensorSpec], outline: Outline, settings: ExportSettings) -> ExportSettings:
-    experts = any(outline.role(outline.keys[spec.name], len(spec.shape)) == "expert" for spec in specs)
-    if experts and settings.scheme == "FP8_BLOCK":
-        raise CheckpointError(
-            "kv_cache needs the compressed-tensors container, in which transformers cannot load FP8_BLOCK of "
-            "a mixture-of-experts model. Use scheme='FP8_DYNAMIC', or leave kv_cache out."
-        )
-    scheme = "FP8_DYNAMIC" if experts and settings.scheme == "auto" else settings.scheme
-    return dataclasses.replace(settings, scheme=scheme, container="compressed-tensors")
-
-
 def _on_disk(module: str, names: Mapping[str, str], outline: Outline) -> str:
     """The name of an attention layer in the checkpoint: that of the layer around its projection."""
     for leaf in ("k_proj", "qkv_proj"):
@@ -227,10 +245,18 @@ def _on_disk(module: str, names: Mapping[str, str], outline: Outline) -> str:
     )
 
 
-def _planned(name: str, key: str) -> TensorPlan:
+def _planned(other: TensorPlan, name: str, key: str) -> TensorPlan:
+    """The plan of a scale, made from that of any tensor."""
     spec = TensorSpec(name=name, dtype=torch.float32, shape=(1,))
-    return TensorPlan(
-        spec=spec, key=key, role="other", quantize=False, stored={KEPT: spec}, reason="scale of the KV cache"
+    return dataclasses.replace(
+        other,
+        spec=spec,
+        key=key,
+        role="other",
+        quantize=False,
+        stored={KEPT: spec},
+        reason="scale of the KV cache",
+        together="",
     )
 
 

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from daq_lightning.model.outline import CacheKind
+if TYPE_CHECKING:
+    from daq_lightning.model.outline import CacheKind
 
 CACHES = ("past_key_values", "past_key_value")
 """What an attention calls the cache that it is given."""
@@ -42,7 +43,9 @@ def cache_kinds(modules: Mapping[str, nn.Module], *, encoder_decoder: bool = Fal
         for name, kind in found.items()
         if _has_projections(modules[name]) or not any(other.startswith(f"{name}.") for other in found)
     }
-    return {name: "cross" for name in inner} if encoder_decoder else inner
+    if encoder_decoder:
+        inner.update({name: "cross" for name in inner})
+    return inner
 
 
 def _kind_of(module: nn.Module) -> CacheKind | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from daq_lightning.report.rounding import is_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,11 @@ def is_cache_report(entry: Any) -> bool:
         and all(
             isinstance(scales, dict)
             and set(scales) == {"k_scale", "v_scale"}
-            and all(is_finite(scale) and scale > 0 for scale in scales.values())
+            and all(map(_is_scale, scales.values()))
             for scales in entry["layers"].values()
         )
     )
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

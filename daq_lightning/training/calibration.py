@@ -20,8 +20,7 @@ from torch import Tensor
 from daq_lightning.export.kv_cache import cached_modules, found_scales
 from daq_lightning.model.in_front import watched
 from daq_lightning.model.swap import put_back
-from daq_lightning.training.judge import on_device
-from daq_lightning.training.validate import validate
+from daq_lightning.training.validate import on_device, validate
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job

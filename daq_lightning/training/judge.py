@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from daq_lightning.model.layers import computing_modules
 from daq_lightning.model.swap import Swap, put_back
 from daq_lightning.numerics.divergence import compare_logits
 from daq_lightning.training.gate import ExportRejectedError, ValidationSettings
-from daq_lightning.training.validate import mean_of_ranks, validate
+from daq_lightning.training.validate import mean_of_ranks, on_device, validate
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job
@@ -194,18 +193,3 @@ def judge_in(
     if not settings.validate:
         return None
     return partial(Judge, trainer=trainer, settings=settings, modes=settings.modes(trainer), keep=keep)
-
-
-@contextlib.contextmanager
-def on_device(trainer: Trainer) -> Iterator[None]:
-    """After the end of training the module is on the CPU already: it goes back for as long as this lasts."""
-    module, device = trainer.lightning_module, trainer.strategy.root_device
-    places = {parameter.device for parameter in module.parameters()}
-    if places == {torch.device("cpu")} and device.type != "cpu":
-        module.to(device)
-        try:
-            yield
-        finally:
-            module.cpu()
-    else:
-        yield

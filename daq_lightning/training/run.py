@@ -23,8 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from daq_lightning.checkpoint.destination import check_inputs
 from daq_lightning.checkpoint.manifest import Lineage
 from daq_lightning.checkpoint.writer import plan_shards
-from daq_lightning.export.job import Job, parts_of, prepare
-from daq_lightning.export.kv_cache import plan_with_cache
+from daq_lightning.export.job import Job, parts_of, plan_of, prepare
 from daq_lightning.export.plan import ExportPlan
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import run
@@ -279,7 +278,7 @@ class Run:
             if self._judge is not None:
                 check_swappable(model)
         source = source_of(self._trainer, model)
-        return name, model, source, plan_with_cache(source.specs, source.outline, self._settings.choices)
+        return name, model, source, plan_of(source, self._settings.choices)
 
     def _model(self, state: Mapping[str, Any] | None) -> LiveModel:
         """The model as it is, or with the weights of a saved state."""

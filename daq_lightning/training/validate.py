@@ -88,6 +88,21 @@ def mean_of_ranks(trainer: Trainer, value: Any) -> float:
 
 
 @contextlib.contextmanager
+def on_device(trainer: Trainer) -> Iterator[None]:
+    """After the end of training the module is on the CPU already: it goes back for as long as this lasts."""
+    module, device = trainer.lightning_module, trainer.strategy.root_device
+    places = {parameter.device for parameter in module.parameters()}
+    if places == {torch.device("cpu")} and device.type != "cpu":
+        module.to(device)
+        try:
+            yield
+        finally:
+            module.cpu()
+    else:
+        yield
+
+
+@contextlib.contextmanager
 def _as_it_was(trainer: Trainer) -> Iterator[None]:
     """Remembers what a validation changes in Trainer and module, and puts it back."""
     module, connector = trainer.lightning_module, trainer._logger_connector

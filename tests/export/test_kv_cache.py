@@ -19,6 +19,10 @@ from daq_lightning.audit.evaluate import evaluate
 from daq_lightning.audit.verify import run_checks
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.cli import main
+from daq_lightning.export.job import plan_of
+from daq_lightning.export.kv_cache import cached_modules, found_scales
+from daq_lightning.export.settings import ExportSettings
+from daq_lightning.export.source import Source
 
 QUICK = ScaleSearch(metric="cosine", n_coarse=2, n_fine=0)
 SCALES = [f"model.layers.{layer}.self_attn.{part}_scale" for layer in range(2) for part in "kv"]
@@ -35,6 +39,15 @@ def made(tmp_path_factory):
                         ("found", {"kv_cache": "fp8-calibrated", "kv_text": text})):  # fmt: skip
         export_checkpoint(post, base, folder / name, scheme="FP8_DYNAMIC", search=QUICK, **cache)
     return folder
+
+
+def gpt_neox():
+    """One projection makes queries, keys and values in turn."""
+    return transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            vocab_size=64, hidden_size=128, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128
+        )
+    )
 
 
 def tensors(folder):
@@ -246,8 +259,8 @@ def test_what_does_not_belong_together_is_said_before_anything_is_written(
     [
         (tiny_models.deepseek_v3, r"model.layers.0.self_attn and 1 more of DeepseekV3ForCausalLM.*MLA"),
         (
-            tiny_models.gpt2,
-            r"transformer.h.0.attn of GPT2LMHeadModel .* for which transformers and vLLM have no scales",
+            gpt_neox,
+            r"gpt_neox.layers.0.attention of GPTNeoXForCausalLM .* for which transformers and vLLM have no",
         ),
     ],
 )
@@ -292,13 +305,8 @@ def test_scales_have_the_names_that_the_checkpoint_has(tmp_path):
 
 
 def test_windows_are_named_and_a_layer_that_is_not_seen_is_no_scale(tmp_path):
-    from daq_lightning.export.kv_cache import cached_modules, found_scales, plan_with_cache
-    from daq_lightning.export.settings import ExportSettings
-    from daq_lightning.export.source import Source
-
     base, _ = tiny_models.make_pair(tmp_path, tiny_models.gemma3)
-    source = Source.from_folder(base)
-    plan = plan_with_cache(source.specs, source.outline, ExportSettings(kv_cache="fp8-calibrated"))
+    plan = plan_of(Source.from_folder(base), ExportSettings(kv_cache="fp8-calibrated"))
     assert any("2 of 2 attention layers look back over a window" in note for note in plan.notes)
     first, second = cached_modules(plan)
     about = {"found_on": "a text", "tokens": 1}
