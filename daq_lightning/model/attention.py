@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CACHES = ("past_key_values", "past_key_value")
 """What an attention calls the cache that it is given."""
-_STATES = ("cache_params",)
+_OTHERS = ("cache_params", "layer_past")
 _LATENT = {"kv_b_proj", "kv_a_proj_with_mqa", "kv_a_proj"}
 
 
@@ -52,12 +52,14 @@ def _kind_of(module: nn.Module) -> CacheKind | None:
     if not (hasattr(module, "layer_idx") or _is_attention(module)):
         return None
     parameters = inspect.signature(module.forward).parameters
-    if not any(name in parameters for name in (*CACHES, *_STATES)):
+    if not any(name in parameters for name in (*CACHES, *_OTHERS)):
         return None
     called = type(module).__name__.lower()
     if _LATENT & set(module._modules):
         return "latent"
     layer_type = _layer_type(module)
+    if "layer_past" in parameters:
+        return "unknown"
     if not any(name in parameters for name in CACHES) or not _is_attention(module):
         return "state"
     if "cross" in called or getattr(module, "is_cross_attention", False):

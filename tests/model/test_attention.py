@@ -97,8 +97,8 @@ def test_what_is_seen_is_what_the_cache_of_transformers_holds(factory, use_cache
     with torch.no_grad():
         plain = model(input_ids=TOKENS, use_cache=use_cache).logits
         with watched(modules) as seen:
-            observed = [model(input_ids=part, use_cache=use_cache).logits for part in TOKENS.split(1)]
             whole = model(input_ids=TOKENS, use_cache=use_cache).logits
+            observed = [model(input_ids=part, use_cache=use_cache).logits for part in TOKENS.split(1)]
     assert torch.equal(plain, whole)
     assert len(observed) == 3
     each = [seen_by_numpy(model, part) for part in (*TOKENS.split(1), TOKENS)]
