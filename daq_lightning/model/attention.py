@@ -38,13 +38,11 @@ def cache_kinds(modules: Mapping[str, nn.Module], *, encoder_decoder: bool = Fal
         encoder_decoder: Whether some of the attentions may look at an encoder.
     """
     found = {name: kind for name, module in modules.items() if (kind := _kind_of(module)) is not None}
-    inner = {
-        name: kind
-        for name, kind in found.items()
-        if _has_projections(modules[name]) or not any(other.startswith(f"{name}.") for other in found)
-    }
-    if encoder_decoder:
-        inner.update({name: "cross" for name in inner})
+    inner: dict[str, CacheKind] = {}
+    for name, kind in found.items():
+        nested = any(other.startswith(f"{name}.") for other in found)
+        if _has_projections(modules[name]) or not nested:
+            inner[name] = "cross" if encoder_decoder else kind
     return inner
 
 

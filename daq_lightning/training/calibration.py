@@ -60,10 +60,12 @@ def calibrated(
             both = torch.tensor([pair, peaks.get(name, (0.0, 0.0))], dtype=torch.float64, device="cpu")
             keys, values = both.amax(0).tolist()  # of a NaN, NaN
             peaks[name] = (keys, values)
+    sampler = trainer.distributed_sampler_kwargs or {}
+    copies = max(1, ranks.size // sampler.get("num_replicas", 1))  # tensor parallel ranks see the same tokens
     scales = found_scales(
         job.plan,
         peaks,
         found_on="the run's validation data",
-        tokens=sum(max(tokens.values(), default=0) for _, tokens in parts),
+        tokens=sum(max(tokens.values(), default=0) for _, tokens in parts) // copies,
     )
     return dataclasses.replace(job, cache=scales)
