@@ -79,6 +79,26 @@ def mixtral(**changes):
     )
 
 
+def deepseek_v3():
+    """MLA: the cache holds what keys and values are made of."""
+    small = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16}
+    config = transformers.DeepseekV3Config(
+        **TEXT, **small, v_head_dim=16, n_routed_experts=2, moe_intermediate_size=32,
+        first_k_dense_replace=2, num_experts_per_tok=1, n_group=1, topk_group=1,
+    )  # fmt: skip
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def qwen3_next():
+    """Linear attention in the first layer, full attention in the second."""
+    config = transformers.Qwen3NextConfig(
+        **TEXT, layer_types=["linear_attention", "full_attention"], num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+    )  # fmt: skip
+    return transformers.Qwen3NextForCausalLM(config)
+
+
 def llava():
     """Vision tower, projector and a Llama; other names on disk than in memory."""
     vision = transformers.CLIPVisionConfig(

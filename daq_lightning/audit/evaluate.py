@@ -4,21 +4,22 @@
     all three heads together, a piece of tokens at a time:   hidden states -> logits -> sums
 
 So one body is in memory at a time, and logits of a piece, never of the text. The export is built from the
-very bytes that were written, dequantized as its readers do it, ``dtype(code * scale)``, and its quantized
-modules see their input quantized as they do on a server, unless weights alone are asked for. Base and post
-run in the dtype of post, the export in its own.
+very bytes that were written, dequantized as its readers do it, ``dtype(code * scale)``. Its quantized modules
+see their input quantized as they do on a server, and its attentions their keys and values if it has scales
+for them, unless weights alone are asked for. Base and post run in the dtype of post, the export in its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from daq_lightning.audit.served_cache import ServedCache
 from daq_lightning.checkpoint.folder import config_dtype
 from daq_lightning.checkpoint.layouts import read_layout
 from daq_lightning.checkpoint.reader import Checkpoint
@@ -53,6 +54,7 @@ class Evaluation:
         windows: Pieces of text that were read by themselves.
         scheme: Of the export.
         quantized_activations: Whether the export's modules saw their input quantized.
+        kv_cache: Whether its keys and values were cached in FP8.
         dtype: What the export was dequantized to and ran in.
         reference_dtype: What post and base ran in.
         unseen: Modules with quantized weights whose input stayed as it was, though servers quantize it.
@@ -64,6 +66,7 @@ class Evaluation:
     windows: int
     scheme: str
     quantized_activations: bool
+    kv_cache: bool
     dtype: str
     reference_dtype: str
     unseen: tuple[str, ...]
@@ -103,7 +106,7 @@ def evaluate(
         for role in roles:
             bar.says(f"read by {role}")
             if role == "export":
-                model = _Served(models[role], dtype, device, layout.scheme if quantized else None)
+                model = _Served(models[role], dtype, device, None if weights_only else layout.scheme)
             else:
                 model = _Served(models[role], reference_dtype, device)
             model.try_on(windows[0])
@@ -121,6 +124,7 @@ def evaluate(
         windows=len(windows),
         scheme=layout.scheme.name,
         quantized_activations=quantized,
+        kv_cache=bool(heads["export"].cache),
         dtype=str(dtype).removeprefix("torch."),
         reference_dtype=str(reference_dtype).removeprefix("torch."),
         unseen=heads["export"].unseen,
@@ -134,9 +138,11 @@ class _Served:
         files: The folder.
         dtype: What it runs in.
         device: Where.
-        scheme: Of which its quantized modules see their input; None leaves that as it is.
+        scheme: Of which its quantized modules see their input, while keys and values are cached as the folder
+            says; None leaves both as they are.
 
     Attributes:
+        cache: The layers whose keys and values are cached in FP8.
         unseen: Quantized modules whose input cannot be quantized.
     """
 
@@ -146,8 +152,9 @@ class _Served:
         model = FolderModel(files.path, len(files.raw)).load(files, dtype).to(device)
         self._halves, self._scheme = Halves(model, str(files.path)), scheme
         self._modules: list[nn.Module] = []
+        self.cache = None if scheme is None else ServedCache(model, files)
         self.unseen: tuple[str, ...] = ()
-        if scheme is not None:
+        if scheme is not None and scheme.quantized_activations:
             self._modules, self.unseen = _quantized_modules(model, files)
 
     def try_on(self, tokens: Sequence[int]) -> None:
@@ -165,13 +172,19 @@ class _Served:
 
     def drop_body(self) -> None:
         self._halves.drop_body()
+        if self.cache is not None:
+            self.cache.drop()
         left = set(map(id, self._halves.model.modules()))
         self._modules = [module for module in self._modules if id(module) in left]
 
-    def _as_served(self) -> AbstractContextManager[None]:
-        if self._scheme is None:
-            return nullcontext()
-        return quantized_activations(self._modules, self._scheme)
+    @contextmanager
+    def _as_served(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self._scheme is not None:
+                stack.enter_context(quantized_activations(self._modules, self._scheme))
+            if self.cache is not None:
+                stack.enter_context(self.cache.rounding())
+            yield
 
 
 def _quantized_modules(model: nn.Module, files: Checkpoint) -> tuple[list[nn.Module], tuple[str, ...]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from daq_lightning.audit.kv_rules import check_kv_cache
 from daq_lightning.audit.tensor_rules import (
     check_packing,
     check_parts,
@@ -24,6 +25,7 @@ from daq_lightning.audit.tensor_rules import (
 )
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE, config_dtype, read_index
 from daq_lightning.checkpoint.found import SUFFIXES
+from daq_lightning.checkpoint.kv_cache import is_cache_scale
 from daq_lightning.checkpoint.layouts import read_layout
 from daq_lightning.checkpoint.layouts.parts import GLOBAL_SCALE
 from daq_lightning.checkpoint.tensor_file import read_metadata
@@ -170,7 +172,7 @@ def _check_complete(stored: Stored) -> Iterator[str]:
         elif len(shape) == 3 and len(part[key]) == 2 and counts[key] % shape[0]:
             yield f"{key} has {counts[key]} parts for {shape[0]} experts"
     for name, key in stored.keys.items():
-        orphan = name.endswith(tuple(".weight" + suffix for suffix in SUFFIXES))
+        orphan = is_cache_scale(name) or name.endswith(tuple(".weight" + suffix for suffix in SUFFIXES))
         if key not in outline.tensors and not orphan and not matches(outline.may_add, key):
             yield f"{name} is no tensor of {outline.model}"
 
@@ -198,6 +200,11 @@ CHECKS: tuple[tuple[str, str, CheckFunction], ...] = (
     ("config.json", "Restore the config.json of the export, or export again.", _check_config),
     ("one scale per weight", "Export again: a reader would use other scales, or none.", check_parts),
     ("scale values", "Export again: these scales do not survive loading.", check_scale_values),
+    (
+        "KV cache",
+        "Export again: keys and values would be cached with scales that nobody chose.",
+        check_kv_cache,
+    ),
     ("finite values", "Export again from a checkpoint before the training run diverged.", check_values),
     ("packed codes", "Export again: readers unpack other codes than were meant.", check_packing),
     ("sizes fit the blocks", "Export with --scheme FP8_DYNAMIC, which has one scale per row.", check_sizes),

@@ -93,6 +93,13 @@ def make_parser() -> ArgumentParser:
     )
     _add_setting(layout, ExportSettings, "container")
     _add_setting(layout, ExportSettings, "scale_format")
+    _add_setting(layout, ExportSettings, "kv_cache")
+    layout.add_argument(
+        "--kv-text",
+        metavar="FILE",
+        help="text that POST reads to find the scales of --kv-cache fp8-calibrated: UTF-8, .txt or .jsonl as "
+        "for evaluate; all of it is read, and POST is in memory meanwhile",
+    )
     _add_setting(layout, ExportSettings, "max_shard_bytes")
     search = quantize.add_argument_group("how scales are searched, and codes rounded")
     _add_setting(search, ScaleSearch, "metric")
@@ -195,7 +202,7 @@ def make_parser() -> ArgumentParser:
     evaluate.add_argument(
         "--weights-only",
         action="store_true",
-        help="leave activations in 16 bit, to see what the weights alone cost",
+        help="leave activations, keys and values in 16 bit, to see what the weights alone cost",
     )
     evaluate.add_argument(
         "--dataset",
@@ -281,6 +288,6 @@ def _dashed(option: str) -> str:
 
 def in_options(message: str) -> str:
     """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
-    names = "scheme|rounding|container|scale_format|missing_base|parent|chain_from|device|calibrate"
+    names = "scheme|rounding|container|scale_format|kv_cache|kv_text|missing_base|parent|chain_from|device|calibrate"
     named = rf"\b({names})='([^']*)'"
     return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)

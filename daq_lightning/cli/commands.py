@@ -26,6 +26,7 @@ def quantize(options: Namespace) -> int:
     from daq_lightning.cli.ranks import all_ranks, device_of_rank
     from daq_lightning.export.calibration import Calibration
     from daq_lightning.export.job import prepare
+    from daq_lightning.export.kv_text import calibrated_on, check_text
     from daq_lightning.export.run import check_device, run
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.export.source import Source
@@ -54,6 +55,7 @@ def quantize(options: Namespace) -> int:
         ignore=tuple(options.ignore),
         container=options.container,
         scale_format=options.scale_format,
+        kv_cache=options.kv_cache,
         missing_base=options.missing_base,
         max_shard_bytes=options.max_shard_bytes,
     )
@@ -61,6 +63,7 @@ def quantize(options: Namespace) -> int:
         raise ValueError("--calibrate-sha256 is that of a text, but --calibrate is missing.")
     if options.push_to_hub is not None and not is_repository(options.push_to_hub):
         raise ValueError(f"--push-to-hub expects ORG/NAME, got {options.push_to_hub}.")
+    check_text(options.kv_cache, options.kv_text)
     device = device_of_rank(options.device)
     with all_ranks() as ranks:
 
@@ -85,6 +88,7 @@ def quantize(options: Namespace) -> int:
         )
         if options.dry_run:
             return _show_plan(job, options) if ranks.rank == 0 else 0
+        job = calibrated_on(job, options.kv_text, device=device, ranks=ranks)
         report = run(
             job,
             Path(str(options.out)),

@@ -147,6 +147,7 @@ def text_of(found: Evaluation, text: str, context: int) -> str:
     inputs = (
         f"activations in {family} as on a server" if found.quantized_activations else "activations in 16 bit"
     )
+    inputs += ", keys and values cached in FP8" if found.kv_cache else ""
     lines = [
         headline(found),
         "",

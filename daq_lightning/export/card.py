@@ -70,6 +70,8 @@ def make_recipe(job: Job, folder: Path, out: Path) -> str:
         "tau": search.tau,
         "spacing": search.spacing,
         "rounding": settings.rounding,
+        "kv_cache": settings.kv_cache,
+        "kv_text": _from(folder, out, job.cache.text) if job.cache and job.cache.text else None,
         "missing_base": settings.missing_base,
     }
     calibration = job.calibration

@@ -9,11 +9,13 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from daq_lightning.checkpoint.kv_cache import KVCache
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, SchemeName
 from daq_lightning.export.calibration import Calibration
 from daq_lightning.export.job import prepare
+from daq_lightning.export.kv_text import calibrated_on, check_text
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import check_device, run
 from daq_lightning.export.settings import ExportSettings
@@ -40,6 +42,8 @@ def export_checkpoint(
     ignore: Iterable[str] = (),
     container: Container | None = None,
     scale_format: ScaleFormat | None = None,
+    kv_cache: KVCache | None = None,
+    kv_text: str | os.PathLike[str] | None = None,
     missing_base: Literal["error", "absmax"] = "error",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     parent: str | None = None,
@@ -76,6 +80,9 @@ def export_checkpoint(
         container: How tensors are named and described: "fp8" or "compressed-tensors"; None takes the scheme's
             usual one.
         scale_format: None for what the readers keep, or "ue8m0" for scales that are powers of two.
+        kv_cache: For servers that cache keys and values in FP8: "fp8" with scales of 1.0, "fp8-calibrated"
+            with scales of each layer from `kv_text`. Takes the compressed-tensors container.
+        kv_text: A .txt or .jsonl file that the fine-tuned model reads to find those scales.
         missing_base: What to do with a weight that the base lacks or has in another shape: "error", or
             "absmax" to quantize it without a search and say so in the report.
         max_shard_bytes: Bytes at which a new safetensors file begins.
@@ -119,9 +126,12 @@ def export_checkpoint(
         ignore=tuple(ignore),
         container=container,
         scale_format=scale_format,
+        kv_cache=kv_cache,
         missing_base=missing_base,
         max_shard_bytes=max_shard_bytes,
     )
+    text = None if kv_text is None else Path(kv_text)
+    check_text(kv_cache, text)
     ranks = Ranks.all() if distributed else ALONE
     try:
 
@@ -143,6 +153,7 @@ def export_checkpoint(
             ranks=ranks,
             calibration=calibration,
         )
+        job = calibrated_on(job, text, device=device, ranks=ranks)
         place = Path(out).expanduser()
         report = run(job, place, device=device, progress=progress, ranks=ranks, resume=resume)
         if push_to_hub is not None:

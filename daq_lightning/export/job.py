@@ -20,6 +20,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, spec_in
+from daq_lightning.export.kv_cache import CacheScales, constant_scales, in_container, with_cache
 from daq_lightning.export.lineage import ancestors, make_lineage
 from daq_lightning.export.plan import ExportPlan, plan_export
 from daq_lightning.export.ranks import ALONE, Ranks
@@ -50,6 +51,7 @@ class Job:
         training: Step, epoch and checkpoint of the run that made the weights.
         curvature: What was collected of the weights' curvature; None where nothing collects it.
         calibration: What it is going to be collected from, where no run has; see `run`.
+        cache: The scales of cached keys and values; None without, and until they are found.
     """
 
     source: Source
@@ -63,11 +65,13 @@ class Job:
     training: Mapping[str, Any] = field(default_factory=dict)
     curvature: Curvature | None = field(default=None, repr=False)
     calibration: Calibration | None = None
+    cache: CacheScales | None = None
 
     def parts(self) -> dict[str, str]:
         """All that decides what is written, in words."""
         return parts_of(self.plan, self.settings) | {
             "the bases of the weights": json.dumps(dict(self.base_names)),
+            "the scales of the KV cache": json.dumps({} if self.cache is None else dict(self.cache.values)),
             "the model's config.json": json.dumps(self.source.config, sort_keys=True, default=str),
             "the calibration": "" if self.calibration is None else str(self.calibration.described()),
         }
@@ -101,7 +105,7 @@ class Job:
         Raises:
             CheckpointError: As for `plan_export`.
         """
-        plan = plan_export(self.source.specs, self.source.outline, settings)
+        plan = plan_of(self.source, settings)
         quantized = {tensor.spec.name for tensor in plan.quantized}
         return dataclasses.replace(
             self,
@@ -173,7 +177,7 @@ def prepare(
         )
 
     def settle() -> tuple[ExportPlan, Mapping[str, Tensor], dict[str, str], dict[str, str]]:
-        plan = given or plan_export(source.specs, source.outline, settings)
+        plan = given or plan_of(source, settings)
         known = described(base, [tensor.spec.name for tensor in plan.quantized])
         return (plan, known, *_match_base(plan, known, source, settings))
 
@@ -192,9 +196,16 @@ def prepare(
         root=root,
         curvature=curvature,
         calibration=calibration,
+        cache=constant_scales(plan, settings),
     )
     ranks.check_equal("The plan of the export", job.parts)
     return job
+
+
+def plan_of(source: Source, settings: ExportSettings) -> ExportPlan:
+    """The plan of weights and cache; errors are those of `plan_export`, `in_container` and `with_cache`."""
+    chosen = in_container(source.specs, source.outline, settings)
+    return with_cache(plan_export(source.specs, source.outline, chosen), source.outline, settings)
 
 
 def parts_of(plan: ExportPlan, settings: ExportSettings) -> dict[str, str]:

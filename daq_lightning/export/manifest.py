@@ -48,6 +48,7 @@ def make_manifest(job: Job, prints: Mapping[str, TensorPrints], folder: Path, ou
             "rounding": job.settings.rounding,
             "ignore": list(job.settings.ignore),
             **({} if job.calibration is None else {"calibration": job.calibration.described()}),
+            **({} if job.settings.kv_cache is None else {"kv_cache": job.settings.kv_cache}),
         },
         versions={name: package_version(name) for name in ("daq-lightning", "torch", "transformers")},
         lineage=dataclasses.replace(

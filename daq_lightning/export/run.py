@@ -29,6 +29,7 @@ from daq_lightning.export.account import batch_reports, config_of, notes_of
 from daq_lightning.export.behind import Behind
 from daq_lightning.export.card import existing_card, make_card, make_recipe
 from daq_lightning.export.finished import Finished, Records, TensorPrints, find_leftover, prints_of
+from daq_lightning.export.kv_cache import check_found, kept_reasons, report_of
 from daq_lightning.export.manifest import make_manifest
 from daq_lightning.export.ranks import ALONE, Agreement, RankLostError, Ranks
 from daq_lightning.export.rounding import choose_codes
@@ -86,7 +87,14 @@ def run(
     """
     clock = Timings() if timings is None else timings
     ranks.together(lambda: None)  # until rank 0 has removed what an export before this one left
-    ranks.together(lambda: (check_inputs(out, job.inputs()), check_destination(out), existing_card(job)))
+    ranks.together(
+        lambda: (
+            check_found(job.settings, job.cache),
+            check_inputs(out, job.inputs()),
+            check_destination(out),
+            existing_card(job),
+        )
+    )
     shards = plan_shards(job.plan.stored_together, job.settings.max_shard_bytes)
     records = Records(job)
     found = ranks.first(lambda: find_leftover(out, records) if resume else None)
@@ -130,9 +138,10 @@ def run(
             scheme=job.plan.layout.scheme.name,
             search=dataclasses.asdict(job.settings.scale_search),
             tensors=tuple(every.reports[tensor.spec.name] for tensor in job.plan.quantized),
-            kept={tensor.spec.name: tensor.reason for tensor in job.plan.tensors if not tensor.quantize},
+            kept=kept_reasons(job.plan),
             notes=(*job.plan.notes, *notes_of(job, every.reports)),
             dtype=str(job.plan.dtype).removeprefix("torch."),
+            kv_cache=report_of(job.plan, job.cache),
         )
         if judge is not None:
             report = judge(writer.folder, tuple(shards), report)

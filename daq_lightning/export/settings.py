@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from daq_lightning.checkpoint.kv_cache import KVCache
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, SchemeName, choose_scheme
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.rounding.settings import RoundingChoice
@@ -31,6 +32,9 @@ class ExportSettings:
         container: Naming of scales and config; if not given, the scheme's usual one.
         scale_format: How scales are rounded; if not given, as readers keep them. "ue8m0": powers of two, for
             servers that would round them so (vLLM with DeepGEMM).
+        kv_cache: Servers are to cache keys and values in FP8 (E4M3): "fp8" with scales of 1.0,
+            "fp8-calibrated" with a scale for the keys and one for the values of each layer, from the largest
+            that data shows. Needs the compressed-tensors container, and takes it.
         missing_base: A weight that the base lacks, or has in another shape, is an "error", or gets a plain
             scale without a search ("absmax"), which the report says.
         max_shard_bytes: Size at which a new safetensors file begins.
@@ -45,6 +49,7 @@ class ExportSettings:
     ignore: tuple[str, ...] = ()
     container: Container | None = None
     scale_format: ScaleFormat | None = None
+    kv_cache: KVCache | None = None
     missing_base: Literal["error", "absmax"] = "error"
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
@@ -56,6 +61,13 @@ class ExportSettings:
         if self.rounding not in get_args(RoundingChoice):
             raise ValueError(
                 f"Unknown rounding {self.rounding!r}: expected 'auto', 'nearest' or 'curvature'."
+            )
+        if self.kv_cache not in (None, *get_args(KVCache)):
+            raise ValueError(f"Unknown kv_cache {self.kv_cache!r}: expected 'fp8' or 'fp8-calibrated'.")
+        if self.kv_cache is not None and self.container == "fp8":
+            raise ValueError(
+                f"kv_cache={self.kv_cache!r}: no reader looks for it in the fp8 container. Use "
+                "container='compressed-tensors', or leave the container out."
             )
         if self.max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes must be at least 1, got {self.max_shard_bytes}.")

@@ -94,6 +94,7 @@ class _ReadAhead:
 
     def __init__(self, job: Job, work: Work, ranks: Ranks) -> None:
         self._job, self._rank = job, ranks.rank
+        self._made = {} if job.cache is None else job.cache.tensors
         self._shared = any(
             isinstance(mapping, LazyTensors) and mapping.collective
             for mapping in (job.source.weights, job.base)
@@ -113,7 +114,9 @@ class _ReadAhead:
             owner, plan = step
             base_name = self._job.base_names.get(plan.spec.name)
             base = _nothing if base_name is None else self._ask(self._job.base, base_name, owner)
-            self._ahead.append((plan, self._ask(self._job.source.weights, plan.spec.name, owner), base))
+            made = plan.spec.name in self._made
+            weights = self._made if made else self._job.source.weights
+            self._ahead.append((plan, self._ask(weights, plan.spec.name, owner), base))
         plan, read_weight, read_base = self._ahead.popleft()
         try:
             weight = read_weight()

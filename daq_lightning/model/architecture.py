@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.model.outline import Outline, Role, owner_of
+from daq_lightning.model.attention import cache_kinds
+from daq_lightning.model.outline import CacheKind, Outline, Role, owner_of
 from daq_lightning.model.placeholders import is_unit, state_names, unwrapped
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
@@ -77,8 +78,13 @@ class Architecture:
             ties=self.ties,
             may_lack=tuple(sorted(getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ())),
             may_add=tuple(sorted(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())),
+            caches=self._caches(),
             keys=dict(keys),
         )
+
+    def modules(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        """Some modules, by their names in memory."""
+        return {name: self._modules[name] for name in names}
 
     def keys_of(self, names: Iterable[str]) -> dict[str, str]:
         """Checkpoint names -> memory names, as transformers loads them; unknown names map to themselves."""
@@ -165,6 +171,12 @@ class Architecture:
             elif type(module).__name__ == "Conv1D":
                 roles[f"{prefix}weight"] = "conv1d"
         return roles
+
+    def _caches(self) -> dict[str, CacheKind]:
+        if not self.is_transformers:
+            return {}
+        two = bool(getattr(self.model.config, "is_encoder_decoder", False))
+        return cache_kinds(self._modules, encoder_decoder=two)
 
     def _is_linear(self, name: str) -> bool:
         return isinstance(self._modules[name], nn.Linear) or self._module_role(name) == "router"

@@ -15,6 +15,8 @@ from typing import Literal, TypeAlias
 Role: TypeAlias = Literal["linear", "expert", "router", "head", "outside", "conv1d", "other"]
 """linear and expert weights can be quantized. head: lm_head, classifiers. outside: Linear weights outside
 the language model (vision tower, projector). conv1d: GPT-2's transposed Linear."""
+CacheKind: TypeAlias = Literal["full", "sliding", "latent", "state", "shared", "cross", "unknown"]
+"""What a layer caches of each token, see `daq_lightning.model.attention`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class Outline:
         ties: Tied copy -> the tensor that it shares.
         may_lack: Regular expressions of parameters that a checkpoint need not have.
         may_add: Regular expressions of tensors that a checkpoint may have besides.
+        caches: Module that caches something for each token -> what.
         keys: Checkpoint name -> memory name, for the names that were asked for.
     """
 
@@ -47,6 +50,7 @@ class Outline:
     ties: Mapping[str, str]
     may_lack: tuple[str, ...]
     may_add: tuple[str, ...]
+    caches: Mapping[str, CacheKind]
     keys: Mapping[str, str]
 
     def role(self, key: str, ndim: int) -> Role:

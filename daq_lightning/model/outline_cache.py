@@ -21,7 +21,7 @@ from typing import Any, get_args
 import daq_lightning
 from daq_lightning.checkpoint.cache import read_cached, write_cached
 from daq_lightning.checkpoint.folder import sha256_of
-from daq_lightning.model.outline import Outline, Role
+from daq_lightning.model.outline import CacheKind, Outline, Role
 
 # fields that say how tensors are stored, not which there are; an export differs from its source in them
 _STORAGE = ("quantization_config", "dtype", "torch_dtype", "_name_or_path", "transformers_version")
@@ -78,7 +78,7 @@ def write_outline(key: str, outline: Outline) -> None:
 @functools.cache
 def _code() -> list[str]:
     """The code that makes outlines, which changes under one version number where it is developed."""
-    names = ("outline.py", "architecture.py", "from_folder.py")
+    names = ("outline.py", "architecture.py", "attention.py", "from_folder.py")
     return [sha256_of(Path(__file__).with_name(name)) for name in names]
 
 
@@ -98,7 +98,9 @@ def _outline(plain: Any) -> Outline:
         LookupError, TypeError, ValueError: Values of another form.
     """
     roles = _strings(plain["roles"], dict)
-    if not set(roles.values()) <= set(get_args(Role)) or not isinstance(plain["is_transformers"], bool):
+    caches = _strings(plain["caches"], dict)
+    known = set(roles.values()) <= set(get_args(Role)) and set(caches.values()) <= set(get_args(CacheKind))
+    if not known or not isinstance(plain["is_transformers"], bool):
         raise ValueError("not an outline")
     return Outline(
         model=str(plain["model"]),
@@ -112,6 +114,7 @@ def _outline(plain: Any) -> Outline:
         ties=_strings(plain["ties"], dict),
         may_lack=tuple(_strings(plain["may_lack"], list)),
         may_add=tuple(_strings(plain["may_add"], list)),
+        caches=caches,
         keys=_strings(plain["keys"], dict),
     )
 

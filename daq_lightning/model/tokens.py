@@ -85,6 +85,18 @@ def windows_of(
     return windows
 
 
+def most_tokens(config: Mapping[str, Any]) -> int | None:
+    """Tokens of a text that a model takes, by its config.json; None if that does not say."""
+    sizes = [text_field(config, name) for name in ("max_position_embeddings", "n_positions")]
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def text_field(config: Mapping[str, Any], name: str) -> Any:
+    """A field of the language model in a config.json, which may hold other models too; None without it."""
+    inner = config.get("text_config")
+    return config.get(name, inner.get(name) if isinstance(inner, Mapping) else None)
+
+
 def _tokens(document: Document, tokenizer: Any) -> list[int]:
     with quiet_and_offline():  # without a warning about texts that are longer than a window
         if document.messages is None:
@@ -96,15 +108,3 @@ def _tokens(document: Document, tokenizer: Any) -> list[int]:
                 f"{document.place}: the messages do not fit the tokenizer's chat template: {error}"
             ) from error
         return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def most_tokens(config: Mapping[str, Any]) -> int | None:
-    """Tokens of a text that a model takes, by its config.json; None if that does not say."""
-    sizes = [text_field(config, name) for name in ("max_position_embeddings", "n_positions")]
-    return next((size for size in sizes if isinstance(size, int)), None)
-
-
-def text_field(config: Mapping[str, Any], name: str) -> Any:
-    """A field of a config.json, of the model or of the language model in it."""
-    inner = config.get("text_config")
-    return config.get(name, inner.get(name) if isinstance(inner, Mapping) else None)

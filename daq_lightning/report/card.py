@@ -160,7 +160,7 @@ def _section(facts: CardFacts) -> str:
         _figures(facts.report),
         *_evaluation(facts.evaluation),
         "### Deployment",
-        serving(facts.layout, facts.config is not None),
+        serving(facts.layout, facts.config is not None, facts.report.kv_cache),
         "### Creation",
         creation(facts.report, recipe=facts.recipe, trained=facts.trained),
     ]
@@ -192,6 +192,7 @@ def _about(facts: CardFacts) -> str:
             f"- quantized: {len(report.tensors)} weights of linear layers, as {scheme.name}: {scheme.title}, "
             f"one {facts.layout.scale_format} scale{zero} for {shared}",
             f"- activations: {activations}",
+            *([] if report.kv_cache is None else [f"- KV cache: {plain(report.kv_cache.words())}"]),
             f"- not quantized, in {report.dtype}: {len(report.kept)} tensors"
             + (", by reason:" if kept else ""),
             *(f"  {line}" for line in kept),

@@ -28,9 +28,11 @@ from daq_lightning.checkpoint.folder import REPORT, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.bins import STEP_EDGES
 from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
+from daq_lightning.report.kv_cache import CacheReport
 from daq_lightning.report.rounding import Rounding
 from daq_lightning.report.sampled import AlphaCurve, ByStep
 from daq_lightning.report.shape import FLOAT_SUMS, check_report
+from daq_lightning.report.validation import Validation, validation_from_dict, validation_to_dict
 
 Side: TypeAlias = Literal["searched", "dequantized", "absmax", "root"]
 _READ_AS = {
@@ -130,6 +132,7 @@ class ExportReport:
         dtype: What a reader dequantizes to: the dtype of the kept tensors.
         validation: Figure of the Trainer's validation -> "unquantized" and "served" -> its value: of the
             model as it was, and with the exported weights; empty where there was none.
+        kv_cache: The scales of the FP8 cache of keys and values; None without one.
     """
 
     path: str
@@ -139,7 +142,8 @@ class ExportReport:
     kept: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     dtype: str = "bfloat16"
-    validation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    validation: Validation = field(default_factory=dict)
+    kv_cache: CacheReport | None = None
 
     def totals(self, side: Side = "searched") -> DeltaStats:
         """Sums over all quantized tensors whose base is known."""
@@ -170,7 +174,8 @@ class ExportReport:
             "step_edges": list(STEP_EDGES),
             "totals": {side: _with_sums(self.totals(side)) for side in self._sides()},
             "notes": list(self.notes),
-            **({"validation": _finite(self.validation)} if self.validation else {}),
+            **({"validation": validation_to_dict(self.validation)} if self.validation else {}),
+            **({"kv_cache": self.kv_cache.to_dict()} if self.kv_cache is not None else {}),
             "tensors": {tensor.name: tensor.to_dict() for tensor in self.tensors},
             "kept": dict(self.kept),
         }
@@ -201,10 +206,8 @@ class ExportReport:
             kept=content["kept"],
             notes=tuple(content["notes"]),
             dtype=content.get("dtype", "bfloat16"),
-            validation={
-                name: {side: math.nan if value is None else value for side, value in values.items()}
-                for name, values in content.get("validation", {}).items()
-            },
+            validation=validation_from_dict(content.get("validation", {})),
+            kv_cache=CacheReport.from_dict(content["kv_cache"]) if "kv_cache" in content else None,
         )
 
     @property
@@ -213,7 +216,7 @@ class ExportReport:
         return self.search.get("alpha_min", 0) == self.search.get("alpha_max")
 
     def summary(self) -> str:
-        """At most fourteen lines for a person: where it is, what was kept, how it validates, what to know."""
+        """At most fifteen lines for a person: where it is, what was kept, how it validates, what to know."""
         count = len(self.tensors)
         lines = [
             f"{family_of(self.scheme)} export: {self.path}",
@@ -235,6 +238,7 @@ class ExportReport:
             f"  {name}: {values['unquantized']:.5g}, as it will be served {values['served']:.5g}"
             for name, values in list(self.validation.items())[:3]
         ]
+        lines += [] if self.kv_cache is None else [f"  KV cache: {self.kv_cache.words()}"]
         notes = list(self.notes)
         if len(notes) > 4:
             notes = [*notes[:3], f"and {len(notes) - 3} more in daq_report.json"]
@@ -272,14 +276,6 @@ def alpha_statistics(alpha: Tensor) -> Tensor:
     """min, mean, max and moved (share of groups with alpha != 1) of a tensor's alphas: float64, on its
     device."""
     return torch.stack([alpha.min(), alpha.mean(), alpha.max(), (alpha != 1).double().mean()])
-
-
-def _finite(validation: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    """JSON has no word for NaN."""
-    return {
-        name: {side: value if math.isfinite(value) else None for side, value in values.items()}
-        for name, values in validation.items()
-    }
 
 
 def _with_sums(stats: DeltaStats) -> dict[str, Any]:

@@ -192,6 +192,8 @@ def _settings(report: ExportReport, manifest: Manifest | None) -> str:
     """Settings and versions, as far as they are known."""
     known: dict[str, Any] = {"scheme": report.scheme, "dtype of kept tensors": report.dtype}
     known |= {f"search: {key}": value for key, value in report.search.items()}
+    if report.kv_cache is not None:
+        known["KV cache"] = report.kv_cache.words()
     if manifest is not None:
         settings = {key: value for key, value in manifest.settings.items() if key != "search"}
         known |= settings | {"container": manifest.quantization_config.get("quant_method")}

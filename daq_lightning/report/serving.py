@@ -13,6 +13,7 @@ from daq_lightning.numerics.formats import PerBlock
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.layouts import Layout
     from daq_lightning.report.figures import ExportReport
+    from daq_lightning.report.kv_cache import CacheReport
 
 _COMMANDS = """`MODEL` is this folder, or its name on the Hub.
 
@@ -27,6 +28,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("MODEL", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("MODEL")
 ```"""
+_CACHE = (
+    "Keys and values are cached in FP8 (E4M3), with the `k_scale` and `v_scale` of each attention layer. "
+    "vLLM does that unasked, since `kv_cache_scheme` is in config.json; `--kv-cache-dtype fp8` says it, and "
+    "`--kv-cache-dtype bfloat16` leaves them in 16 bit. transformers rounds keys and values to FP8 likewise; "
+    "loaded with `quantization_config=CompressedTensorsConfig(dequantize=True)`, it leaves them in 16 bit."
+)
 _DEEP_GEMM = (
     "With DeepGEMM on Hopper and Blackwell GPUs vLLM may round the scales of blocks to powers of two when it "
     "loads them (`VLLM_USE_DEEP_GEMM_E8M0=1` is its default), which undoes the search; an export with "
@@ -43,14 +50,18 @@ _SCALES = {
 }
 
 
-def serving(layout: Layout, has_config: bool) -> str:
+def serving(layout: Layout, has_config: bool, kv_cache: CacheReport | None = None) -> str:
     """How to serve an export.
 
     Args:
         layout: How weights are stored.
         has_config: Whether it has a config.json; without one, no server loads it.
+        kv_cache: The scales of the FP8 cache, if it has some.
     """
     commands = _COMMANDS
+    if kv_cache is not None:
+        commands = commands.replace("vllm serve MODEL\n", "vllm serve MODEL --kv-cache-dtype fp8\n")
+        commands += f"\n\n{_CACHE}"
     if not has_config:
         commands = (
             "These are weights without a config.json, as they were exported from a mapping: servers need the "
@@ -89,6 +100,9 @@ def creation(report: ExportReport, *, recipe: bool, trained: bool) -> str:
     curved = any(tensor.rounding is not None for tensor in report.tensors)
     rounding = '    rounding="curvature",\n' if curved else ""
     search = "".join(f"        {name}={value!r},\n" for name, value in report.search.items())
+    if report.kv_cache is not None:
+        calibrated, text = report.kv_cache.calibrated, "" if trained else "    kv_text=kv_text,\n"
+        rounding += '    kv_cache="fp8-calibrated",\n' + text if calibrated else '    kv_cache="fp8",\n'
     if not trained:
         return (
             "Made in Python:\n\n```python\nfrom daq_lightning import ScaleSearch, "

@@ -10,6 +10,7 @@ from typing import Any
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.bins import OUTCOMES, STEP_BINS
+from daq_lightning.report.kv_cache import is_cache_report
 from daq_lightning.report.rounding import is_finite, is_rounding
 
 FLOAT_SUMS = ("dot", "delta_sq", "delta_q_sq", "error_sq")
@@ -43,6 +44,8 @@ def check_report(content: Mapping[str, Any], file: Path, sums_of: Sequence[str])
     check(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "a list of text in notes")
     check(isinstance(tensors, dict) and len(tensors) > 0, "quantized tensors in tensors")
     check(_is_validation(content.get("validation", {})), "unquantized and served figures in validation")
+    cache = "kv_cache" not in content or is_cache_report(content["kv_cache"])
+    check(cache, "two scales of each layer in kv_cache")
     for name, entry in content["tensors"].items():
         check(isinstance(entry, dict), f"an object for {name}")
         shape, alpha = entry.get("shape"), entry.get("alpha")

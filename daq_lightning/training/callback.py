@@ -22,6 +22,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from daq_lightning.checkpoint.destination import check_destination
+from daq_lightning.checkpoint.kv_cache import KVCache
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, SchemeName
 from daq_lightning.export.ranks import ALONE, Ranks
@@ -68,6 +69,8 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         ignore: Modules to keep in high precision: full names, or regular expressions after `re:`.
         module: Name of the submodule to export; None finds the one `PreTrainedModel`.
         scale_format: None, or "ue8m0" for scales that are powers of two.
+        kv_cache: None, or for servers that cache keys and values in FP8: "fp8" with scales of 1.0,
+            "fp8-calibrated" with scales of each layer from a validation before each export.
         export_on: "train_end", or "checkpoint": whenever ModelCheckpoint saves, the same weights.
         every_n_train_steps, every_n_epochs: Also export every so many optimizer steps, or epochs.
         which: What is exported at the end: the "last" weights, or the "best" checkpoint of the first
@@ -129,6 +132,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         ignore: list[str] | None = None,
         module: str | None = None,
         scale_format: Literal["ue8m0"] | None = None,
+        kv_cache: KVCache | None = None,
         export_on: ExportOn = "train_end",
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
@@ -163,8 +167,9 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
             filename=filename,
         )
         choices = make_settings(
-            scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes, rounding
-        )
+            scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes,
+            rounding, kv_cache,
+        )  # fmt: skip
         collecting = Collecting(
             source=curvature,
             memory=bytes_of(curvature_memory),

@@ -1,7 +1,8 @@
 """Judging what was written before it is published: the Trainer's validation with the weights of the files.
 
     unquantized    the weights that were exported, as they are
-    served         the same module with what the files hold, dequantized, and its activations quantized
+    served         the same module with what the files hold, dequantized, and its activations quantized, the
+                   cache of keys and values too if that is to be in FP8
 
 Both run over the same batches with the same random numbers. Where the next fallback keeps the worst layers in
 16 bit, what each costs is measured too: KL(unquantized || served) of one batch, with that layer alone
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +23,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from daq_lightning.export.kv_cache import cached_modules
 from daq_lightning.export.written import WrittenWeights
 from daq_lightning.model.activations import quantized_activations
 from daq_lightning.model.fusion import fused_groups
+from daq_lightning.model.in_front import rounded
 from daq_lightning.model.layers import computing_modules
 from daq_lightning.model.swap import Swap, put_back
 from daq_lightning.numerics.divergence import compare_logits
@@ -32,6 +36,7 @@ from daq_lightning.training.validate import mean_of_ranks, on_device, validate
 
 if TYPE_CHECKING:
     from daq_lightning.export.job import Job
+    from daq_lightning.export.kv_cache import CacheScales
     from daq_lightning.export.ranks import Ranks
     from daq_lightning.model.live import LiveModel
     from daq_lightning.report.figures import ExportReport
@@ -122,7 +127,15 @@ class Judge:
                 seen = [name for name in names if only is None or name in only]
                 modules = computing_modules(self.model, seen)
                 stack.enter_context(quantized_activations(modules, self.job.plan.layout.scheme))
+                if self.job.cache is not None and only is None:
+                    stack.enter_context(self._cached(self.job.cache))
             yield
+
+    def _cached(self, cache: CacheScales) -> AbstractContextManager[None]:
+        """Keys and values are those of an FP8 cache."""
+        names = cached_modules(self.job.plan)
+        scales = {module: (cache.values[k], cache.values[v]) for module, (k, v) in names.items()}
+        return rounded(self.model.architecture.modules(names), scales)
 
     def _measure_layers(self, swap: Swap, written: WrittenWeights) -> None:
         """The KL of one batch with one layer quantized, for each; layers that servers fuse are one."""

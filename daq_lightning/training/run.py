@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from daq_lightning.checkpoint.destination import check_inputs
 from daq_lightning.checkpoint.manifest import Lineage
 from daq_lightning.checkpoint.writer import plan_shards
-from daq_lightning.export.job import Job, parts_of, prepare
-from daq_lightning.export.plan import ExportPlan, plan_export
+from daq_lightning.export.job import Job, parts_of, plan_of, prepare
+from daq_lightning.export.plan import ExportPlan
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import run
 from daq_lightning.export.source import Source
@@ -36,6 +37,7 @@ from daq_lightning.model.swap import check_swappable
 from daq_lightning.report.figures import ExportReport
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.base import read_lightning_checkpoint, resolve_base, take_snapshot
+from daq_lightning.training.calibration import calibrated
 from daq_lightning.training.claims import free_name, remove_own
 from daq_lightning.training.collecting import settled
 from daq_lightning.training.curvature import collector_of
@@ -90,10 +92,9 @@ class Run:
     ) -> None:
         settings = settled(settings, trainer)
         self._trainer, self._module, self._settings, self._published = trainer, module, settings, published
-        self.ranks = ranks
+        self.ranks, self.step = ranks, -1
         self._kept = Kept(settings.schedule.keep_last)
         self._retaken: Base | None = None
-        self.step = -1
         self.error: Exception | None = None
         self._judge = judge_in(trainer, settings.validation, keep=self.keep)
         model_name, model, source, plan = ranks.together(self._planned)
@@ -231,9 +232,9 @@ class Run:
             training["checkpoint"] = str(checkpoint.absolute())
         model.gather_adapters()
         curvature = None if self.collector is None else self.collector.curvature(self._owners, self.ranks)
-        job = self.ranks.together(
-            lambda: self._job.after_training(source_of(trainer, model), training, curvature)
-        )
+        source = partial(source_of, trainer, model)
+        job = self.ranks.together(lambda: self._job.after_training(source(), training, curvature))
+        job = calibrated(job, trainer, model, state, self.ranks)
         with contextlib.ExitStack() as stack:
             name = Path(settings.dirpath) / settings.schedule.name(trainer)
             out = self.ranks.first(lambda: stack.enter_context(free_name(name)))
@@ -279,7 +280,7 @@ class Run:
             if self._judge is not None:
                 check_swappable(model)
         source = source_of(self._trainer, model)
-        return name, model, source, plan_export(source.specs, source.outline, self._settings.choices)
+        return name, model, source, plan_of(source, self._settings.choices)
 
     def _model(self, state: Mapping[str, Any] | None) -> LiveModel:
         """The model as it is, or with the weights of a saved state."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from daq_lightning.checkpoint.kv_cache import KVCache
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.schemes import SchemeName
 from daq_lightning.export.settings import ExportSettings
@@ -109,6 +110,7 @@ def make_settings(
     missing_base: MissingBase,
     max_shard_bytes: int,
     rounding: RoundingChoice,
+    kv_cache: KVCache | None,
 ) -> ExportSettings:
     """The settings of an export from the arguments of `DeltaAwareQuantization`.
 
@@ -130,6 +132,7 @@ def make_settings(
     )  # fmt: skip
     check.choice("rounding", rounding, get_args(RoundingChoice))
     check.choice("scale_format", scale_format, (None, "ue8m0"))
+    check.choice("kv_cache", kv_cache, (None, *get_args(KVCache)))
     check.choice("missing_base", missing_base, ("error", "absmax"))
     whole = isinstance(max_shard_bytes, int) and not isinstance(max_shard_bytes, bool)
     check.require(whole, "max_shard_bytes", max_shard_bytes, "a whole number of bytes, such as 2_000_000_000")
@@ -155,6 +158,7 @@ def make_settings(
             rounding=rounding,
             ignore=tuple(ignore or ()),
             scale_format=scale_format,
+            kv_cache=kv_cache,
             missing_base=missing_base,
             max_shard_bytes=max_shard_bytes,
         )

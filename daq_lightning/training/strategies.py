@@ -43,7 +43,8 @@ def check_strategy(trainer: Trainer, settings: RunSettings, *, alone: bool = Fal
 
     Raises:
         MisconfigurationException: XLA, a strategy that is not known, or Apple's GPUs; an export after an
-            exception of what no rank has whole; averages of a sharded model, which Lightning does not keep.
+            exception of what no rank has whole, or whose cache takes a validation; averages of a sharded
+            model, which Lightning does not keep.
     """
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     # some of these are a DDPStrategy, so they come first
@@ -70,6 +71,7 @@ def check_strategy(trainer: Trainer, settings: RunSettings, *, alone: bool = Fal
             f"WeightAveraging does not average the weights of {name}, which are sharded: leave it out, or "
             "train with DDP."
         )
+    _check_calibrating(trainer, settings, alone)
 
 
 def check_judging(trainer: Trainer, settings: RunSettings) -> None:
@@ -82,7 +84,7 @@ def check_judging(trainer: Trainer, settings: RunSettings) -> None:
     wanted = settings.validation
     if not wanted.validate:
         return
-    check_validation(trainer)
+    check_validation(trainer, "validate=True")
     sharded, several = isinstance(trainer.strategy, _SHARDED), trainer.world_size > 1
     if settings.schedule.which == "best" and sharded and trainer.strategy.root_device.type != "cpu":
         raise MisconfigurationException(
@@ -94,6 +96,25 @@ def check_judging(trainer: Trainer, settings: RunSettings) -> None:
         raise MisconfigurationException(
             "on_failure='fallback' deals the weights to the ranks anew, and with base='memory' each rank has "
             "only the base of those that it was dealt first: use base='snapshot'."
+        )
+
+
+def _check_calibrating(trainer: Trainer, settings: RunSettings, alone: bool) -> None:
+    """Refuses scales of a cache that no validation can find."""
+    if settings.choices.kv_cache != "fp8-calibrated":
+        return
+    calibrating = "kv_cache='fp8-calibrated'"
+    check_validation(trainer, calibrating)
+    if alone:
+        raise MisconfigurationException(
+            f"{calibrating} validates before each export, which a run that failed cannot: leave "
+            "export_on_exception out, or use kv_cache='fp8', whose scales are 1."
+        )
+    sharded = isinstance(trainer.strategy, _SHARDED) and trainer.strategy.root_device.type != "cpu"
+    if settings.schedule.which == "best" and sharded:
+        raise MisconfigurationException(
+            f"{calibrating} with which='best' validates when {type(trainer.strategy).__name__} has taken the "
+            "model off its devices: use export_on='checkpoint'."
         )
 
 

@@ -28,13 +28,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-def check_validation(trainer: Trainer) -> None:
-    """Raises MisconfigurationException for a fit that has no validation."""
+def check_validation(trainer: Trainer, wanted: str) -> None:
+    """Raises MisconfigurationException for a fit that has no validation, and an argument that wants one."""
     if not trainer.enable_validation:
         raise MisconfigurationException(
-            "validate=True runs the Trainer's validation with the exported weights, but there is none: it "
-            "needs a validation_step, validation dataloaders and limit_val_batches > 0. Add them, or judge "
-            "the export afterwards, with `daq-lightning evaluate`."
+            f"{wanted} runs the Trainer's validation with the exported weights, but there is none: it needs "
+            "a validation_step, validation dataloaders and limit_val_batches > 0. Add them, or leave it out; "
+            "`daq-lightning evaluate` and `daq-lightning quantize --kv-text` do without a Trainer."
         )
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from daq_lightning.checkpoint.kv_cache import KV_CACHE_SCHEME
 from daq_lightning.checkpoint.layouts.fp4 import PackedFp4
 from daq_lightning.checkpoint.layouts.int32 import PackedIntegers
 from daq_lightning.checkpoint.layouts.layout import Described, Layout
@@ -67,7 +68,7 @@ class CompressedTensorsLayout(Layout):
             "format": _format(self.scheme),
             "quantization_status": "compressed",
             "ignore": list(ignore),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": dict(KV_CACHE_SCHEME) if self.kv_cache else None,
             "config_groups": {
                 "group_0": {
                     "format": _format(self.scheme),

@@ -38,11 +38,13 @@ class Layout(ABC):
     Attributes:
         scheme: What is quantized how.
         scale_format: What the readers keep of a scale.
+        kv_cache: Whether keys and values are cached in FP8, of which only compressed-tensors can speak.
     """
 
     container: ClassVar[Container]
     scheme: Scheme
     scale_format: ScaleFormat
+    kv_cache: bool = False
 
     @property
     def granularity(self) -> Granularity:
