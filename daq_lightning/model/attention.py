@@ -37,12 +37,16 @@ def cache_kinds(modules: Mapping[str, nn.Module], *, encoder_decoder: bool = Fal
         modules: Name -> module; of nested ones that take a cache, only the inner ones hold one.
         encoder_decoder: Whether some of the attentions may look at an encoder.
     """
-    found = {name: kind for name, module in modules.items() if (kind := _kind_of(module)) is not None}
+    found: dict[str, CacheKind] = {}
+    for name, module in modules.items():
+        kind = _kind_of(module)
+        if kind is not None:
+            found[name] = kind
     inner: dict[str, CacheKind] = {}
-    for name, kind in found.items():
+    for name in found:
         nested = any(other.startswith(f"{name}.") for other in found)
         if _has_projections(modules[name]) or not nested:
-            inner[name] = "cross" if encoder_decoder else kind
+            inner[name] = "cross" if encoder_decoder else found[name]
     return inner
 
 
