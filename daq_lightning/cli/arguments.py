@@ -288,6 +288,6 @@ def _dashed(option: str) -> str:
 
 def in_options(message: str) -> str:
     """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
-    names = "scheme|rounding|container|scale_format|kv_cache|kv_text|missing_base|parent|chain_from|device|calibrate"
-    named = rf"\b({names})='([^']*)'"
+    names = "scheme|rounding|calibrate|container|scale_format|kv_cache|kv_text|missing_base|parent|chain_from"
+    named = rf"\b({names}|device)='([^']*)'"
     return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +231,8 @@ class Run:
             training["checkpoint"] = str(checkpoint.absolute())
         model.gather_adapters()
         curvature = None if self.collector is None else self.collector.curvature(self._owners, self.ranks)
-        source = partial(source_of, trainer, model)
-        job = self.ranks.together(lambda: self._job.after_training(source(), training, curvature))
+        known = (training, curvature)
+        job = self.ranks.together(lambda: self._job.after_training(source_of(trainer, model), *known))
         job = calibrated(job, trainer, model, state, self.ranks)
         with contextlib.ExitStack() as stack:
             name = Path(settings.dirpath) / settings.schedule.name(trainer)
