@@ -88,7 +88,7 @@ __all__ = [
     "true_token_delta_p",
     "update_retention",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Each name is loaded when it is first used: torch takes seconds to import, torchmetrics and lightning take
 # more (they import transformers and matplotlib where they are installed), and `daq-lightning --help` needs

@@ -5,17 +5,13 @@
     daq-lightning evaluate OUT --post POST --base BASE --text FILE
     daq-lightning chain OUT
     daq-lightning verify OUT
+    daq-lightning completion bash
 
 torch is imported once the arguments are known to be right, so that `--help` and a mistyped option answer at
 once.
 
-Exit codes:
-      0  fine
-      1  problems were found: figures that differ (inspect), a folder that is not as it should be (verify,
-         chain)
-      2  wrong arguments or input, or a destination that cannot be written
-     70  an error in this program, to be reported
-    130  interrupted; 141 the reader of a pipe went away
+Exit codes are those of `daq_lightning.cli.words.EXIT_CODES`: 0 done, 1 an input was refused, 2 the command
+line is wrong, 3 a check found problems, 70 a mistake of this program, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,13 +22,18 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from daq_lightning.cli import commands
 from daq_lightning.cli.arguments import in_options, make_parser, normalized
 from daq_lightning.cli.evaluate import evaluate
+from daq_lightning.cli.inputs import UsageError
+from daq_lightning.cli.logs import LOGGER, log_versions, logged
 from daq_lightning.cli.ranks import speaker, spread_over_gpus
+from daq_lightning.cli.words import INTERRUPTED, MISTAKE, NO_READER, REFUSED, USAGE
 
 _COMMANDS = {
     "quantize": commands.quantize,
@@ -40,6 +41,7 @@ _COMMANDS = {
     "evaluate": evaluate,
     "chain": commands.chain,
     "verify": commands.verify,
+    "completion": commands.completion,
 }
 # options that are paths: `~` is the home folder
 _PATHS = ("post", "base", "out", "adapter", "parent", "folder", "html", "text", "tokenizer", "calibrate")
@@ -54,34 +56,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = argv is None  # only then this process is the command, and may become another
     argv = normalized(list(sys.argv[1:] if argv is None else argv))
     with _any_text():
-        return _run(argv, own, debug="--debug" in argv)
+        return _run(argv, own)
 
 
-def _run(argv: list[str], own: bool, debug: bool) -> int:
+def _run(argv: list[str], own: bool) -> int:
+    debug = "--debug" in argv
     try:
         options = make_parser().parse_args(argv)
-        with _without_interrupts():
-            import torch  # noqa: F401
         chosen = options[options.subcommand]
-        for name in _PATHS:
-            if chosen.get(name) is not None:
-                chosen[name] = os.path.expanduser(chosen[name])
-        if own and not chosen.get("dry_run"):
-            spread_over_gpus(argv, chosen.get("device"))
-        code = _COMMANDS[options.subcommand](chosen)
-        sys.stdout.flush()
-        return code
+        debug = chosen.debug or chosen.log_level == "debug"
+        with logged(chosen.log_level):
+            return _command(options.subcommand, chosen, argv, own)
     except KeyboardInterrupt:
         print(f"\n{speaker()}: interrupted; nothing was published.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return NO_READER
     except (ValueError, OSError, ImportError) as error:
         if debug:
             traceback.print_exc()
         print(f"{speaker()}: error: {in_options(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+        return USAGE if isinstance(error, UsageError) else REFUSED
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -91,7 +87,24 @@ def _run(argv: list[str], own: bool, debug: bool) -> int:
             "report it with the output of the same command with --debug.",
             file=sys.stderr,
         )
-        return os.EX_SOFTWARE
+        return MISTAKE
+
+
+def _command(name: str, chosen: Any, argv: list[str], own: bool) -> int:
+    start = time.monotonic()
+    if name != "completion":
+        with _without_interrupts():
+            import torch  # noqa: F401
+    log_versions()
+    for option in _PATHS:
+        if chosen.get(option) is not None:
+            chosen[option] = os.path.expanduser(chosen[option])
+    if own and not chosen.get("dry_run"):
+        spread_over_gpus(argv, chosen.get("device"))
+    code = _COMMANDS[name](chosen)
+    sys.stdout.flush()
+    LOGGER.info("%s: exit code %d after %.1f s", name, code, time.monotonic() - start)
+    return code
 
 
 @contextlib.contextmanager

@@ -13,34 +13,12 @@ import re
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from daq_lightning import __version__
+from daq_lightning.cli import words
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.numerics.search.settings import ScaleSearch
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
-
-ABOUT = """Makes FP8, INT8 and 4-bit checkpoints that keep what fine-tuning changed, for vLLM, SGLang and
-transformers. Rounding is coarser than most fine-tuning updates; each scale is searched so that the update
-survives.
-Exit codes: 0 fine, 1 problems were found, 2 wrong arguments or input, 70 an error in this program,
-130 interrupted."""
-ABOUT_QUANTIZE = """Writes a quantized checkpoint of a fine-tuned model. POST and BASE are Hugging Face model
-folders (safetensors; quantized ones too), or names on the Hub: ORG/NAME, ORG/NAME@REVISION.
-Example: daq-lightning quantize my-model --base its-base --out my-model-fp8
-On several processes or nodes: torchrun --nproc-per-node 8 -m daq_lightning quantize ..."""
-ABOUT_INSPECT = """Shows how much of the update each weight of an export kept, worst first. With --base and
---post every figure is computed again from the files and compared with the report (exit code 1 if they
-differ). --html FILE writes a page for people: a verdict in words, what is worst and why, and what to do."""
-ABOUT_EVALUATE = """Judges the model that an export makes a server serve, on a text: how far its predictions
-are from those of POST, and, with --base, how many of the tokens whose first choice training changed keep the
-new one, fall back to the base's, or go elsewhere. One model is in memory at a time; hidden states go to a
-temporary folder (TMPDIR).
-Example: daq-lightning evaluate my-model-fp8 --post my-model --base its-base --text held-out.txt"""
-ABOUT_CHAIN = """Shows the exports that led to this one, each fine-tuned from the one before, and what is left
-of the change since its base and since the root. Exit code 1 if a file of any of them was altered, is missing
-or foreign."""
-ABOUT_VERIFY = """Checks a quantized folder against what vLLM, SGLang and transformers need but do not check
-themselves. Exit code 1 if there are problems; each comes with what to do."""
 
 
 def make_parser() -> ArgumentParser:
@@ -48,6 +26,11 @@ def make_parser() -> ArgumentParser:
     import jsonargparse
 
     class Formatter(jsonargparse.DefaultHelpFormatter):
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            fill = super()._fill_text
+            parts = text.split("\n\n")
+            return "\n\n".join(part if part[:2] == "  " else fill(part, width, indent) for part in parts)
+
         def _get_help_string(self, action: Any) -> str:
             shown = (
                 action.default not in (None, False, []) and action.option_strings and action.dest != "help"
@@ -61,12 +44,14 @@ def make_parser() -> ArgumentParser:
             description=about, allow_abbrev=False, formatter_class=Formatter, **kinds
         )
 
-    parser = new(ABOUT, prog="daq-lightning", version=__version__)
+    parser = new(words.about(), prog="daq-lightning", version=__version__)
     commands = parser.add_subcommands(
         title="commands", metavar="COMMAND", description="Each has a --help of its own."
     )
 
-    quantize = new(ABOUT_QUANTIZE, usage="daq-lightning quantize POST --base FOLDER --out FOLDER [options]")
+    quantize = new(
+        words.ABOUT_QUANTIZE, usage="daq-lightning quantize POST --base FOLDER --out FOLDER [options]"
+    )
     quantize.add_argument(
         "post", metavar="POST", help="folder of the fine-tuned model (with --adapter: of its base)"
     )
@@ -161,7 +146,9 @@ def make_parser() -> ArgumentParser:
     quantize.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     commands.add_subcommand("quantize", quantize, help="write a quantized checkpoint of a fine-tuned model")
 
-    inspect = new(ABOUT_INSPECT, usage="daq-lightning inspect OUT [--base FOLDER --post FOLDER] [options]")
+    inspect = new(
+        words.ABOUT_INSPECT, usage="daq-lightning inspect OUT [--base FOLDER --post FOLDER] [options]"
+    )
     _add_export_and_its_inputs(inspect)
     inspect.add_argument("--limit", type=int, metavar="N", help="show only the N worst weights")
     inspect.add_argument(
@@ -175,7 +162,7 @@ def make_parser() -> ArgumentParser:
     )
 
     evaluate = new(
-        ABOUT_EVALUATE, usage="daq-lightning evaluate OUT --post FOLDER --base FOLDER --text FILE [options]"
+        words.ABOUT_EVALUATE, usage="daq-lightning evaluate OUT --post FOLDER --text FILE [options]"
     )
     _add_export_and_its_inputs(evaluate)
     evaluate.add_argument(
@@ -213,19 +200,24 @@ def make_parser() -> ArgumentParser:
     _add_output(evaluate)
     commands.add_subcommand("evaluate", evaluate, help="judge the served model on a text")
 
-    chain = new(ABOUT_CHAIN, usage="daq-lightning chain FOLDER [options]")
+    chain = new(words.ABOUT_CHAIN, usage="daq-lightning chain FOLDER [options]")
     chain.add_argument("folder", metavar="FOLDER", help="the last export of the chain")
     _add_output(chain)
     commands.add_subcommand(
         "chain", chain, help="show the stages that led to an export, and whether all are intact"
     )
 
-    verify = new(ABOUT_VERIFY, usage="daq-lightning verify OUT [options]")
+    verify = new(words.ABOUT_VERIFY, usage="daq-lightning verify OUT [options]")
     verify.add_argument("out", metavar="OUT", help="quantized checkpoint folder")
     _add_output(verify)
     commands.add_subcommand(
         "verify", verify, help="check that servers will load a quantized folder as it is meant"
     )
+
+    completion = new(words.ABOUT_COMPLETION, usage="daq-lightning completion {bash,zsh,tcsh} [options]")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="the shell that is to complete")
+    _add_output(completion)
+    commands.add_subcommand("completion", completion, help="print a script for a shell to complete commands")
     return parser
 
 
@@ -266,6 +258,12 @@ def _help_of(settings: type, name: str) -> str:
 
 def _add_output(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--log-level",
+        choices=words.LOG_LEVELS,
+        help="what is logged to stderr, in lines with a time: error hides warnings, info says what was read "
+        "and how long it took, debug adds versions and tracebacks. Left out, warnings come as they are",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 

@@ -10,7 +10,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from daq_lightning.cli.inputs import checkpoint_of, export_folder, model_folder, print_json, weights_of
+from daq_lightning.cli.inputs import (
+    UsageError,
+    checkpoint_of,
+    export_folder,
+    model_folder,
+    print_json,
+    weights_of,
+)
+from daq_lightning.cli.words import DONE, PROBLEMS, REFUSED
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -34,35 +42,44 @@ def quantize(options: Namespace) -> int:
     from daq_lightning.numerics.search.settings import ScaleSearch
 
     if options.base is None and options.adapter is None:
-        raise ValueError("--base is missing: pass the folder of the model that POST was trained from.")
+        raise UsageError("--base is missing: pass the folder of the model that POST was trained from.")
     if options.out is None and not options.dry_run:
-        raise ValueError(
+        raise UsageError(
             "--out is missing: pass the folder to write, or --dry-run to see what would be written."
         )
-    choices = ExportSettings(
-        scheme=options.scheme,
-        search=ScaleSearch(
-            metric=options.metric,
-            alpha_min=options.range[0],
-            alpha_max=options.range[1],
-            n_coarse=options.n_coarse,
-            n_fine=options.n_fine,
-            alpha_scope=options.alpha_scope,
-            tau=options.tau,
-            spacing=options.spacing,
-        ),
-        rounding=options.rounding,
-        ignore=tuple(options.ignore),
-        container=options.container,
-        scale_format=options.scale_format,
-        kv_cache=options.kv_cache,
-        missing_base=options.missing_base,
-        max_shard_bytes=options.max_shard_bytes,
-    )
+    if options.parent is not None and options.chain_from is None:
+        raise UsageError(
+            f"--parent {options.parent}: say what this stage was trained from with --chain-from deployed "
+            "(the parent's dequantized FP8 weights) or --chain-from weights (the high-precision weights it "
+            "was made from)."
+        )
+    try:
+        choices = ExportSettings(
+            scheme=options.scheme,
+            search=ScaleSearch(
+                metric=options.metric,
+                alpha_min=options.range[0],
+                alpha_max=options.range[1],
+                n_coarse=options.n_coarse,
+                n_fine=options.n_fine,
+                alpha_scope=options.alpha_scope,
+                tau=options.tau,
+                spacing=options.spacing,
+            ),
+            rounding=options.rounding,
+            ignore=tuple(options.ignore),
+            container=options.container,
+            scale_format=options.scale_format,
+            kv_cache=options.kv_cache,
+            missing_base=options.missing_base,
+            max_shard_bytes=options.max_shard_bytes,
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
     if options.calibrate is None and options.calibrate_sha256 is not None:
-        raise ValueError("--calibrate-sha256 is that of a text, but --calibrate is missing.")
+        raise UsageError("--calibrate-sha256 is that of a text, but --calibrate is missing.")
     if options.push_to_hub is not None and not is_repository(options.push_to_hub):
-        raise ValueError(f"--push-to-hub expects ORG/NAME, got {options.push_to_hub}.")
+        raise UsageError(f"--push-to-hub expects ORG/NAME, got {options.push_to_hub}.")
     check_text(options.kv_cache, options.kv_text)
     device = device_of_rank(options.device)
     with all_ranks() as ranks:
@@ -87,7 +104,7 @@ def quantize(options: Namespace) -> int:
             calibration=calibration,
         )
         if options.dry_run:
-            return _show_plan(job, options) if ranks.rank == 0 else 0
+            return _show_plan(job, options) if ranks.rank == 0 else DONE
         job = calibrated_on(job, options.kv_text, device=device, ranks=ranks)
         report = run(
             job,
@@ -98,12 +115,12 @@ def quantize(options: Namespace) -> int:
             resume=options.resume,
         )
     if ranks.rank:
-        return 0
+        return DONE
     if options.json:
         print_json({"path": report.path, **report.to_dict()})
     elif not options.quiet:
         print(report.summary())
-    return 0 if options.push_to_hub is None else _push(report.path, options)
+    return DONE if options.push_to_hub is None else _push(report.path, options)
 
 
 def _push(folder: str, options: Namespace) -> int:
@@ -117,15 +134,15 @@ def _push(folder: str, options: Namespace) -> int:
             f"not uploaded, because `daq-lightning verify {folder}` finds: {'; '.join(problems[:_SHOWN])}",
             file=sys.stderr,
         )
-        return 1
+        return PROBLEMS
     try:
         url = push_folder(folder, options.push_to_hub, private=options.private)
     except HubError as error:
         print(f"daq-lightning: error: {error}", file=sys.stderr)
-        return 1
+        return REFUSED
     if not options.json and not options.quiet:
         print(f"uploaded: {url}")
-    return 0
+    return DONE
 
 
 def _show_plan(job: Job, options: Namespace) -> int:
@@ -136,7 +153,7 @@ def _show_plan(job: Job, options: Namespace) -> int:
         check_destination(Path(options.out))
     if options.json:
         print_json(job.plan.to_dict() | {"without_base": dict(job.without_base)})
-        return 0
+        return DONE
     quantized, missing = len(job.plan.quantized), len(job.without_base)
     print(job.plan.table())
     base: Any = job.base
@@ -145,7 +162,7 @@ def _show_plan(job: Job, options: Namespace) -> int:
     if job.calibration is not None:
         print(f"calibration: {job.calibration.source}")
     print("dry run: nothing was written")
-    return 0
+    return DONE
 
 
 def inspect(options: Namespace) -> int:
@@ -158,11 +175,11 @@ def inspect(options: Namespace) -> int:
 
     post, base = options.post, options.base
     if options.limit is not None and options.limit < 0:
-        raise ValueError(f"--limit says how many weights to show, expected 0 or more, got {options.limit}.")
+        raise UsageError(f"--limit says how many weights to show, expected 0 or more, got {options.limit}.")
     if options.adapter is not None:
         post, base = post or base, base or post
     if (post is None) != (base is None) or (options.adapter is not None and post is None):
-        raise ValueError(
+        raise UsageError(
             "--base and --post (or --base and --adapter) belong together: figures need all of them."
         )
     report = found = ExportReport.load(export_folder(options.out))
@@ -185,7 +202,7 @@ def inspect(options: Namespace) -> int:
         names = [tensor.name for tensor in worst_first(found)][: options.limit]
         content["tensors"] = {name: content["tensors"][name] for name in names}
         print_json({"path": found.path, "recomputed": base is not None, "differences": differing, **content})
-        return 1 if differing else 0
+        return PROBLEMS if differing else DONE
     print(table(found, options.limit))
     if base is not None:
         print(
@@ -205,7 +222,7 @@ def inspect(options: Namespace) -> int:
         )
     if options.html is not None:
         print(f"page: {options.html}")
-    return 1 if differing else 0
+    return PROBLEMS if differing else DONE
 
 
 def chain(options: Namespace) -> int:
@@ -231,7 +248,7 @@ def chain(options: Namespace) -> int:
     else:
         verdict = [f"FAILED  {problem}" for problem in problems] or ["all is as it was exported"]
         print("\n".join([*filter(None, [text]), *verdict]))
-    return 1 if problems else 0
+    return PROBLEMS if problems else DONE
 
 
 def verify(options: Namespace) -> int:
@@ -243,4 +260,26 @@ def verify(options: Namespace) -> int:
         print_json({"path": options.out, "checks": [dataclasses.asdict(check) for check in checks]})
     else:
         print(checklist(checks))
-    return 1 if any(check.problems for check in checks) else 0
+    return PROBLEMS if any(check.problems for check in checks) else DONE
+
+
+def completion(options: Namespace) -> int:
+    """Prints a script with which a shell completes the command."""
+    try:
+        import shtab  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("completion needs shtab: pip install 'daq-lightning[cli]'") from error
+    from daq_lightning.cli.arguments import make_parser
+
+    parser = make_parser()
+    kinds = {"FOLDER": shtab.DIRECTORY, "POST": shtab.DIRECTORY, "OUT": shtab.DIRECTORY, "FILE": shtab.FILE}
+    commands = parser._subcommands_action._name_parser_map  # type: ignore[union-attr]
+    for action in (action for one in commands.values() for action in one._actions):
+        if action.metavar in kinds:
+            action.complete = kinds[action.metavar]
+    script = shtab.complete(parser, options.shell)
+    if options.json:
+        print_json({"shell": options.shell, "script": script})
+    else:
+        print(script)
+    return DONE

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daq_lightning.checkpoint.families import family_of
-from daq_lightning.cli.inputs import checkpoint_of, export_folder, model_folder, print_json, weights_of
+from daq_lightning.cli.inputs import (
+    UsageError,
+    checkpoint_of,
+    export_folder,
+    model_folder,
+    print_json,
+    weights_of,
+)
+from daq_lightning.cli.words import DONE
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -38,17 +46,17 @@ def evaluate(options: Namespace) -> int:
     if options.adapter is not None:
         post, base = post or base, base or post
     if post is None:
-        raise ValueError("--post is missing: pass the fine-tuned model that was given to quantize.")
+        raise UsageError("--post is missing: pass the fine-tuned model that was given to quantize.")
     if options.text is None:
-        raise ValueError("--text is missing: pass a .txt or .jsonl file to judge the model by.")
+        raise UsageError("--text is missing: pass a .txt or .jsonl file to judge the model by.")
     for name, least in (("limit", 2), ("context", 2), ("batch_size", 1)):
         given = options[name]
         if given is not None and given < least:
-            raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, got {given}.")
+            raise UsageError(f"--{name.replace('_', '-')}: expected {least} or more, got {given}.")
     check_device(options.device)
     out = export_folder(options.out)
     if options.dataset is not None and not is_repository(options.dataset):
-        raise ValueError(
+        raise UsageError(
             f"--dataset: expected the ORG/NAME of a dataset of the Hub, got {options.dataset!r}."
         )
     models: dict[str, Any] = {
@@ -99,7 +107,7 @@ def evaluate(options: Namespace) -> int:
         )
     else:
         print(text_of(found, Path(options.text).name, context))
-    return 0
+    return DONE
 
 
 def _write_results(out: Path, dataset: str, found: Evaluation, text: str) -> None:

@@ -7,8 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from daq_lightning.cli.logs import LOGGER
+
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.reader import Checkpoint
+
+
+class UsageError(ValueError):
+    """A command line that says too little, or what cannot be meant; no file was looked at."""
 
 
 def weights_of(post: str, adapter: str | None) -> Checkpoint:
@@ -48,6 +54,7 @@ def model_folder(path: str, role: str) -> str:
             f"{role}: {path} is a LoRA adapter. Pass the model it was trained on as POST, and --adapter "
             f"{path}"
         )
+    LOGGER.info("%s is %s", role, Path(path).resolve())
     return path
 
 

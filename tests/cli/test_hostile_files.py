@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from daq_lightning import ScaleSearch, export_checkpoint
 from daq_lightning.cli import main
+from daq_lightning.cli.words import DONE, PROBLEMS, REFUSED
 
 EXAMPLES = int(os.environ.get("DAQ_HOSTILE_EXAMPLES", "60"))
 QUICK = ["--n-coarse", "2", "--n-fine", "1"]
@@ -145,7 +146,7 @@ def check(command, expected):
     """A documented exit code; errors are one line that says something."""
     code, out, err = outcome(*command)
     assert code in expected, (command, code, err)
-    if code == 2:
+    if code == REFUSED:
         assert out == ""
         lines = [line for line in err.splitlines() if not line.startswith("FP8 export: ")]
         assert len(lines) == 1, err
@@ -234,7 +235,8 @@ def test_a_hostile_file_ends_in_a_clean_error(made, target):
         file.write_bytes(as_bytes(content))
         for command in commands:
             check(
-                [part.format(**names) for part in command], {0, 1, 2} if command[0] != "quantize" else {0, 2}
+                [part.format(**names) for part in command],
+                {DONE, REFUSED, PROBLEMS} if command[0] != "quantize" else {DONE, REFUSED},
             )
             shutil.rmtree(out, ignore_errors=True)
 
@@ -245,15 +247,20 @@ def test_a_hostile_file_ends_in_a_clean_error(made, target):
 
 
 CASES = {
-    "a report that is a list": ("fp8/daq_report.json", b"[]", "inspect {made}/fp8", 2),
-    "an empty report": ("fp8/daq_report.json", b"{}", "verify {made}/fp8", 1),
-    "no report": ("fp8/daq_report.json", None, "verify {made}/fp8", 1),
-    "files as a list": ("fp8/daq_manifest.json", lambda x: signed(x | {"files": []}), "chain {made}/fp8", 1),
+    "a report that is a list": ("fp8/daq_report.json", b"[]", "inspect {made}/fp8", REFUSED),
+    "an empty report": ("fp8/daq_report.json", b"{}", "verify {made}/fp8", PROBLEMS),
+    "no report": ("fp8/daq_report.json", None, "verify {made}/fp8", PROBLEMS),
+    "files as a list": (
+        "fp8/daq_manifest.json",
+        lambda x: signed(x | {"files": []}),
+        "chain {made}/fp8",
+        PROBLEMS,
+    ),
     "files outside": (
         "fp8/daq_manifest.json",
         lambda x: signed(x | {"files": {"../../x": {"size": 1, "sha256": ""}}}),
         "chain {made}/fp8",
-        1,
+        PROBLEMS,
     ),
     "a list of ignored modules that is no list": (
         "fp8/config.json",
@@ -261,13 +268,13 @@ CASES = {
             x | {"quantization_config": x["quantization_config"] | {"ignore": 5, "modules_to_not_convert": 5}}
         ),
         "verify {made}/fp8",
-        1,
+        PROBLEMS,
     ),
     "an ignored pattern that is none": (
         "fp8/config.json",
         lambda x: x | {"quantization_config": x["quantization_config"] | {"ignore": ["re:("]}},
         "verify {made}/fp8",
-        1,
+        PROBLEMS,
     ),
     "an ignored pattern that explodes": (
         "fp8/config.json",
@@ -279,31 +286,31 @@ CASES = {
             }
         ),
         "verify {made}/fp8",
-        1,
+        PROBLEMS,
     ),
     "rank_pattern as a list": (
         "adapter/adapter_config.json",
         lambda x: x | {"rank_pattern": ["q_proj"]},
         "quantize {made}/base --adapter {made}/adapter --out {made}/out",
-        2,
+        REFUSED,
     ),
     "rank_pattern that explodes": (
         "adapter/adapter_config.json",
         lambda x: x | {"rank_pattern": {"((([a-z_.0-9]+)*)*)*X": 2}},
         "quantize {made}/base --adapter {made}/adapter --out {made}/out",
-        2,
+        REFUSED,
     ),
     "alpha_pattern that is no pattern": (
         "adapter/adapter_config.json",
         lambda x: x | {"alpha_pattern": {"(": 2}},
         "quantize {made}/base --adapter {made}/adapter --out {made}/out",
-        2,
+        REFUSED,
     ),
     "an index without an object of metadata": (
         "fp8/model.safetensors.index.json",
         lambda x: x | {"metadata": [1]},
         "verify {made}/fp8",
-        1,
+        PROBLEMS,
     ),
 }
 

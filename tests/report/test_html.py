@@ -407,7 +407,7 @@ def test_the_command_writes_a_page_and_replaces_only_pages(exported, tmp_path, c
         tmp_path / "nowhere" / "page.html": "there is no folder",
         exported / "page.html": "choose a place beside it",
     }.items():
-        assert main(["inspect", str(exported), "--html", str(place)]) == 2
+        assert main(["inspect", str(exported), "--html", str(place)]) == 1
         printed = capsys.readouterr()
         assert said in printed.err
         assert printed.out == ""
@@ -425,6 +425,6 @@ def test_a_page_of_figures_that_differ_says_so(exported, tmp_path, capsys):
         str(file),
         "--json",
     ]
-    assert main(command) == 1
+    assert main(command) == 3
     assert json.loads(capsys.readouterr().out)["differences"]
     assert "weights have other figures in daq_report.json" in file.read_text()

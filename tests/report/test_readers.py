@@ -115,7 +115,7 @@ def test_summary_table_and_inspect_name_both_readers(pair, tmp_path, capsys):
     first = next(iter(content["tensors"].values()))
     first["dequantized"]["sums"]["lost"] += 5
     (out / "daq_report.json").write_text(json.dumps(content))
-    assert main(["inspect", str(out), "--base", str(base), "--post", str(post)]) == 1
+    assert main(["inspect", str(out), "--base", str(base), "--post", str(post)]) == 3
     assert "dequantized lost" in capsys.readouterr().out
 
 
