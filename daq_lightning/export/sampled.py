@@ -129,7 +129,9 @@ def _look_at(
     # as bytes: torch cannot index every kind of codes
     codes_SE = torch.cat([sample.of_weight(result.codes.view(torch.uint8)) for result in results])
     scale_S1 = torch.cat([sample.of_groups(result.scale.flatten()) for result in results])[:, None]
-    plain_S1 = absmax_to_scale(weight_SE.abs().amax(1, keepdim=True), layout.scale_format, fmt)
+    shared = [result.global_scale for result in results if result.global_scale is not None]
+    global_S1 = torch.cat(shared).repeat_interleave(len(sample.cells))[:, None] if shared else None
+    plain_S1 = absmax_to_scale(weight_SE.abs().amax(1, keepdim=True), layout.scale_format, fmt, global_S1)
     counts = count_by_step(
         weight_SE,
         base_SE,
@@ -151,6 +153,7 @@ def _look_at(
                 search,
                 scale_format=layout.scale_format,
                 fmt=fmt,
+                global_scale=result.global_scale,
             )
             found = result.stats.map(sample.of_groups).total()
             curve = torch.cat([scores_K, score(found, search.metric, tau=search.tau)[None]])

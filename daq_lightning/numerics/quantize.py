@@ -1,10 +1,15 @@
 """The only rounding in the package: absmax scale, scale rounding, quantize, dequantize.
 
-    scale  = max|weight| / max          one per group, then rounded to what the file and its reader keep
-    code   = cast(clamp(weight * (1 / scale), -max, max))       nearest, ties to even, subnormals kept
+    scale  = max|weight| / reach        one per group, then rounded to what the file and its reader keep
+    code   = cast(clamp(weight * (1 / scale), low, max))        nearest, ties to even, subnormals kept
     weight ~ code * scale
 
-where max is the largest code of the format.
+where low and max are the ends of the format, and reach is max, or half a step more for integers.
+
+Scales in E4M3 have one global scale for the weight, a power of two, and are read as e4m3 / global. It brings
+the largest plain scale between 112 and 224, so that a search may still double it. They are rounded to
+nearest: a million normal weights in E2M1, in groups of 16, have an error of 0.91 % of their energy so, and of
+1.01 % with scales rounded up.
 
 All arithmetic is float32: a bfloat16 division picks another code for some 3 % of the weights. The weight is
 multiplied by a float32 reciprocal that is computed once per group, because that product (unlike a division)
@@ -26,6 +31,8 @@ from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.tiling import bands, scale_of_rows, to_groups
 
 _BAND = 1 << 18  # elements that are held in float32 at a time
+_SMALLEST_E4M3 = 2.0**-9
+_GLOBAL_EXPONENTS = (-119, 117)  # so that 2^-9 / global and 448 / global are normal numbers of float32
 
 
 def absmax_scale(
@@ -34,16 +41,18 @@ def absmax_scale(
     *,
     scale_format: ScaleFormat = "float32",
     fmt: Format = FP8_E4M3,
+    global_scale: Tensor | None = None,
 ) -> Tensor:
     """The scale that maps the largest magnitude of each group to the largest code.
 
-    Formula: ``scale = round_scale(max|weight_g| / fmt.max)``; a group of zeros gets scale 1.
+    Formula: ``scale = round_scale(max|weight_g| / fmt.reached)``; a group of zeros gets scale 1.
 
     Args:
         weight_MN: float32, bfloat16 or float16, shape (M, N).
         granularity: Which elements share a scale.
         scale_format: What the scale is rounded to.
         fmt: The format of the codes.
+        global_scale: For "e4m3", shape (1,); None takes that of `global_scale_of`.
 
     Returns:
         float32 scale of shape ``granularity.grid((M, N))``. NaN or Inf in a group shows as a NaN or Inf
@@ -55,7 +64,7 @@ def absmax_scale(
         tensor([[1.],
                 [1.]])
     """
-    return absmax_to_scale(absmax(weight_MN, granularity), scale_format, fmt)
+    return absmax_to_scale(absmax(weight_MN, granularity), scale_format, fmt, global_scale)
 
 
 def absmax(weight_MN: Tensor, granularity: Granularity) -> Tensor:
@@ -72,26 +81,57 @@ def absmax(weight_MN: Tensor, granularity: Granularity) -> Tensor:
     return torch.cat(parts).reshape(grid)
 
 
-def absmax_to_scale(absmax: Tensor, scale_format: ScaleFormat, fmt: Format) -> Tensor:
-    """The scales that map these magnitudes to the largest code; 1 where they are 0."""
-    return torch.where(absmax == 0, 1.0, round_scale(absmax / fmt.max, scale_format))
+def absmax_to_scale(
+    absmax: Tensor, scale_format: ScaleFormat, fmt: Format, global_scale: Tensor | None = None
+) -> Tensor:
+    """The scales that map these magnitudes to the largest code; 1 where they are 0, in units of the global
+    scale, which is `global_scale_of` all of them unless it is given."""
+    if scale_format == "e4m3" and global_scale is None:
+        global_scale = global_scale_of(absmax, fmt)
+    one = 1.0 if global_scale is None else global_scale.reciprocal()
+    return torch.where(absmax == 0, one, round_scale(absmax / fmt.reached, scale_format, global_scale))
 
 
-def round_scale(scale: Tensor, scale_format: ScaleFormat) -> Tensor:
+def global_scale_of(absmax: Tensor, fmt: Format) -> Tensor:
+    """The global scale of scales in E4M3: a power of two in float32, shape (1,).
+
+    Formula: the one with ``112 < max(absmax) / fmt.reached * global <= 224``; 1 without a finite maximum > 0.
+
+    Example:
+        >>> from daq_lightning.numerics.formats.fp4 import FP4_E2M1
+        >>> global_scale_of(torch.tensor([0.3, 6.0]), FP4_E2M1)
+        tensor([128.])
+    """
+    largest = (absmax / fmt.reached).amax().reshape(1)
+    mantissa, exponent = torch.frexp(largest)  # mantissa in [0.5, 1); 224 = 0.875 * 2^8
+    exponent = (8 - exponent - (mantissa > 0.875).int()).clamp(*_GLOBAL_EXPONENTS)
+    known = largest.isfinite() & (largest > 0)
+    return torch.where(known, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
+
+
+def round_scale(scale: Tensor, scale_format: ScaleFormat, global_scale: Tensor | None = None) -> Tensor:
     """Rounds float32 scales to those that a reader keeps, never below the smallest normal float32.
 
     "float32" keeps them, "bfloat16" rounds to nearest, "ue8m0" rounds UP to a power of two (rounding down
-    would saturate the group's largest weight).
+    would saturate the group's largest weight), "e4m3" rounds ``scale * global_scale`` to the nearest value
+    of E4M3 that is not 0.
 
     Example:
         >>> round_scale(torch.tensor([0.3, 0.5]), "ue8m0")
         tensor([0.5000, 0.5000])
+        >>> round_scale(torch.tensor([0.3, 0.5]), "e4m3", torch.ones(1))
+        tensor([0.3125, 0.5000])
 
     Raises:
-        ValueError: Unknown scale format.
+        ValueError: Unknown scale format, or "e4m3" without a global scale.
     """
     check_scale_format(scale_format)
     scale = scale.clamp(min=SMALLEST_SCALE)
+    if scale_format == "e4m3":
+        if global_scale is None:
+            raise ValueError("Scales in e4m3 need the global scale of their weight, see global_scale_of.")
+        stored = (scale * global_scale).clamp(_SMALLEST_E4M3, FP8_E4M3.max).to(torch.float8_e4m3fn).float()
+        return torch.where(scale.isfinite(), stored / global_scale, scale)
     if scale_format == "bfloat16":
         return scale.bfloat16().float()
     if scale_format == "ue8m0":
@@ -112,7 +152,7 @@ def check_scale_format(scale_format: str) -> None:
 def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Format = FP8_E4M3) -> Tensor:
     """Codes of a weight under a scale.
 
-    Formula: ``code = cast(clamp(weight * (1 / scale), -max, max))``.
+    Formula: ``code = cast(clamp(weight * (1 / scale), low, max))``.
 
     Args:
         weight_MN: float32, bfloat16 or float16, shape (M, N), finite.
@@ -148,7 +188,7 @@ def dequantize(
     """The weight that a reader computes: ``dtype(float32(code) * float32(scale))``.
 
     Args:
-        codes_MN: float8 codes, shape (M, N).
+        codes_MN: Codes, shape (M, N).
         scale: Shape ``granularity.grid((M, N))``.
         granularity: Which elements share a scale.
         dtype: Of the result; the product itself is taken in float32.
@@ -172,7 +212,14 @@ def dequantize(
 
 def encode(scaled: Tensor, fmt: Format = FP8_E4M3) -> Tensor:
     """Rounds float32 values that are divided by their scale: saturates, then nearest, ties to even."""
-    return scaled.clamp(-fmt.max, fmt.max).to(fmt.dtype)
+    scaled = scaled.clamp(fmt.low, fmt.max)
+    if not fmt.dtype.is_floating_point:
+        return scaled.round().to(fmt.dtype)
+    if torch.finfo(fmt.dtype).max != fmt.max:  # codes of a coarser grid than that of their dtype
+        exponent = torch.frexp(scaled.abs().clamp(min=fmt.min_normal)).exponent - 1
+        step = torch.ldexp(torch.ones_like(scaled), exponent - fmt.mantissa_bits)
+        scaled = (scaled / step).round() * step
+    return scaled.to(fmt.dtype)
 
 
 def _row_bands(shape_MN: tuple[int, int]) -> list[slice]:

@@ -22,7 +22,10 @@ from compiled_kernels import CONVERSION, DTYPES, KERNELS, TARGETS, VARIANTS, com
 from daq_lightning.numerics import backends
 from daq_lightning.numerics.backends import cuda, cuda_sums, reference
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
+from daq_lightning.numerics.formats.fp4 import FP4_E2M1
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
+from daq_lightning.numerics.formats.int4 import INT4
+from daq_lightning.numerics.formats.int8 import INT8
 from daq_lightning.numerics.objectives import METRICS, score
 from daq_lightning.numerics.quantize import absmax_scale, quantize, round_scale
 from daq_lightning.numerics.search.search import search_scale
@@ -46,6 +49,10 @@ CASES = {  # shape, dtypes of weight and base, granularity, search, scale format
     "small blocks": ((7, 33), "float16", "float32", PerBlock(4, 30), "dense", "ue8m0", "float16", FP8_E4M3),
     "tensor": ((9, 130), "float32", "float32", PerTensor(), "paper", "float32", "float16", FP8_E4M3),
     "other format": ((9, 130), "bfloat16", "bfloat16", PerChannel(), "paper", "float32", None, E5M2),
+    "int8": ((9, 130), "bfloat16", "bfloat16", PerChannel(), "paper", "bfloat16", None, INT8),
+    "int4": ((3, 75), "bfloat16", "bfloat16", PerBlock(1, 32), "narrow", "bfloat16", "bfloat16", INT4),
+    "nvfp4": ((3, 75), "bfloat16", "bfloat16", PerBlock(1, 16), "paper", "e4m3", "bfloat16", FP4_E2M1),
+    "mxfp4": ((3, 75), "bfloat16", "bfloat16", PerBlock(1, 32), "dense", "ue8m0", None, FP4_E2M1),
 }
 
 
@@ -97,7 +104,7 @@ def test_codes_are_those_of_quantize_for_every_bfloat16(device):
     values = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     values = values[(values >= 2.0**-30) & (values < 2.0**30)]
     weight = torch.cat([values, -values]).reshape(-1, 1920).to(device)
-    for fmt in (FP8_E4M3, E5M2):
+    for fmt in (FP8_E4M3, E5M2, FP4_E2M1, INT8, INT4):
         result = search_scale(weight, weight * 1.5, PerChannel(), ScaleSearch.absmax(), fmt=fmt, backend=cuda)
         expected = quantize(weight, result.scale, PerChannel(), fmt)
         assert torch.equal(result.codes.view(torch.uint8), expected.view(torch.uint8))
@@ -119,7 +126,8 @@ def test_a_search_finds_what_the_reference_finds(case, metric, device, monkeypat
     )
     # what it says of the scale that it found
     plain = absmax_scale(weight, granularity, scale_format=scale_format, fmt=fmt)
-    assert torch.equal(found.scale, round_scale((plain.double() * found.alpha).float(), scale_format))
+    alpha_scale = (plain.double() * found.alpha).float()
+    assert torch.equal(found.scale, round_scale(alpha_scale, scale_format, found.global_scale))
     codes = quantize(weight, found.scale, granularity, fmt)
     assert torch.equal(found.codes.view(torch.uint8), codes.view(torch.uint8))
     for scale, mine, seen in (

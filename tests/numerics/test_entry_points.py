@@ -57,7 +57,8 @@ def arguments(function: str) -> tuple[list[Any], list[torch.Tensor]]:
             *(matrices[0], plan, fmt, array(GROUPS, dtype=float32), *sides, 1),
             *(array(M, N, dtype=uint8), array(3, dtype=float64)),
         ], kept
-    search = cpu._Search(0, 0, K, 2, 0.01, 0.5, 2.0, 0.1, array(K, dtype=float64), array(2, dtype=float64), 2)
+    candidates = array(K, dtype=float64), array(2, dtype=float64)
+    search = cpu._Search(0, 0, K, 2, 0.01, 0.5, 2.0, 0.1, *candidates, 2, 1.0)
     found = cpu._Found(
         array(GROUPS, dtype=float32),
         array(GROUPS, dtype=float64),
@@ -113,6 +114,9 @@ def faults(function: str) -> list[tuple[str, str, Any]]:
             found += [(str(plan + 1), name, value)]
         found += [(str(plan + 1), "min_normal", 0.75), (str(plan + 1), "mantissa_bits", 0)]
         found += [(str(plan + 1), "mantissa_bits", 23), (str(plan + 1), "mantissa_bits", -1)]
+        for name, value in (("low", 1.0), ("low", -1e9), ("reach", 1.0), ("reach", 1e9), ("storage", 3)):
+            found += [(str(plan + 1), name, value)]
+        found += [(str(plan + 1), "storage", 2), (str(plan + 1), "storage", -1)]
     if function == "delta_stats":
         found += [("5", "", value) for value in (0, -1, K + 1, 2**60)]
         found += [("6", "", value) for value in (-1, 3)]
@@ -127,6 +131,7 @@ def faults(function: str) -> list[tuple[str, str, Any]]:
         for name in ("metric", "scale_format", "reader"):
             found += [("4", name, -1), ("4", name, 4)]
         found += [("4", "reader", 0)]  # none, but room for its sums
+        found += [("4", "global_scale", value) for value in (0.0, 2.0**127, float("nan"))]
         found += [("4", "n_coarse", value) for value in (0, -1, K + 1, 2**62)]
         found += [("4", "n_fine", value) for value in (-1, 3, 2**62)]
         for name in ("scale", "alpha", "counts", "totals", "codes"):

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from toy_format import E5M2
+from outside_formats import FORMATS, held, rounded
 
 from daq_lightning.numerics.backends import cpu, reference
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
@@ -21,8 +21,7 @@ from daq_lightning.numerics.rounding.walk import RoundingTask, identity
 
 WALKS = {"definition": definition.walk, "blocked": reference.walk, "cpu": cpu.walk}
 WALK = pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
-FORMATS = {"e4m3": (FP8_E4M3, ml_dtypes.float8_e4m3fn), "e5m2": (E5M2, ml_dtypes.float8_e5m2)}
-GRANULARITIES = [PerChannel(), PerBlock(16, 8), PerTensor()]
+GRANULARITIES = [PerChannel(), PerBlock(16, 8), PerBlock(1, 16), PerTensor()]
 SIDES = {"both": (True, True), "inputs": (True, False), "outputs": (False, True), "none": (False, False)}
 
 
@@ -65,7 +64,7 @@ def mixed_in_numpy(statistics, update, share, damping):
     return mixed + damping * np.eye(len(h))
 
 
-def definition_in_numpy(weight, scale, cell, h_in, h_out, outside, largest, order=True):
+def definition_in_numpy(weight, scale, cell, h_in, h_out, fmt, outside, order=True):
     """Section 5 of the method, element by element, in float64; H = A D A^T by NumPy's Cholesky, flipped."""
 
     def side(h):
@@ -77,7 +76,7 @@ def definition_in_numpy(weight, scale, cell, h_in, h_out, outside, largest, orde
     w, s = weight.float().numpy().astype(np.float64), scale.numpy()
     m, n = w.shape
     error, moved = np.zeros((m, n)), np.zeros((m, n))
-    codes, read = np.zeros((m, n), outside), np.zeros((m, n))
+    codes, read = np.zeros((m, n), np.float32), np.zeros((m, n))
     for i in range(m):
         for j in range(n):
             place = rows[i], columns[j]
@@ -85,11 +84,11 @@ def definition_in_numpy(weight, scale, cell, h_in, h_out, outside, largest, orde
             c = sum(moved[k, j] * a_out[k, i] for k in range(i))
             one_scale = s[place[0] // cell[0], place[1] // cell[1]]
             scaled = np.float32(w[place] + r + c) * (np.float32(1) / one_scale)
-            codes[place] = np.clip(scaled, -np.float32(largest), np.float32(largest)).astype(outside)
-            read[place] = np.float32(codes[place]) * one_scale
+            codes[place] = rounded(scaled, fmt, outside)
+            read[place] = codes[place] * one_scale
             error[i, j] = w[place] - read[place]
             moved[i, j] = error[i, j] + r
-    return codes.view(np.uint8), np.trace((read - w).T @ h_out @ (read - w) @ h_in)
+    return held(codes, fmt), np.trace((read - w).T @ h_out @ (read - w) @ h_in)
 
 
 @WALK
@@ -108,8 +107,8 @@ def test_codes_and_loss_are_those_of_the_definition_in_numpy(walk, fmt, outside,
         cell_of(granularity, shape),
         mixed_in_numpy(a, u_in, 0.1, 0.001),
         mixed_in_numpy(g, u_out, 0.1, 0.01),
+        fmt,
         outside,
-        fmt.max,
     )
     walked = walk(task)
     assert walked.codes.dtype == fmt.dtype

@@ -26,7 +26,7 @@ from daq_lightning.numerics.backends.library import Array, array, entry_point
 from daq_lightning.numerics.formats import SCALE_FORMATS, Format, Granularity
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.rounding.walk import Factor, RoundingTask, Walked
-from daq_lightning.numerics.search.grid import coarse, fine_steps
+from daq_lightning.numerics.search.grid import coarse, fine_steps, neighbour_steps
 from daq_lightning.numerics.search.settings import METRICS
 from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, search_in_steps
 
@@ -51,7 +51,10 @@ class _Plan(ctypes.Structure):
 
 
 class _Format(ctypes.Structure):
-    _fields_ = (("max", ctypes.c_double), ("min_normal", ctypes.c_double), ("mantissa_bits", ctypes.c_int64))
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ["max", "low", "reach", "min_normal"]),
+        *((name, ctypes.c_int64) for name in ["mantissa_bits", "storage"]),
+    )
 
 
 class _Side(ctypes.Structure):
@@ -64,6 +67,7 @@ class _Search(ctypes.Structure):
         *((name, ctypes.c_double) for name in ["tau", "alpha_min", "alpha_max", "radius"]),
         *((name, Array) for name in ["coarse", "steps"]),
         ("reader", ctypes.c_int64),
+        ("global_scale", ctypes.c_double),
     )
 
 
@@ -191,11 +195,13 @@ def _search_in_cache(task: Task) -> SearchResult:
     codes_MN = torch.empty(task.shape, dtype=torch.uint8, device=_CPU)
     weight_MN, base_MN = _rows(task.weight), _rows(task.base)
     coarse_K, steps_K = coarse(task.search), fine_steps(task.search)
+    if task.own_grid:
+        coarse_K, steps_K = neighbour_steps(task.search, task.scale_format).double(), steps_K[:0]
     stages = _Search(
         metric=METRICS.index(task.search.metric),
         scale_format=SCALE_FORMATS.index(task.scale_format),
-        n_coarse=task.search.n_coarse,
-        n_fine=task.search.n_fine,
+        n_coarse=len(coarse_K),
+        n_fine=len(steps_K),
         tau=task.search.tau,
         alpha_min=task.search.alpha_min,
         alpha_max=task.search.alpha_max,
@@ -203,6 +209,7 @@ def _search_in_cache(task: Task) -> SearchResult:
         coarse=array(coarse_K),
         steps=array(steps_K),
         reader=_reader(task.reader_dtype),
+        global_scale=1.0 if task.global_scale is None else float(task.global_scale),
     )
     found = _Found(
         scale=array(scale_G),
@@ -228,6 +235,7 @@ def _search_in_cache(task: Task) -> SearchResult:
         stats=stats[0],
         absmax_stats=stats[1],
         dequantized_stats=None if task.reader_dtype is None else stats[2],
+        global_scale=task.global_scale,
     )
 
 
@@ -261,7 +269,9 @@ def _reader(dtype: torch.dtype | None) -> int:
 
 
 def _format(fmt: Format) -> _Format:
-    return _Format(fmt.max, fmt.min_normal, fmt.mantissa_bits)
+    own = fmt.dtype.is_floating_point and torch.finfo(fmt.dtype).max == fmt.max
+    storage = 0 if own else 1 if fmt.dtype.is_floating_point else 2  # a Storage in src/common.h
+    return _Format(fmt.max, fmt.low, fmt.reached, fmt.min_normal, fmt.mantissa_bits, storage)
 
 
 def _matrix(weight_MN: Tensor) -> _Matrix:

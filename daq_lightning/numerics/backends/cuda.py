@@ -30,7 +30,7 @@ from daq_lightning.numerics.formats import Format, Granularity
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.quantize import absmax, quantize
 from daq_lightning.numerics.rounding import blocked, triangular
-from daq_lightning.numerics.search.grid import coarse, fine_steps
+from daq_lightning.numerics.search.grid import coarse, fine_steps, neighbour_steps
 from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, search_in_steps
 from daq_lightning.numerics.tiling import group_sizes
 
@@ -145,7 +145,7 @@ def delta_stats(
 
 def fits_cache(task: Task) -> bool:
     """Whether every group is searched by itself and fits the cache, and its candidates the registers."""
-    candidates = max(task.search.n_coarse + 1, task.search.n_fine)
+    candidates = max(1 + len(_candidates(task)[0]), len(_candidates(task)[1]))
     chunks = Cut.of(task.shape, task.granularity).chunks
     return task.search.alpha_scope == "group" and chunks == 1 and candidates <= _CANDIDATES
 
@@ -156,10 +156,13 @@ def _search_in_cache(task: Task) -> SearchResult | None:
     cut = Cut.of(task.shape, task.granularity)
     grid = task.granularity.grid(task.shape)
     groups, sides = grid[0] * grid[1], 2 if task.reader_dtype is None else 3
-    limits = [stages.tau, stages.alpha_min, stages.alpha_max, stages.radius, 1.0]
-    settings = torch.cat(
-        [torch.tensor(limits, dtype=torch.float64, device="cpu"), coarse(stages), fine_steps(stages)]
-    )
+    first_K, second_K = _candidates(task)
+    incumbent = 0.0 if task.own_grid else 1.0  # in steps, or alpha
+    limits = [stages.tau, stages.alpha_min, stages.alpha_max, stages.radius, incumbent]
+    settings = torch.cat([torch.tensor(limits, dtype=torch.float64, device="cpu"), first_K, second_K])
+    settings = settings.to(device)
+    if task.global_scale is not None:
+        settings = torch.cat([settings, task.global_scale.double()])
     inputs_MN = _rows(task.weight), _rows(task.base)
     scale_G = torch.empty(groups, dtype=torch.float32, device=device)
     alpha_G = torch.empty(groups, dtype=torch.float64, device=device)
@@ -171,7 +174,7 @@ def _search_in_cache(task: Task) -> SearchResult | None:
     search_kernel[(groups,)](
         *inputs_MN,
         *(matrix.stride(0) for matrix in inputs_MN),
-        settings.to(device),
+        settings,
         scale_G,
         alpha_G,
         changed_G,
@@ -182,15 +185,15 @@ def _search_in_cache(task: Task) -> SearchResult | None:
         *task.shape,
         cut.rows,
         cut.cols,
-        stages.n_coarse,
-        stages.n_fine,
+        len(first_K),
+        len(second_K),
         METRIC=stages.metric,
         SCALE_FORMAT=task.scale_format,
         READER=_reader(task.reader_dtype),
         GRID=Grid.of(task.format, _capability(device)),
         ROWS=cut.tile_rows,
         COLS=cut.tile_cols,
-        K=triton.next_power_of_2(max(stages.n_coarse + 1, stages.n_fine)),
+        K=triton.next_power_of_2(max(len(first_K) + 1, len(second_K))),
         num_warps=cut.warps,
         **LAUNCH,
     )
@@ -209,7 +212,17 @@ def _search_in_cache(task: Task) -> SearchResult | None:
         stats=stats[0],
         absmax_stats=stats[1],
         dequantized_stats=None if task.reader_dtype is None else stats[2],
+        global_scale=task.global_scale,
     )
+
+
+def _candidates(task: Task) -> tuple[Tensor, Tensor]:
+    """The alphas of the coarse stage and the steps of the fine one; or the neighbours of the plain scale, in
+    steps, and none."""
+    if task.own_grid:
+        steps_K = neighbour_steps(task.search, task.scale_format).double()
+        return steps_K, steps_K[:0]
+    return coarse(task.search), fine_steps(task.search)
 
 
 def _stats(sizes: Tensor, changed: Tensor, delta_sq: Tensor, counts: Tensor, totals: Tensor) -> DeltaStats:

@@ -22,6 +22,7 @@ from daq_lightning.numerics.backends.cuda_sums import (
     encode,
     fixed_sums,
     load,
+    magic_bits,
     places,
     region_of,
     saturate,
@@ -32,9 +33,14 @@ from daq_lightning.numerics.backends.cuda_sums import (
 
 
 @triton.jit
-def round_scale(scale, SCALE_FORMAT: tl.constexpr):
-    """See `daq_lightning.numerics.quantize.round_scale`."""
-    bits = tl.maximum(scale, 2.0**-126).to(tl.int32, bitcast=True)
+def round_scale(scale, shared, SCALE_FORMAT: tl.constexpr):
+    """See `daq_lightning.numerics.quantize.round_scale`; `shared` is the global scale."""
+    scale = tl.maximum(scale, 2.0**-126)
+    if SCALE_FORMAT == "e4m3":
+        stored = tl.minimum(tl.maximum(scale * shared, 2.0**-9), 448.0)
+        magic = magic_bits(stored, 127 - 6, 3).to(tl.float32, bitcast=True)
+        return tl.math.div_rn((stored + magic) - magic, shared)
+    bits = scale.to(tl.int32, bitcast=True)
     if SCALE_FORMAT == "bfloat16":
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
     if SCALE_FORMAT == "ue8m0":
@@ -43,8 +49,30 @@ def round_scale(scale, SCALE_FORMAT: tl.constexpr):
 
 
 @triton.jit
-def scaled(absmax_scale, alpha, SCALE_FORMAT: tl.constexpr):
-    return round_scale((absmax_scale.to(tl.float64) * alpha).to(tl.float32), SCALE_FORMAT)
+def scaled(absmax_scale, alpha, shared, SCALE_FORMAT: tl.constexpr):
+    return round_scale((absmax_scale.to(tl.float64) * alpha).to(tl.float32), shared, SCALE_FORMAT)
+
+
+@triton.jit
+def value_of(code):
+    """Of a code of E4M3, in float64."""
+    normal = ((code + 960) << 20).to(tl.float32, bitcast=True).to(tl.float64)
+    return tl.where(code < 8, code.to(tl.float64) * 2.0**-9, normal)
+
+
+@triton.jit
+def neighbours(absmax_scale, steps_K, alpha_min, alpha_max, shared, SCALE_FORMAT: tl.constexpr):
+    """See `daq_lightning.numerics.search.grid.neighbours`."""
+    if SCALE_FORMAT == "ue8m0":
+        alpha_K = ((steps_K.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    else:
+        stored = absmax_scale * shared
+        normal = (stored.to(tl.int32, bitcast=True) >> 20) - 960
+        code = tl.where(stored < 2.0**-6, (stored * 512).to(tl.int32), normal)
+        code_K = code + steps_K.to(tl.int32)
+        alpha_K = value_of(tl.minimum(tl.maximum(code_K, 1), 126)) / value_of(code)
+        alpha_K = tl.where((code_K >= 1) & (code_K <= 126), alpha_K, 1.0)
+    return tl.where((alpha_K >= alpha_min) & (alpha_K <= alpha_max), alpha_K, 1.0)
 
 
 @triton.jit
@@ -101,8 +129,9 @@ def search_kernel(
 ):  # fmt: skip
     """The whole search of a group.
 
-    Settings are float64: tau, alpha_min, alpha_max, radius, 1, the coarse candidates, the fine steps. Counts
-    and totals are (3, S, G): of the scale found, of absmax, of the scale found as the reader sees it.
+    Settings are float64: tau, alpha_min, alpha_max, radius, 1, the coarse candidates, the fine steps (where
+    scales have a grid of their own 0 and the steps of its candidates instead), the global scale of scales in
+    E4M3. Counts and totals are (3, S, G): of the scale found, of absmax, of the scale as a reader sees it.
     of_groups (3, G) is `store_fixed`'s; scales count among its magnitudes.
     """
     group = tl.program_id(0).to(tl.int64)
@@ -113,7 +142,12 @@ def search_kernel(
     )
     largest = tl.maximum(high, largest)
     high = high.to(tl.float32, bitcast=True)
-    absmax_scale = tl.where(high == 0, 1.0, round_scale(tl.math.div_rn(high, GRID.max), SCALE_FORMAT))
+    shared, one = 1.0, 1.0
+    if SCALE_FORMAT == "e4m3":
+        shared = tl.load(settings + 5 + n_coarse + n_fine).to(tl.float32)
+        one = tl.math.div_rn(1.0, shared)
+    plain = round_scale(tl.math.div_rn(high, GRID.reach), shared, SCALE_FORMAT)
+    absmax_scale = tl.where(high == 0, one, plain)
 
     alpha = tl.full((), 1.0, tl.float64)
     if changed > 0:  # else there is no evidence
@@ -124,7 +158,9 @@ def search_kernel(
         place_K = tl.arange(0, K)
         # the incumbent and the coarse candidates: it is the nearest to 1, so it yields only to a better one
         alpha_K = tl.load(settings + 4 + place_K, mask=place_K <= n_coarse, other=1.0)
-        scale_K = scaled(absmax_scale, alpha_K, SCALE_FORMAT)
+        if SCALE_FORMAT == "ue8m0" or SCALE_FORMAT == "e4m3":
+            alpha_K = neighbours(absmax_scale, alpha_K, alpha_min, alpha_max, shared, SCALE_FORMAT)
+        scale_K = scaled(absmax_scale, alpha_K, shared, SCALE_FORMAT)
         best, alpha = stage(
             weight, base, weight_stride, base_stride, region, alpha_K, scale_K, n_coarse + 1, delta_sq, tau,
             METRIC, GRID, ROWS, COLS, K,
@@ -135,7 +171,7 @@ def search_kernel(
         low = tl.maximum(alpha - radius, alpha_min)
         span = tl.maximum(tl.minimum(alpha + radius, alpha_max), low) - low
         alpha_K = low + span * tl.load(settings + 5 + n_coarse + place_K, mask=place_K < n_fine, other=0.0)
-        scale_K = scaled(absmax_scale, alpha_K, SCALE_FORMAT)
+        scale_K = scaled(absmax_scale, alpha_K, shared, SCALE_FORMAT)
         better, fine = stage(
             weight, base, weight_stride, base_stride, region, alpha_K, scale_K, n_fine, delta_sq, tau,
             METRIC, GRID, ROWS, COLS, K,
@@ -144,7 +180,7 @@ def search_kernel(
         smallest = tl.minimum(smallest, tl.min(bits_K))
         largest = tl.maximum(largest, tl.max(bits_K))
         alpha = tl.where(better > best, fine, alpha)
-    scale = scaled(absmax_scale, alpha, SCALE_FORMAT)
+    scale = scaled(absmax_scale, alpha, shared, SCALE_FORMAT)
     smallest = tl.minimum(smallest, absmax_scale.to(tl.int32, bitcast=True))
     tl.store(scale_G + group, scale)
     tl.store(alpha_G + group, alpha)
@@ -153,10 +189,10 @@ def search_kernel(
     found = scaled_sums(weight, base, weight_stride, base_stride, region, scale, "all", "", GRID, ROWS, COLS)
     sides: tl.constexpr = 2 if READER == "" else 3
     store_sums(counts + group, totals + group, sides * groups, found)
-    plain = scaled_sums(
+    of_plain = scaled_sums(
         weight, base, weight_stride, base_stride, region, absmax_scale, "all", "", GRID, ROWS, COLS
     )
-    store_sums(counts + groups + group, totals + groups + group, sides * groups, plain)
+    store_sums(counts + groups + group, totals + groups + group, sides * groups, of_plain)
     if READER != "":
         seen = scaled_sums(
             weight, base, weight_stride, base_stride, region, scale, "all", READER, GRID, ROWS, COLS

@@ -1,6 +1,6 @@
 """What the CUDA kernels share: tiles of a weight, rounding to the grid of a format, and the sums of a region.
 
-    x = clamp(w * (1 / s), -max, max),  q = round(x) * s      the hardware's conversion, or else arithmetic
+    x = clamp(w * (1 / s), low, max),  q = round(x) * s       the hardware's conversion, or else arithmetic
     q rounded once more                                       for a reader in 16 bit
     counts and products of w - b, q - b and q - w             in float32 within a region
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 
@@ -40,21 +41,27 @@ class Grid:
     """What the kernels know of a format."""
 
     max: float
+    low: float
+    reach: float
     min_normal: int  # the biased exponent in float32 of the smallest normal number
     mantissa_bits: int
     hardware: bool  # whether the device converts to it
+    storage: str  # of codes: "own" floating point format, "e4m3", or "integer"
 
     @classmethod
     def of(cls, fmt: Format, capability: tuple[int, int]) -> Grid:
         """For a device of this compute capability; (0, 0) stands for the interpreter."""
         exponent = math.frexp(fmt.min_normal)[1] - 1
-        hardware = fmt.dtype_name == "float8_e4m3fn" and capability >= (8, 9)
-        return cls(fmt.max, exponent + 127, fmt.mantissa_bits, hardware)
+        storage = "integer"
+        if fmt.dtype.is_floating_point:
+            storage = "own" if torch.finfo(fmt.dtype).max == fmt.max else "e4m3"
+        hardware = fmt.dtype_name == "float8_e4m3fn" and storage == "own" and capability >= (8, 9)
+        return cls(fmt.max, fmt.low, fmt.reached, exponent + 127, fmt.mantissa_bits, hardware, storage)
 
 
 @triton.jit
 def saturate(x, GRID: tl.constexpr):
-    return tl.minimum(tl.maximum(x, -GRID.max), GRID.max)
+    return tl.minimum(tl.maximum(x, GRID.low), GRID.max)
 
 
 @triton.jit
@@ -78,12 +85,19 @@ def round_to_grid(x, GRID: tl.constexpr):
 
 @triton.jit
 def encode(x, GRID: tl.constexpr):
-    """The code of the nearest value: steps of 2^(e - bits) on top of the codes below the binade; the sign."""
+    """The code of the nearest value: the integer; or the sign, and steps of 2^(e - bits) on top of the codes
+    below the binade. Of a coarser format the value is one of E4M3, with bits as in float32."""
+    if GRID.storage == "integer":
+        return round_to_grid(x, GRID).to(tl.int32).to(tl.uint8)
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    if GRID.storage == "e4m3":
+        bits = tl.abs(round_to_grid(x, GRID)).to(tl.int32, bitcast=True)
+        return (tl.where(bits == 0, 0, (bits >> 20) - 960) | sign).to(tl.uint8)
     magic = magic_bits(x, GRID.min_normal, GRID.mantissa_bits)
     steps = (tl.abs(x) + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - magic
     lowest = (GRID.min_normal << 23) + (((23 - GRID.mantissa_bits) << 23) | (1 << 22))
     below = (magic - lowest) >> (23 - GRID.mantissa_bits)
-    return (below + steps | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
+    return (below + steps | sign).to(tl.uint8)
 
 
 @triton.jit

@@ -56,10 +56,20 @@ class Format:
 
         return getattr(torch, self.dtype_name)
 
+    @property
+    def low(self) -> float:
+        """Smallest value; what is smaller saturates to it."""
+        return -self.max if self.lowest is None else self.lowest
+
+    @property
+    def reached(self) -> float:
+        """What plain quantization maps the largest magnitude of a group to."""
+        return self.max if self.reach is None else self.reach
+
 
 ScaleFormat: TypeAlias = Literal["float32", "bfloat16", "ue8m0", "e4m3"]
 """How a reader keeps a scale: float32, rounded to bfloat16, a power of two, or a value of E4M3 divided by one
-power of two that all groups of a weight share."""
+global scale of the weight."""
 
 SCALE_FORMATS: tuple[str, ...] = get_args(ScaleFormat)
 

@@ -47,6 +47,7 @@ def objective_curve(
     *,
     scale_format: ScaleFormat,
     fmt: Format,
+    global_scale: Tensor | None = None,
 ) -> Tensor:
     """The score of a sample under each alpha of `tried`, float64, shape (K,).
 
@@ -57,8 +58,9 @@ def objective_curve(
         search: The objective and the candidates.
         scale_format: What scales are rounded to before they are scored.
         fmt: The format of the codes.
+        global_scale: Of scales in E4M3.
     """
     alpha_K = tried(search).to(plain_S1.device)
-    scale_SK = round_scale((plain_S1.double() * alpha_K).float(), scale_format)
+    scale_SK = round_scale((plain_S1.double() * alpha_K).float(), scale_format, global_scale)
     stats_SK = delta_stats(weight_SE, base_SE, scale_SK, PerChannel(), fmt)
     return score(stats_SK.total(), search.metric, tau=search.tau)

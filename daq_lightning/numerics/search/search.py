@@ -22,7 +22,7 @@ from daq_lightning.numerics.backends import Backend, choose
 from daq_lightning.numerics.formats import Format, Granularity, PerTensor, ScaleFormat
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.objectives import DeltaStats
-from daq_lightning.numerics.quantize import check_scale_format
+from daq_lightning.numerics.quantize import check_scale_format, global_scale_of
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.search.stages import SearchResult, Task
 
@@ -39,6 +39,7 @@ def search_scale(
     fmt: Format = FP8_E4M3,
     backend: Backend | None = None,
     reader_dtype: torch.dtype | None = None,
+    global_scale: Tensor | None = None,
 ) -> SearchResult:
     """Finds the scale of each group that preserves the update best, and quantizes with it.
 
@@ -54,6 +55,8 @@ def search_scale(
             device.
         reader_dtype: torch.bfloat16 or torch.float16 to have the sums of a reader that rounds code * scale to
             it as well (`SearchResult.dequantized_stats`); it does not change what is found.
+        global_scale: For scales in E4M3, float32 of shape (1,), a power of two, for weights that a reader
+            fuses; None takes `global_scale_of` this one.
 
     Returns:
         `SearchResult` on the weight's device.
@@ -81,6 +84,11 @@ def search_scale(
     check_scale_format(scale_format)
     if reader_dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"reader_dtype must be torch.bfloat16, torch.float16 or None, got {reader_dtype}.")
+    backend = backend or choose(weight.device)
+    if scale_format != "e4m3":
+        global_scale = None
+    elif global_scale is None:
+        global_scale = global_scale_of(backend.absmax(weight, PerTensor()), fmt)
     task = Task(
         weight=weight,
         base=base,
@@ -89,8 +97,9 @@ def search_scale(
         format=fmt,
         scale_format=scale_format,
         reader_dtype=reader_dtype,
+        global_scale=global_scale,
     )
-    result = (backend or choose(weight.device)).search(task)
+    result = backend.search(task)
     if not bool(result.scale.isfinite().all()):
         raise ValueError(_not_finite(weight, name))
     sums = result.stats
@@ -113,7 +122,8 @@ def search_batch(
     """`search_scale` for several weights of one shape at once, such as the many small experts of a layer.
 
     Groups are searched independently of each other, so weights may be stacked row upon row wherever no group
-    crosses the seam, and one call serves them all. Where it would, they are searched one by one.
+    crosses the seam, and one call serves them all. Where it would, they are searched one by one. Scales in
+    E4M3 share one global scale, as readers that fuse the weights take it.
 
     Args:
         weights: Matrices of one shape (M, N), dtype and device.
@@ -141,6 +151,10 @@ def search_batch(
         and all(tensor.shape == weights[0].shape for tensor in (*weights, *bases))
         and len({tensor.dtype for tensor in weights}) == len({tensor.dtype for tensor in bases}) == 1
     )
+    global_scale = None
+    if scale_format == "e4m3":
+        largest = [choose(weight.device).absmax(weight, PerTensor()) for weight in weights]
+        global_scale = global_scale_of(torch.cat(largest), fmt)
     if seamless:
         try:
             stacked = search_scale(
@@ -151,6 +165,7 @@ def search_batch(
                 scale_format=scale_format,
                 fmt=fmt,
                 reader_dtype=reader_dtype,
+                global_scale=global_scale,
             )
             return _unstack(stacked, len(weights))
         except ValueError:
@@ -165,6 +180,7 @@ def search_batch(
             name=name,
             fmt=fmt,
             reader_dtype=reader_dtype,
+            global_scale=global_scale,
         )
         for weight, base, name in zip(weights, bases, names, strict=True)
     ]
@@ -184,6 +200,7 @@ def _unstack(result: SearchResult, count: int) -> list[SearchResult]:
             stats=part(result.stats, i),
             absmax_stats=part(result.absmax_stats, i),
             dequantized_stats=None if result.dequantized_stats is None else part(result.dequantized_stats, i),
+            global_scale=result.global_scale,
         )
         for i in range(count)
     ]
@@ -243,6 +260,6 @@ def _not_finite(tensor: Tensor, name: str) -> str:
         largest = float(tensor.abs().max())
         return f"{name}: values are too large for float32 sums (largest magnitude {largest:g})."
     return (
-        f"{name} of shape {tuple(tensor.shape)} has {nan} NaN and {inf} Inf values; FP8 cannot hold them. "
+        f"{name} of shape {tuple(tensor.shape)} has {nan} NaN and {inf} Inf values; codes cannot hold them. "
         "The training run has diverged or the file is damaged: export an earlier checkpoint."
     )

@@ -4,6 +4,8 @@
     coarse     the candidates of the search
     fine       an even grid around the best so far
 
+or, for scales with a grid of their own, one stage over their neighbours (see `grid`).
+
 The incumbent gives way only to a strictly better candidate. Among equally good ones the nearest to 1 wins.
 search.cpp in the CPU backend takes the same steps group by group, in the same float64: the
 same bits.
@@ -25,7 +27,7 @@ from torch import Tensor
 from daq_lightning.numerics.formats import Format, Granularity, ScaleFormat
 from daq_lightning.numerics.objectives import DeltaStats, score
 from daq_lightning.numerics.quantize import absmax_to_scale, round_scale
-from daq_lightning.numerics.search.grid import coarse, fine
+from daq_lightning.numerics.search.grid import STEPS_AN_OCTAVE, coarse, fine, neighbour_steps, neighbours
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.tiling import bands
 
@@ -44,11 +46,17 @@ class Task:
     format: Format
     scale_format: ScaleFormat
     reader_dtype: torch.dtype | None = None
+    global_scale: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(M, N)."""
         return (self.weight.shape[0], self.weight.shape[1])
+
+    @property
+    def own_grid(self) -> bool:
+        """Whether scales are searched on the grid of their own format."""
+        return self.search.alpha_scope == "group" and self.scale_format in STEPS_AN_OCTAVE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,8 @@ class SearchResult:
         absmax_stats: Sums per group of plain absmax quantization (alpha = 1).
         dequantized_stats: Sums per group of these codes and scales for a reader that rounds their product to
             16 bit; None unless asked for.
+        global_scale: For scales in E4M3, float32 of shape (1,): ``scale * global_scale`` is what is stored
+            of a scale, exactly. Else None.
     """
 
     codes: Tensor
@@ -72,6 +82,7 @@ class SearchResult:
     stats: DeltaStats
     absmax_stats: DeltaStats
     dequantized_stats: DeltaStats | None = None
+    global_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +97,7 @@ class Kernels:
 def search_in_steps(task: Task, kernels: Kernels) -> SearchResult:
     """The search of a task. Scales are NaN or infinite where the weight is."""
     absmax = kernels.absmax(task.weight, task.granularity)
-    scale = absmax_to_scale(absmax, task.scale_format, task.format)
+    scale = absmax_to_scale(absmax, task.scale_format, task.format, task.global_scale)
     scale_G = scale.flatten()
 
     def evaluate(band: _Band, alpha_GK: Tensor) -> DeltaStats:
@@ -98,7 +109,7 @@ def search_in_steps(task: Task, kernels: Kernels) -> SearchResult:
     found = (
         _search_layer(task, evaluate)
         if task.search.alpha_scope == "layer"
-        else _search_groups(task, evaluate)
+        else _search_groups(task, evaluate, scale_G)
     )
     # a group of zeros has scale 1 whatever the alpha of its layer
     alpha = torch.where(absmax == 0, 1.0, found.alpha.reshape(scale.shape))
@@ -117,11 +128,12 @@ def search_in_steps(task: Task, kernels: Kernels) -> SearchResult:
         stats=found.stats,
         absmax_stats=found.absmax_stats,
         dequantized_stats=dequantized_stats,
+        global_scale=task.global_scale,
     )
 
 
 def _scaled(scale: Tensor, alpha: Tensor, task: Task) -> Tensor:
-    return round_scale((scale.double() * alpha).float(), task.scale_format)
+    return round_scale((scale.double() * alpha).float(), task.scale_format, task.global_scale)
 
 
 class _Band(NamedTuple):
@@ -143,13 +155,15 @@ _Evaluate: TypeAlias = Callable[[_Band, Tensor], DeltaStats]
 """(band, alpha_GK of its groups) -> sums of shape (G, K)."""
 
 
-def _search_groups(task: Task, evaluate: _Evaluate) -> _Found:
+def _search_groups(task: Task, evaluate: _Evaluate, scale_G: Tensor) -> _Found:
     """One alpha per group: bands of groups are independent of each other."""
     found = []
     for band in _bands(task):
-        one_G = _ones(band.groups.stop - band.groups.start, task)
+        one_G, own_GK = _ones(band.groups.stop - band.groups.start, task), None
+        if task.own_grid:
+            own_GK = neighbours(scale_G[band.groups], task.search, task.scale_format, task.global_scale)
         found.append(
-            _coarse_to_fine(lambda alpha_GK, band=band: evaluate(band, alpha_GK), one_G, task.search)
+            _coarse_to_fine(lambda alpha_GK, band=band: evaluate(band, alpha_GK), one_G, task.search, own_GK)
         )
     alphas, stats, absmax_stats = zip(*found, strict=True)
     return _Found(torch.cat(alphas), _concatenate(stats), _concatenate(absmax_stats))
@@ -175,6 +189,8 @@ def _bands(task: Task) -> Iterator[_Band]:
     """Bands with few enough groups each that the sums of all candidates stay small."""
     rows, cols = task.granularity.cell(task.shape)
     candidates = max(task.search.n_coarse + 1, task.search.n_fine)
+    if task.own_grid:
+        candidates = 1 + len(neighbour_steps(task.search, task.scale_format))
     sums = max(_SUMS, task.shape[0] * task.shape[1] // _SUMS_SHARE)
     start = 0
     for band in bands(task.shape, task.granularity, max(1, sums // candidates) * rows * cols):
@@ -183,15 +199,20 @@ def _bands(task: Task) -> Iterator[_Band]:
         start += grid_rows * grid_cols
 
 
-def _coarse_to_fine(evaluate: Callable[[Tensor], DeltaStats], one_G: Tensor, search: ScaleSearch) -> _Found:
-    """Algorithm 1 for many groups at once, in two calls of `evaluate`."""
-    coarse_GK = coarse(search).to(one_G.device).expand(len(one_G), -1)
+def _coarse_to_fine(
+    evaluate: Callable[[Tensor], DeltaStats],
+    one_G: Tensor,
+    search: ScaleSearch,
+    own_GK: Tensor | None = None,
+) -> _Found:
+    """Algorithm 1 for many groups at once, in two calls of `evaluate`; in one over their own candidates."""
+    coarse_GK = coarse(search).to(one_G.device).expand(len(one_G), -1) if own_GK is None else own_GK
     stats_GK = evaluate(torch.cat([one_G[:, None], coarse_GK], 1))
     # a view would keep the sums of all candidates
     absmax_stats = stats_GK.map(lambda field: field[:, 0].clone())
     stats_GK = stats_GK.map(lambda field: field[:, 1:])
     alpha_G, stats = _pick(one_G, absmax_stats, coarse_GK, stats_GK, search)
-    if search.n_fine:
+    if search.n_fine and own_GK is None:
         fine_GK = fine(search, alpha_G)
         alpha_G, stats = _pick(alpha_G, stats, fine_GK, evaluate(fine_GK), search)
     return _Found(alpha_G, stats, absmax_stats)

@@ -55,11 +55,15 @@ struct Matrix {
     int64_t bytes;  // from data to the end of its memory
 };
 
-// A small floating point format; see ../../formats.
+// A grid of numbers; see ../../formats.
 struct Format {
-    double max, min_normal;
+    double max, low, reach, min_normal;
     int64_t mantissa_bits;
+    int64_t storage;  // a Storage
 };
+
+// How codes lie in memory: as floating point numbers of their own format, as E4M3, or as integers of 8 bits.
+enum Storage { OWN = 0, E4M3 = 1, INTEGER = 2 };
 
 // Numbered as METRICS in ../../search/settings.py.
 enum Metric { SIGN = 0, COSINE = 1, MSE = 2, HYBRID = 3 };
@@ -75,18 +79,26 @@ namespace {
 // The grid of a format. Loops copy it: what they write could change it otherwise, as far as the compiler
 // knows.
 struct Grid {
-    float max;
+    float max, low, reach;
     int32_t min_normal;  // bits of the smallest normal number
     int32_t shift;       // from float32's mantissa to the format's
     int32_t to_magic;    // bits of 2^e -> bits of 1.5 * 2^(e + shift)
+    Storage storage;
 
     explicit Grid(const Format& format)
         : max((float)format.max),
+          low((float)format.low),
+          reach((float)format.reach),
           min_normal(bits_of((float)format.min_normal)),
           shift(23 - (int32_t)format.mantissa_bits),
-          to_magic(shift << 23 | 1 << 22) {}
+          to_magic(shift << 23 | 1 << 22),
+          storage((Storage)format.storage) {}
 
-    float saturate(float x) const { return std::max(std::min(x, max), -max); }
+    // Of a floating point format.
+    Grid(double max, double min_normal, int64_t mantissa_bits)
+        : Grid(Format{max, -max, max, min_normal, mantissa_bits, OWN}) {}
+
+    float saturate(float x) const { return std::max(std::min(x, max), low); }
     int32_t magic(float x) const { return std::max(bits_of(x) & EXPONENT, min_normal) + to_magic; }
     float round(float x) const {
         const float m = float_of(magic(x));
@@ -168,6 +180,10 @@ struct Check {
         int exponent;
         need(f.max > 0 && f.max <= 0x1p100 && f.mantissa_bits >= 1 && f.mantissa_bits <= 6, "the format");
         need(f.min_normal >= 0x1p-100 && f.min_normal < f.max && std::frexp(f.min_normal, &exponent) == 0.5, "the format");
+        need(f.low < 0 && f.low >= -2 * f.max && f.reach >= f.max && f.reach <= 2 * f.max, "the format");
+        need(f.storage >= OWN && f.storage <= INTEGER, "the format");
+        need(f.storage != INTEGER || (f.max <= 127 && f.low >= -128), "the format");
+        need(f.storage != E4M3 || (f.max <= 448 && f.low >= -448), "the format");
     }
 
     // Exactly so many: twice the bytes are as wrong as half of them, since then it holds something else.
@@ -259,13 +275,29 @@ void each(APiece*& piece, const Region& region, const Matrix& weight, const Matr
     if (piece->count) use();
 }
 
+// The floating point code of the nearest value, of one within the range.
+inline uint8_t code_of(float x, const Grid& grid) {
+    const float size = float_of(bits_of(x) & MAGNITUDE);
+    const int32_t m = grid.magic(x), steps = bits_of(size + float_of(m)) - m;   // of 2^(e - bits)
+    const int32_t below = (m - grid.to_magic - grid.min_normal) >> grid.shift;  // codes below the binade
+    return (uint8_t)((below + steps) | ((bits_of(x) >> 24) & 0x80));
+}
+
+const Grid OF_E4M3{448, 0x1p-6, 3};
+
 // One row of codes, a few elements at a time.
 inline void encode(const float* w, int64_t count, float reciprocal, const Grid grid, uint8_t* codes) {
-    for (int64_t i = 0; i < count; ++i) {
-        const float x = grid.saturate(w[i] * reciprocal), size = float_of(bits_of(x) & MAGNITUDE);
-        const int32_t m = grid.magic(x), steps = bits_of(size + float_of(m)) - m;               // of 2^(e - bits)
-        const int32_t below = (m - grid.to_magic - grid.min_normal) >> grid.shift;  // codes below the binade
-        codes[i] = (uint8_t)((below + steps) | ((bits_of(x) >> 24) & 0x80));
+    if (grid.storage == INTEGER) {
+        for (int64_t i = 0; i < count; ++i)
+            codes[i] = (uint8_t)(int8_t)(int32_t)grid.round(grid.saturate(w[i] * reciprocal));
+    } else if (grid.storage == E4M3) {
+        const Grid stored = OF_E4M3;
+        for (int64_t i = 0; i < count; ++i) {
+            const float x = grid.saturate(w[i] * reciprocal), size = std::fabs(grid.round(x));
+            codes[i] = (uint8_t)(code_of(size, stored) | ((bits_of(x) >> 24) & 0x80));  // also of -0
+        }
+    } else {
+        for (int64_t i = 0; i < count; ++i) codes[i] = code_of(grid.saturate(w[i] * reciprocal), grid);
     }
 }
 

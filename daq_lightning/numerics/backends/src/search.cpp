@@ -10,12 +10,17 @@
 extern "C" {
 
 struct Search {
-    int64_t metric, scale_format;  // a Metric; 0 float32, 1 bfloat16, 2 ue8m0
+    int64_t metric, scale_format;  // a Metric; a ScaleFormat
     int64_t K, n_fine;             // candidates of the two stages
     double tau, alpha_min, alpha_max, radius;
-    Array coarse, steps;           // float64: alpha, [K]; n_fine steps over [0, 1]
+    Array coarse, steps;           // float64: alpha, [K], or of a grid of its own the steps from the plain scale;
+                                   // n_fine steps over [0, 1]
     int64_t reader;                // a Reader, whose sums are wanted as well; or FLOAT32, which asks for none
+    double global_scale;           // a power of two, of scales in E4M3
 };
+
+// Numbered as SCALE_FORMATS in ../../formats; the last two have a grid of their own.
+enum ScaleFormat { PLAIN = 0, SHORT = 1, POWER = 2, EIGHT = 3 };
 
 struct Found {
     Array scale;   // float32 [G]; NaN or infinity where the group holds one
@@ -28,14 +33,24 @@ struct Found {
 
 namespace {
 
+constexpr int64_t RUN = 1 << 14;  // elements that a thread takes at a time, at least
+
 // Never below the smallest normal number; see round_scale in ../../quantize.py.
-float round_scale(float scale, int64_t format) {
+float round_scale(float scale, const Search& search) {
     scale = std::max(scale, 0x1p-126f);
     uint32_t bits = (uint32_t)bits_of(scale);
-    if (format == 1) bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-    if (format == 2) bits = (bits + 0x007fffffu) & 0xff800000u;
+    if (search.scale_format == SHORT) bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    if (search.scale_format == POWER) bits = (bits + 0x007fffffu) & 0xff800000u;
+    if (search.scale_format == EIGHT) {
+        const float global = (float)search.global_scale;
+        return OF_E4M3.round(std::max(std::min(scale * global, 448.0f), 0x1p-9f)) / global;
+    }
     return float_of((int32_t)bits);
 }
+
+// The value of a code of E4M3, and the code of one of its values.
+double value_of(int64_t code) { return code < 8 ? (double)code * 0x1p-9 : (double)float_of((int32_t)(code + 960) << 20); }
+int64_t code_of(float value) { return value < 0x1p-6f ? (int64_t)(value * 512) : (bits_of(value) >> 20) - 960; }
 
 constexpr Wanted wanted_by(Metric metric) { return metric == SIGN ? COUNTS : metric == MSE ? ERROR : DIRECTION; }
 
@@ -58,6 +73,9 @@ struct Contest {
     const Search& search;
     const Grid grid;
     std::vector<CountedPiece> pieces;
+    std::vector<double> neighbours;  // and what a stage needs, kept for the next
+    std::vector<Sums> sums_K;
+    std::vector<float> scale_K;
     Fixed fixed;
     int64_t filled;
     float absmax;  // the absmax scale
@@ -77,13 +95,13 @@ struct Contest {
             fixed.add(*piece++);
         });
         filled = piece - pieces.data();
-        absmax = high ? float_of(high) / grid.max : 1.0f;
+        absmax = high ? float_of(high) / grid.reach : 1.0f / (float)search.global_scale;
         if (high >= EXPONENT) return false;
-        if (high) absmax = round_scale(absmax, search.scale_format);
+        if (high) absmax = round_scale(absmax, search);
         return true;
     }
 
-    float scale(double a) const { return round_scale((float)((double)absmax * a), search.scale_format); }
+    float scale(double a) const { return round_scale((float)((double)absmax * a), search); }
 
     template <Wanted wanted>
     Sums sums(float s) const {
@@ -100,8 +118,8 @@ struct Contest {
     // Candidates against the incumbent: a strictly better score wins; of equal candidates the one nearest to
     // alpha 1, of two as near the larger.
     void stage(const double* alpha_K, int64_t K) {
-        std::vector<Sums> sums_K(K, Sums{});
-        std::vector<float> scale_K(K);
+        sums_K.assign(K, Sums{});
+        scale_K.resize(K);
         for (int64_t k = 0; k < K; ++k) scale_K[k] = scale(alpha_K[k]);
         for (int64_t i = 0; i < filled; ++i)
             for (int64_t k = 0; k < K; ++k) pieces[i].template add<wanted_by(metric)>(scale_K[k], grid, sums_K[k]);
@@ -112,13 +130,28 @@ struct Contest {
             const double far = std::fabs(alpha_K[k] - 1) + (alpha_K[k] < 1 ? 1e-9 : 0.0);
             if (winner < 0 || v > value || (v == value && far < distance)) winner = k, value = v, distance = far;
         }
-        if (value > best) best = value, alpha = alpha_K[winner];
+        if (K && value > best) best = value, alpha = alpha_K[winner];
+    }
+
+    // Over the scales that can be stored beside the plain one; see neighbours in ../../search/grid.py.
+    void stage_of_neighbours() {
+        neighbours.clear();
+        const int64_t code = code_of(absmax * (float)search.global_scale);
+        for (int64_t k = 0; k < search.K; ++k) {
+            const double steps = ((const double*)search.coarse.data)[k];
+            const int64_t other = code + (int64_t)steps;
+            const bool power = search.scale_format == POWER, stored = power || (other >= 1 && other <= 126);
+            const double a = power ? std::exp2(steps) : stored ? value_of(other) / value_of(code) : 1;
+            if (stored && a >= search.alpha_min && a <= search.alpha_max) neighbours.push_back(a);
+        }
+        stage(neighbours.data(), (int64_t)neighbours.size());
     }
 
     void run(const Sums& of_absmax) {
         alpha = 1;
         if (!fixed.changed) return;  // no evidence
         best = score<metric>(fixed, of_absmax, search.tau);
+        if (search.scale_format >= POWER) return stage_of_neighbours();
         stage((const double*)search.coarse.data, search.K);
         if (!search.n_fine) return;
         const double low = std::max(alpha - search.radius, search.alpha_min);
@@ -145,35 +178,53 @@ struct Contest {
 template <Metric metric>
 void search_all(const Matrix& weight, const Matrix& base, const Cover& cover, const Grid& grid, const Search& search,
                 int64_t threads, const Found& found) {
-    const int64_t G = cover.groups(), sides = search.reader ? 3 : 2, field = sides * G;
+    const int64_t G = cover.groups(), sides = search.reader ? 3 : 2;
     float* scale_G = (float*)found.scale.data;
     double *alpha_G = (double*)found.alpha.data, *totals = (double*)found.totals.data;
     int64_t* counts = (int64_t*)found.counts.data;
-    parallel(G, threads, [&] {
-        return [&, contest = Contest<metric>(search, grid, cover.cell_rows * cover.cell_cols)](int64_t g) mutable {
-            const Region region = cover.cell(g);
-            const bool finite = contest.load(region, weight, base);
-            scale_G[g] = contest.absmax;
-            alpha_G[g] = 1;
-            if (!finite) {
-                for (int64_t side = 0; side < sides; ++side)
-                    write(Fixed(), Sums{}, counts + side * G + g, totals + side * G + g, field);
-                return;
+    // small groups go to a thread many at a time: what neighbours write shares cache lines, and fields lie so far
+    // apart that they push each other out of the cache
+    const int64_t elements = cover.cell_rows * cover.cell_cols, run = ceil_div(RUN, elements), part = sides * run;
+    // side s of group i of a run: counts_P[s * run + i], and further fields `part` places on
+    const auto search_group = [&](Contest<metric>& contest, int64_t g, int64_t* counts_P, double* totals_P) {
+        const Region region = cover.cell(g);
+        const bool finite = contest.load(region, weight, base);
+        scale_G[g] = contest.absmax;
+        alpha_G[g] = 1;
+        const auto write_side = [&](int64_t side, const Fixed& fixed, const Sums& sums) {
+            write(fixed, sums, counts_P + side * run, totals_P + side * run, part);
+        };
+        if (!finite) {
+            for (int64_t side = 0; side < sides; ++side) write_side(side, Fixed(), Sums{});
+            return;
+        }
+        const Sums of_absmax = contest.template sums<ALL>(contest.scale(1));
+        contest.run(of_absmax);
+        const float scale = contest.scale(contest.alpha);
+        Sums of_best = of_absmax, as_read;
+        if (search.reader)
+            contest.sums_read(scale, of_best, as_read);
+        else if (contest.alpha != 1)
+            of_best = contest.template sums<ALL>(scale);
+        write_side(0, contest.fixed, of_best);
+        write_side(1, contest.fixed, of_absmax);
+        if (search.reader) write_side(2, contest.fixed, as_read);
+        contest.write_codes(region, scale, cover.N, (uint8_t*)found.codes.data);
+        scale_G[g] = scale;
+        alpha_G[g] = contest.alpha;
+    };
+    parallel(ceil_div(G, run), threads, [&] {
+        return [&, contest = Contest<metric>(search, grid, elements), counts_P = std::vector<int64_t>(6 * part),
+                totals_P = std::vector<double>(4 * part)](int64_t item) mutable {
+            const int64_t first = item * run, count = std::min(run, G - first);
+            for (int64_t i = 0; i < count; ++i)
+                search_group(contest, first + i, counts_P.data() + i, totals_P.data() + i);
+            for (int64_t side = 0; side < sides; ++side) {
+                for (int64_t f = 0; f < 6; ++f)
+                    std::memcpy(counts + (f * sides + side) * G + first, &counts_P[f * part + side * run], 8 * count);
+                for (int64_t f = 0; f < 4; ++f)
+                    std::memcpy(totals + (f * sides + side) * G + first, &totals_P[f * part + side * run], 8 * count);
             }
-            const Sums of_absmax = contest.template sums<ALL>(contest.scale(1));
-            contest.run(of_absmax);
-            const float scale = contest.scale(contest.alpha);
-            Sums of_best = of_absmax, as_read;
-            if (search.reader)
-                contest.sums_read(scale, of_best, as_read);
-            else if (contest.alpha != 1)
-                of_best = contest.template sums<ALL>(scale);
-            write(contest.fixed, of_best, counts + g, totals + g, field);
-            write(contest.fixed, of_absmax, counts + G + g, totals + G + g, field);
-            if (search.reader) write(contest.fixed, as_read, counts + 2 * G + g, totals + 2 * G + g, field);
-            contest.write_codes(region, scale, cover.N, (uint8_t*)found.codes.data);
-            scale_G[g] = scale;
-            alpha_G[g] = contest.alpha;
         };
     });
 }
@@ -191,7 +242,8 @@ const char* daq_search(Matrix weight, Matrix base, Plan plan, Format format, Sea
     const Cover& cover = check.cover;
     const int64_t G = cover.groups(), K = search.K, most = Check::MOST, sides = search.reader ? 3 : 2;
     check.need(search.metric >= SIGN && search.metric <= HYBRID, "the metric");
-    check.need(search.scale_format >= 0 && search.scale_format <= 2, "the scale format");
+    check.need(search.scale_format >= PLAIN && search.scale_format <= EIGHT, "the scale format");
+    check.need(search.global_scale >= 0x1p-119 && search.global_scale <= 0x1p117, "the global scale");
     check.need(search.reader >= FLOAT32 && search.reader <= FLOAT16, "the dtype of the reader");
     check.need(K >= 1 && K <= most && search.n_fine >= 0 && search.n_fine <= most, "the number of candidates");
     check.matrix(weight, "weight");

@@ -37,7 +37,7 @@ inline float read_as(float q) {
         return float_of((int32_t)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u));
     }
     if constexpr (reader == FLOAT16) {  // a grid with one value more, which stands for infinity
-        const Grid grid(Format{0x1p16, 0x1p-14, 10});
+        const Grid grid(0x1p16, 0x1p-14, 10);
         const int32_t bits = bits_of(grid.round(grid.saturate(q)));
         return float_of((bits & MAGNITUDE) == bits_of(0x1p16f) ? bits | EXPONENT : bits);
     }
