@@ -54,10 +54,7 @@ class Study:
                         yield model, base, seed
 
     def missing(self, model: str, base: BaseKind, seed: int) -> list[Setting]:
-        first = seed == self.args.seeds[0]
-        asked = settings(model, base, first=first, quick=self.args.quick)
-        if first:
-            asked += others.settings(model, base)
+        asked = settings(model, base, quick=self.args.quick) + others.settings(model, base)
         return [one for one in asked if Key(model, base, seed, one.name) not in self.rows.found]
 
     def run(self) -> None:

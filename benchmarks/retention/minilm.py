@@ -30,7 +30,7 @@ from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
 from recipes.finetune_and_export import DOCSTRING_OR_COMMENT
 
 CLASSES, TOKENS, BATCH, LAST_STEPS = 29, 40, 16, 16
-STEPS, HELD_OUT, COMMENTS = 100, 256, 96
+STEPS, HELD_OUT, COMMENTS = 100, 512, 96
 LEARNING_RATE = {"fp8": 1e-4, "fp8-small": 3e-5, "bf16": 1e-4, "lora": 6e-4}
 
 

@@ -76,23 +76,22 @@ class Setting:
         )
 
 
-def settings(model: str, base_kind: BaseKind, *, first: bool = True, quick: bool = False) -> list[Setting]:
+def settings(model: str, base_kind: BaseKind, *, quick: bool = False) -> list[Setting]:
     """Of one subject, each once.
 
     Args:
         model: "toy" or "minilm".
         base_kind: What was fine-tuned.
-        first: Whether this is the first seed, which has all settings; the others have those of CORE.
         quick: The few of a quick run.
     """
     found = [Setting(kind="post"), Setting(kind="base"), Setting(), Setting(scheme="FP8_DYNAMIC")]
-    found += _searched(model, base_kind, quick)
+    found += _searched(base_kind, quick)
     rounded = list(_rounded(model, quick))
     found += rounded
     found += [Setting(kind="post", activations=True)]
     seen = [one for one in [Setting(), HYBRID, *rounded] if _served(one)]
     found += [replace(one, activations=True) for one in seen]
-    return [one for one in dict.fromkeys(found) if first or one in CORE]
+    return list(dict.fromkeys(found))
 
 
 HYBRID = Setting(objective="hybrid", low=0.5, high=2.0)
@@ -115,27 +114,15 @@ def gptq() -> list[Setting]:
     ]
 
 
-CORE = (
-    *(Setting(kind=kind) for kind in ("post", "base")),
-    *(Setting(scheme=scheme) for scheme in ("FP8_BLOCK", "FP8_DYNAMIC")),
-    *(Setting(objective=metric, low=0.5, high=2.0) for metric in METRICS),
-    *(Setting(objective=metric, low=low, high=high) for metric in ("sign", "cosine") for low, high in RANGES),
-    *(UPDATE, INPUTS_UPDATE, *gptq()[-2:], ACTIVATIONS, ACTIVATIONS_UPDATE, GRADIENTS),
-    Setting(kind="post", activations=True),
-    *(replace(one, activations=True) for one in (Setting(), ACTIVATIONS_UPDATE)),
-)
-"""The settings of every seed but the first."""
-
-
-def _searched(model: str, base_kind: BaseKind, quick: bool) -> Iterator[Setting]:
-    """All on the toy with a base in FP8, where they differ most; elsewhere blocks, and the widest range."""
-    full = base_kind.startswith("fp8") and not quick
+def _searched(base_kind: BaseKind, quick: bool) -> Iterator[Setting]:
+    """Each objective with every granularity, scope and range on the two kinds of base that the paper has;
+    elsewhere blocks, and the widest range."""
+    full = base_kind in ("fp8", "bf16") and not quick
     for metric in METRICS:
         for low, high in RANGES if full else RANGES[:1]:
-            yield Setting(objective=metric, low=low, high=high)
-            if full and model == "toy":
-                yield Setting(objective=metric, low=low, high=high, scheme="FP8_DYNAMIC")
-                yield Setting(objective=metric, low=low, high=high, scope="tensor")
+            for scheme in ("FP8_BLOCK", "FP8_DYNAMIC") if full else ("FP8_BLOCK",):
+                for scope in ("group", "tensor") if full else ("group",):
+                    yield Setting(objective=metric, low=low, high=high, scheme=scheme, scope=scope)
 
 
 def _rounded(model: str, quick: bool) -> Iterator[Setting]:

@@ -113,6 +113,7 @@ def _tables() -> Iterator[tuple[str, list[tuple[str, Setting]], tuple[Column, ..
                 ("block", "FP8_BLOCK", "group"),
                 ("block, one alpha a tensor", "FP8_BLOCK", "tensor"),
                 ("channel", "FP8_DYNAMIC", "group"),
+                ("channel, one alpha a tensor", "FP8_DYNAMIC", "tensor"),
             )
             for low, high in RANGES
         ]

@@ -186,6 +186,11 @@ def make_parser() -> ArgumentParser:
         action="store_true",
         help="leave activations in 16 bit, to see what the weights alone cost",
     )
+    evaluate.add_argument(
+        "--dataset",
+        metavar="ORG/NAME",
+        help="the dataset of the Hub that FILE is a text of: the figures go to OUT/.eval_results as well",
+    )
     evaluate.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_output(evaluate)
     commands.add_subcommand("evaluate", evaluate, help="judge the served model on a text")

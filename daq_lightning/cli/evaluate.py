@@ -30,6 +30,7 @@ def evaluate(options: Namespace) -> int:
     from daq_lightning.audit.evaluate import evaluate, most_tokens
     from daq_lightning.checkpoint.text_file import read_documents
     from daq_lightning.export.run import check_device
+    from daq_lightning.model.hub import is_repository
     from daq_lightning.model.tokens import load_tokenizer, windows_of
     from daq_lightning.report.levels import quality_class
 
@@ -46,6 +47,10 @@ def evaluate(options: Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')}: expected {least} or more, got {given}.")
     check_device(options.device)
     out = export_folder(options.out)
+    if options.dataset is not None and not is_repository(options.dataset):
+        raise ValueError(
+            f"--dataset: expected the ORG/NAME of a dataset of the Hub, got {options.dataset!r}."
+        )
     models: dict[str, Any] = {
         "export": checkpoint_of(out, "OUT"),
         "post": weights_of(post, options.adapter),
@@ -73,6 +78,8 @@ def evaluate(options: Namespace) -> int:
             f"{options.device} has too little memory: pass a smaller --batch-size or --context, or leave "
             f"--device out. {str(error).splitlines()[0]}"
         ) from error
+    if options.dataset is not None:
+        _write_results(Path(out), options.dataset, found, Path(options.text).name)
     if options.json:
         print_json(
             {
@@ -93,6 +100,16 @@ def evaluate(options: Namespace) -> int:
     else:
         print(text_of(found, Path(options.text).name, context))
     return 0
+
+
+def _write_results(out: Path, dataset: str, found: Evaluation, text: str) -> None:
+    """The figures as the Hub reads them; those of an earlier evaluation on the same dataset are replaced."""
+    from daq_lightning.report.eval_results import eval_results
+
+    notes = f"{found.scheme}, {found.tokens:,} tokens of {text}, against the unquantized model"
+    path = out / ".eval_results" / f"{dataset.replace('/', '--')}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(eval_results(found.figures, dataset_id=dataset, notes=notes), encoding="utf-8")
 
 
 def headline(found: Evaluation) -> str:

@@ -7,6 +7,7 @@ import pytest
 import text_models
 import tiny_models
 import torch
+import yaml
 
 from daq_lightning import ScaleSearch, export_checkpoint
 from daq_lightning.cli import main
@@ -189,3 +190,17 @@ def test_the_export_is_left_as_it_was(folder, tmp_path):
     assert run(folder) == 0
     files = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "before").iterdir()}
+
+
+def test_figures_of_a_dataset_of_the_hub_are_written_where_it_reads_them(folder, capsys):
+    place = folder / "out" / ".eval_results"
+    assert run(folder, "--dataset", "no dataset") == 2
+    assert "ORG/NAME" in capsys.readouterr().err
+    assert not place.exists()
+    assert run(folder, "--dataset", "org/bench", "--json") == 0
+    figures = found(capsys)["figures"]
+    entries = yaml.safe_load((place / "org--bench.yaml").read_text())
+    values = {entry["dataset"]["task_id"]: entry["value"] for entry in entries}
+    assert values == pytest.approx({name: value for name, value in figures.items() if value is not None})
+    assert {entry["dataset"]["id"] for entry in entries} == {"org/bench"}
+    assert main(["verify", str(folder / "out")]) == 0  # it is no foreign file
