@@ -181,7 +181,7 @@ def _write_tensors(
                     writer.write_json(*record.content(mine))
 
         def finish(pair: Pair, result: SearchResult) -> None:
-            stored = job.plan.layout.pack(result.codes, result.scale)
+            stored = job.plan.layout.pack(result.codes, result.scale, global_scale=result.global_scale)
             write(pair.plan, stored, prints_of(stored, pair.weight, pair.base))
 
         def finish_kept(plan: TensorPlan, stored: Mapping[str, Tensor]) -> None:
