@@ -12,7 +12,7 @@ run in the dtype of post, the export in its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from daq_lightning.checkpoint.folder import config_dtype
-from daq_lightning.checkpoint.layouts import read_layout
+from daq_lightning.checkpoint.layouts import Layouts, read_layouts
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.checkpoint.schemes import Scheme
 from daq_lightning.checkpoint.spill import Spill
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.model.activations import holds_experts, quantized_activations
+from daq_lightning.model.activations import holds_experts, served_activations
 from daq_lightning.model.architecture import Architecture
 from daq_lightning.model.from_folder import FolderModel
 from daq_lightning.model.halves import Halves
@@ -34,6 +33,8 @@ from daq_lightning.report.model_figures import model_metrics
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
+
+    from daq_lightning.checkpoint.schemes import Scheme
 
 _PIECE = 2**24
 """Logits of one model that are in memory at a time: 32 MiB in 16 bit."""
@@ -92,8 +93,8 @@ def evaluate(
         ValueError: Vocabularies of different sizes, or tokens that are in none.
     """
     _check_vocabularies(models, windows)
-    layout = read_layout(models["export"].raw.quantization)
-    quantized = layout.scheme.quantized_activations and not weights_only
+    layouts = read_layouts(models["export"].raw.quantization)
+    quantized = any(one.scheme.quantized_activations for one in layouts.every) and not weights_only
     dtype, reference_dtype = _dtype_of(models["export"]), _dtype_of(models["post"])
     roles = [role for role in _LOGITS if role in models]
     count = sum(len(window) - 1 for window in windows)
@@ -102,7 +103,7 @@ def evaluate(
         for role in roles:
             bar.says(f"read by {role}")
             if role == "export":
-                model = _Served(models[role], dtype, device, layout.scheme if quantized else None)
+                model = _Served(models[role], dtype, device, layouts if quantized else None)
             else:
                 model = _Served(models[role], reference_dtype, device)
             model.try_on(windows[0])
@@ -118,7 +119,7 @@ def evaluate(
         tokens=count,
         changed=round(figures["top_changed"] * count) if "base" in models else None,
         windows=len(windows),
-        scheme=layout.scheme.name,
+        scheme=layouts.scheme,
         quantized_activations=quantized,
         dtype=str(dtype).removeprefix("torch."),
         reference_dtype=str(reference_dtype).removeprefix("torch."),
@@ -139,21 +140,25 @@ class _Served:
         files: The folder.
         dtype: What it runs in.
         device: Where.
-        scheme: Of which its quantized modules see their input; None leaves that as it is.
+        layouts: In which its quantized modules see their input; None leaves that as it is.
 
     Attributes:
         unseen: Quantized modules whose input cannot be quantized.
     """
 
     def __init__(
-        self, files: Checkpoint, dtype: torch.dtype, device: torch.device | str, scheme: Scheme | None = None
+        self,
+        files: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        layouts: Layouts | None = None,
     ) -> None:
         model = FolderModel(files.path, len(files.raw)).load(files, dtype).to(device)
-        self._halves, self._scheme = Halves(model, str(files.path)), scheme
-        self._modules: list[nn.Module] = []
+        self._halves = Halves(model, str(files.path))
+        self._modules: list[tuple[nn.Module, Scheme]] = []
         self.unseen: tuple[str, ...] = ()
-        if scheme is not None:
-            self._modules, self.unseen = _quantized_modules(model, files)
+        if layouts is not None:
+            self._modules, self.unseen = _quantized_modules(model, files, layouts)
 
     def try_on(self, tokens: Sequence[int]) -> None:
         """Raises `CheckpointError` if the model does not work in halves."""
@@ -171,26 +176,27 @@ class _Served:
     def drop_body(self) -> None:
         self._halves.drop_body()
         left = set(map(id, self._halves.model.modules()))
-        self._modules = [module for module in self._modules if id(module) in left]
+        self._modules = [(module, scheme) for module, scheme in self._modules if id(module) in left]
 
     def _as_served(self) -> AbstractContextManager[None]:
-        if self._scheme is None:
-            return nullcontext()
-        return quantized_activations(self._modules, self._scheme)
+        return served_activations(self._modules)
 
 
-def _quantized_modules(model: nn.Module, files: Checkpoint) -> tuple[list[nn.Module], tuple[str, ...]]:
-    """The modules with quantized weights, and the names of those whose input cannot be quantized."""
+def _quantized_modules(
+    model: nn.Module, files: Checkpoint, layouts: Layouts
+) -> tuple[list[tuple[nn.Module, Scheme]], tuple[str, ...]]:
+    """The modules whose servers quantize their input, and the names of those where it cannot be done."""
     codes = [name for name in files if files.stored(name) is not None]
     keys = Architecture(model).keys_of(codes)
-    owners = dict.fromkeys(owner_of(keys[name]) for name in codes)
-    modules = {name: model.get_submodule(name) for name in owners}
-    fit = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear) or holds_experts(module)
-    }
-    return list(fit.values()), tuple(name for name in modules if name not in fit)
+    schemes: dict[str, Scheme] = {}
+    for name in codes:
+        layout = layouts.of(name.removesuffix(".weight"), keys[name].removesuffix(".weight"))
+        if layout is not None and layout.scheme.quantized_activations:
+            schemes.setdefault(owner_of(keys[name]), layout.scheme)
+    modules = {name: model.get_submodule(name) for name in schemes}
+    fit = {name for name, one in modules.items() if isinstance(one, nn.Linear) or holds_experts(one)}
+    seen = [(modules[name], schemes[name]) for name in modules if name in fit]
+    return seen, tuple(name for name in modules if name not in fit)
 
 
 def _hidden_states(model: _Served, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Tensor]:

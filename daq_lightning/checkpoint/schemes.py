@@ -167,6 +167,9 @@ SCHEMES: Mapping[str, Scheme] = {
     )
 }
 
+FULL = "16"
+"""Beside schemes, in a ladder of them: a weight that is kept in 16 bit."""
+
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """Size at which a new safetensors file begins, as Hugging Face saves models."""
 

@@ -79,7 +79,10 @@ def make_parser() -> ArgumentParser:
         "--adapter", metavar="FOLDER", help="LoRA adapter (PEFT), merged into POST in float32"
     )
     quantize.add_argument(
-        "--dry-run", action="store_true", help="print what would be done to each tensor, write nothing"
+        "--dry-run",
+        action="store_true",
+        help="print what would be done to each tensor, write nothing; with --budget all weights are read and "
+        "measured",
     )
     layout = quantize.add_argument_group("how it is stored")
     _add_setting(layout, ExportSettings, "scheme")
@@ -93,6 +96,12 @@ def make_parser() -> ArgumentParser:
     _add_setting(layout, ExportSettings, "container")
     _add_setting(layout, ExportSettings, "scale_format")
     _add_setting(layout, ExportSettings, "max_shard_bytes")
+    layout.add_argument(
+        "--budget", type=str, default=None, metavar="B", help=_help_of(ExportSettings, "budget")
+    )
+    layout.add_argument(
+        "--ladder", nargs="+", default=[], metavar="S", help=_help_of(ExportSettings, "ladder")
+    )
     search = quantize.add_argument_group("how scales are searched, and codes rounded")
     _add_setting(search, ScaleSearch, "metric")
     search.add_argument(
@@ -270,5 +279,7 @@ def _dashed(option: str) -> str:
 
 def in_options(message: str) -> str:
     """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
-    named = r"\b(scheme|rounding|container|scale_format|missing_base|parent|chain_from|device)='([^']*)'"
+    named = (
+        r"\b(scheme|rounding|container|scale_format|missing_base|budget|parent|chain_from|device)='([^']*)'"
+    )
     return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)

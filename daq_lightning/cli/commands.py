@@ -25,6 +25,7 @@ def quantize(options: Namespace) -> int:
     """Writes a quantized checkpoint, or shows what would be written."""
     from daq_lightning.cli.ranks import all_ranks, device_of_rank
     from daq_lightning.export.job import prepare
+    from daq_lightning.export.mixed import within_budget
     from daq_lightning.export.run import check_device, run
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.export.source import Source
@@ -55,6 +56,8 @@ def quantize(options: Namespace) -> int:
         scale_format=options.scale_format,
         missing_base=options.missing_base,
         max_shard_bytes=options.max_shard_bytes,
+        budget=options.budget,
+        ladder=tuple(options.ladder),
     )
     if options.push_to_hub is not None and not is_repository(options.push_to_hub):
         raise ValueError(f"--push-to-hub expects ORG/NAME, got {options.push_to_hub}.")
@@ -71,6 +74,9 @@ def quantize(options: Namespace) -> int:
         job = prepare(
             source, base, choices, parent=options.parent, chain_from=options.chain_from, ranks=ranks
         )
+        if options.out is not None and choices.budget is not None:  # before an hour of measuring
+            ranks.first(lambda: _check_out(job, options))
+        job = within_budget(job, device=device, progress=not options.quiet, ranks=ranks)
         if options.dry_run:
             return _show_plan(job, options) if ranks.rank == 0 else 0
         report = run(
@@ -113,21 +119,28 @@ def _push(folder: str, options: Namespace) -> int:
 
 
 def _show_plan(job: Job, options: Namespace) -> int:
-    from daq_lightning.checkpoint.destination import check_destination, check_inputs
-
     if options.out is not None:
-        check_inputs(Path(options.out), job.inputs())
-        check_destination(Path(options.out))
+        _check_out(job, options)
+    placement = {} if job.placement is None else {"placement": job.placement.to_dict()}
     if options.json:
-        print_json(job.plan.to_dict() | {"without_base": dict(job.without_base)})
+        print_json(job.plan.to_dict() | {"without_base": dict(job.without_base)} | placement)
         return 0
     quantized, missing = len(job.plan.quantized), len(job.without_base)
     print(job.plan.table())
     base: Any = job.base
     print(f"base: {quantized - missing} of {quantized} weights to quantize are in {base.path}")
     print("".join(f"  {name}: plain scale, {why}\n" for name, why in job.without_base.items()), end="")
-    print("dry run: nothing was written")
+    if job.placement is not None:
+        print("\n".join(job.placement.lines()))
+    print("dry run: nothing was written" + ", all weights were measured" * (job.placement is not None))
     return 0
+
+
+def _check_out(job: Job, options: Namespace) -> None:
+    from daq_lightning.checkpoint.destination import check_destination, check_inputs
+
+    check_inputs(Path(options.out), job.inputs())
+    check_destination(Path(options.out))
 
 
 def inspect(options: Namespace) -> int:

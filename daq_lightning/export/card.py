@@ -71,6 +71,8 @@ def make_recipe(job: Job, folder: Path, out: Path) -> str:
         "spacing": search.spacing,
         "rounding": settings.rounding,
         "missing_base": settings.missing_base,
+        "budget": settings.budget,
+        "ladder": list(settings.ladder) or None,
     }
     if lineage.chain_from is not None:
         options["parent"] = _from(folder, out, Path(lineage.parent))
@@ -111,7 +113,7 @@ def make_card(job: Job, report: ExportReport, recipe: bool, *, evaluation: Evalu
             base_card = read_card(base.path)
     facts = CardFacts(
         report=report,
-        layout=job.plan.layout,
+        layouts=job.plan.layouts,
         config=job.source.config,
         published=published,
         base=str(named) if is_repository(named) else from_base,

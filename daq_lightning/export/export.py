@@ -9,10 +9,12 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from daq_lightning.checkpoint.destination import check_destination
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, SchemeName
 from daq_lightning.export.job import prepare
+from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import check_device, run
 from daq_lightning.export.settings import ExportSettings
@@ -40,6 +42,8 @@ def export_checkpoint(
     scale_format: ScaleFormat | None = None,
     missing_base: Literal["error", "absmax"] = "error",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    budget: str | int | None = None,
+    ladder: Iterable[str] = (),
     parent: str | None = None,
     chain_from: ChainFrom | None = None,
     device: str | None = None,
@@ -73,6 +77,11 @@ def export_checkpoint(
         missing_base: What to do with a weight that the base lacks or has in another shape: "error", or
             "absmax" to quantize it without a search and say so in the report.
         max_shard_bytes: Bytes at which a new safetensors file begins.
+        budget: What the quantized weights may take, scales included: mean bits of one ("4.5 bits") or bytes
+            of all ("2.1 GB"). All are measured first, and those that lose most for their bytes go up from
+            `scheme` to larger formats.
+        ladder: With a budget, the schemes from the lowest up, "16" for 16 bit; left out, four bits go up to
+            FP8A16, and all to 16.
         parent: Folder of the export that this stage of a chain follows; None takes `base` if it is one.
         chain_from: Makes this a stage of a chain: whether it was trained from the parent's high-precision
             "weights" or its "deployed" ones.
@@ -89,8 +98,9 @@ def export_checkpoint(
         The report, also written as `daq_report.json`.
 
     Raises:
-        CheckpointError: A folder cannot be read, base and weights do not fit, or the destination cannot be
-            written. `HubError`, of these: the Hub lacks a model, or the upload failed; the export stays.
+        CheckpointError: A folder cannot be read, base and weights do not fit, the destination cannot be
+            written, or no rungs meet the budget. `HubError`, of these: the Hub lacks a model, or the upload
+            failed; the export stays.
         ValueError: NaN or Inf in a weight, a device that is not there, or settings that contradict each
             other.
 
@@ -115,6 +125,8 @@ def export_checkpoint(
         scale_format=scale_format,
         missing_base=missing_base,
         max_shard_bytes=max_shard_bytes,
+        budget=budget,
+        ladder=tuple(ladder),
     )
     ranks = Ranks.all() if distributed else ALONE
     try:
@@ -128,6 +140,9 @@ def export_checkpoint(
         source, before = ranks.together(opened)
         job = prepare(source, before, settings, parent=parent, chain_from=chain_from, ranks=ranks)
         place = Path(out).expanduser()
+        if budget is not None:  # before anything is measured
+            ranks.first(lambda: check_destination(place))
+        job = within_budget(job, device=device, progress=progress, ranks=ranks)
         report = run(job, place, device=device, progress=progress, ranks=ranks, resume=resume)
         if push_to_hub is not None:
             ranks.first(lambda: push_folder(place, push_to_hub, private=private))

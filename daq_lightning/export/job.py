@@ -20,6 +20,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, spec_in
+from daq_lightning.export.layout_choice import Placed
 from daq_lightning.export.lineage import ancestors, make_lineage
 from daq_lightning.export.plan import ExportPlan, plan_export
 from daq_lightning.export.ranks import ALONE, Ranks
@@ -27,6 +28,7 @@ from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source, described
 from daq_lightning.numerics.rounding.settings import RoundingChoice
 from daq_lightning.numerics.rounding.statistics import Curvature
+from daq_lightning.report.placement import Placement
 
 _LISTED = 5
 
@@ -46,6 +48,7 @@ class Job:
         root: The base of the chain's first stage: what is kept of the change since then is reported too.
         training: Step, epoch and checkpoint of the run that made the weights.
         curvature: What was collected of the weights' curvature; None where nothing collects it.
+        placement: Which weights the budget put on which rung; None without one, or before it is measured.
     """
 
     source: Source
@@ -58,6 +61,7 @@ class Job:
     root: Mapping[str, Tensor] | None = field(repr=False)
     training: Mapping[str, Any] = field(default_factory=dict)
     curvature: Curvature | None = field(default=None, repr=False)
+    placement: Placement | None = field(default=None, repr=False)
 
     def parts(self) -> dict[str, str]:
         """All that decides what is written, in words."""
@@ -93,7 +97,8 @@ class Job:
         Raises:
             CheckpointError: As for `plan_export`.
         """
-        plan = plan_export(self.source.specs, self.source.outline, settings)
+        placed = None if self.placement is None or settings.budget is None else placed_by(self.placement)
+        plan = plan_export(self.source.specs, self.source.outline, settings, placed)
         quantized = {tensor.spec.name for tensor in plan.quantized}
         return dataclasses.replace(
             self,
@@ -102,6 +107,10 @@ class Job:
             base_names={name: base for name, base in self.base_names.items() if name in quantized},
             without_base={name: why for name, why in self.without_base.items() if name in quantized},
         )
+
+    def placed_as(self, placement: Placement) -> Job:
+        """The same export with its weights on the rungs of a placement."""
+        return dataclasses.replace(self, placement=placement).planned_as(self.settings)
 
     def after_training(
         self, source: Source, training: Mapping[str, Any], curvature: Curvature | None = None
@@ -198,6 +207,11 @@ def parts_of(plan: ExportPlan, settings: ExportSettings) -> dict[str, str]:
         "the list of unquantized modules": ", ".join(plan.ignore),
         "the settings": str(settings),
     }
+
+
+def placed_by(placement: Placement) -> dict[str, Placed]:
+    """The rung of each weight of a placement."""
+    return {name: Placed(group.rung, group.reason) for group in placement.groups for name in group.names}
 
 
 def _match_base(

@@ -33,11 +33,10 @@ from daq_lightning.export.manifest import make_manifest
 from daq_lightning.export.ranks import ALONE, Agreement, RankLostError, Ranks
 from daq_lightning.export.rounding import choose_codes
 from daq_lightning.export.sampled import curve_names, look
+from daq_lightning.export.scales import search_scales
 from daq_lightning.export.stream import Pair, stream
 from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import Work, open_on_all, share_out
-from daq_lightning.numerics.objectives import as_searched
-from daq_lightning.numerics.search.search import search_batch
 from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ExportReport
 from daq_lightning.report.html import page
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
     from daq_lightning.checkpoint.tensor_file import TensorSpec
     from daq_lightning.export.job import Job
     from daq_lightning.export.plan import TensorPlan
-    from daq_lightning.numerics.search.settings import ScaleSearch
 
 
 def run(
@@ -126,12 +124,13 @@ def run(
             raise
         report = ExportReport(
             path=str(out),
-            scheme=job.plan.layout.scheme.name,
+            scheme=job.plan.layouts.scheme,
             search=dataclasses.asdict(job.settings.scale_search),
             tensors=tuple(every.reports[tensor.spec.name] for tensor in job.plan.quantized),
             kept={tensor.spec.name: tensor.reason for tensor in job.plan.tensors if not tensor.quantize},
             notes=(*job.plan.notes, *notes_of(job, every.reports)),
             dtype=str(job.plan.dtype).removeprefix("torch."),
+            placement=job.placement,
         )
         if judge is not None:
             report = judge(writer.folder, tuple(shards), report)
@@ -181,7 +180,7 @@ def _write_tensors(
                     writer.write_json(*record.content(mine))
 
         def finish(pair: Pair, result: SearchResult) -> None:
-            stored = job.plan.layout.pack(
+            stored = pair.plan.layout.pack(
                 result.codes, result.scale, zero=result.zero, global_scale=result.global_scale
             )
             write(pair.plan, stored, prints_of(stored, pair.weight, pair.base))
@@ -197,7 +196,7 @@ def _write_tensors(
                     behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
                     continue
                 with clock.searching():
-                    chosen = choose_codes(job, batch, partial(_search, job))
+                    chosen = choose_codes(job, batch, partial(search_scales, job))
                 samples = look(job, batch, [one.result for one in chosen], curves)
                 reports = batch_reports(job, batch, chosen, samples)
                 for pair, report, one in zip(batch, reports, chosen, strict=True):
@@ -231,20 +230,6 @@ def _publish(
     writer.add_text(CARD, make_card(job, report, bool(recipe)))
     writer.write_json(MANIFEST, make_manifest(job, prints, writer.folder, out).to_dict())
     writer.publish()
-
-
-def _search(job: Job, batch: Sequence[Pair], search: ScaleSearch) -> list[SearchResult]:
-    """The scales of a batch; without a base, a weight searched against itself keeps its absmax scale."""
-    return search_batch(
-        [as_searched(pair.weight) for pair in batch],
-        [as_searched(pair.weight if pair.base is None else pair.base) for pair in batch],
-        job.plan.layout.granularity,
-        search,
-        scale_format=job.plan.layout.scale_format,
-        fmt=job.plan.layout.scheme.format,
-        names=[pair.plan.spec.name for pair in batch],
-        reader_dtype=job.plan.dtype,
-    )
 
 
 def _check_finite(tensor: Tensor, name: str) -> None:

@@ -28,9 +28,10 @@ from daq_lightning.checkpoint.folder import REPORT, read_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.bins import STEP_EDGES
 from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
+from daq_lightning.report.placement import Placement
 from daq_lightning.report.rounding import Rounding
 from daq_lightning.report.sampled import AlphaCurve, ByStep
-from daq_lightning.report.shape import FLOAT_SUMS, check_report
+from daq_lightning.report.shape import FLOAT_SUMS, check_report, only_numbers
 
 Side: TypeAlias = Literal["searched", "dequantized", "absmax", "root"]
 _READ_AS = {
@@ -130,6 +131,7 @@ class ExportReport:
         dtype: What a reader dequantizes to: the dtype of the kept tensors.
         validation: Figure of the Trainer's validation -> "unquantized" and "served" -> its value: of the
             model as it was, and with the exported weights; empty where there was none.
+        placement: Which weights a budget put on which rung, and why; None without a budget.
     """
 
     path: str
@@ -140,6 +142,7 @@ class ExportReport:
     notes: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     validation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    placement: Placement | None = None
 
     def totals(self, side: Side = "searched") -> DeltaStats:
         """Sums over all quantized tensors whose base is known."""
@@ -170,7 +173,8 @@ class ExportReport:
             "step_edges": list(STEP_EDGES),
             "totals": {side: _with_sums(self.totals(side)) for side in self._sides()},
             "notes": list(self.notes),
-            **({"validation": _finite(self.validation)} if self.validation else {}),
+            **({"validation": only_numbers(self.validation)} if self.validation else {}),
+            **({} if self.placement is None else {"placement": self.placement.to_dict()}),
             "tensors": {tensor.name: tensor.to_dict() for tensor in self.tensors},
             "kept": dict(self.kept),
         }
@@ -205,6 +209,7 @@ class ExportReport:
                 name: {side: math.nan if value is None else value for side, value in values.items()}
                 for name, values in content.get("validation", {}).items()
             },
+            placement=Placement.from_dict(content["placement"]) if "placement" in content else None,
         )
 
     @property
@@ -272,14 +277,6 @@ def alpha_statistics(alpha: Tensor) -> Tensor:
     """min, mean, max and moved (share of groups with alpha != 1) of a tensor's alphas: float64, on its
     device."""
     return torch.stack([alpha.min(), alpha.mean(), alpha.max(), (alpha != 1).double().mean()])
-
-
-def _finite(validation: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    """JSON has no word for NaN."""
-    return {
-        name: {side: value if math.isfinite(value) else None for side, value in values.items()}
-        for name, values in validation.items()
-    }
 
 
 def _with_sums(stats: DeltaStats) -> dict[str, Any]:

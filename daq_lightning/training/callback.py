@@ -66,6 +66,8 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         ignore: Modules to keep in high precision: full names, or regular expressions after `re:`.
         module: Name of the submodule to export; None finds the one `PreTrainedModel`.
         scale_format: None, or "ue8m0" for scales that are powers of two.
+        budget: What quantized weights may take, as mean bits ("4.5 bits") or bytes ("2.1 GB"): each export
+            measures all, and those that lose most go up from `scheme` to FP8A16 or 16 bit.
         export_on: "train_end", or "checkpoint": whenever ModelCheckpoint saves, the same weights.
         every_n_train_steps, every_n_epochs: Also export every so many optimizer steps, or epochs.
         which: What is exported at the end: the "last" weights, or the "best" checkpoint of the first
@@ -127,6 +129,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         ignore: list[str] | None = None,
         module: str | None = None,
         scale_format: Literal["ue8m0"] | None = None,
+        budget: str | int | None = None,
         export_on: ExportOn = "train_end",
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
@@ -161,8 +164,9 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
             filename=filename,
         )
         choices = make_settings(
-            scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes, rounding
-        )
+            scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes,
+            rounding, budget,
+        )  # fmt: skip
         collecting = Collecting(
             source=curvature,
             memory=bytes_of(curvature_memory),

@@ -88,9 +88,10 @@ def settled(settings: RunSettings, trainer: Trainer) -> RunSettings:
         return settings
     hooks = settings.collecting.source != "gradients"
     reason = why_not_observed(trainer, hooks=hooks)
-    if hooks and settings.validation.schemes and trainer.world_size > 1:
+    anew = "on_failure='fallback'" if settings.validation.schemes else "budget"
+    if hooks and settings.deals_anew and trainer.world_size > 1:
         # each rank has the sums of the weights that it was dealt first
-        reason = reason or "on_failure='fallback' deals the weights to the ranks anew"
+        reason = reason or f"{anew} deals the weights to the ranks anew"
     if not reason:
         choices = dataclasses.replace(settings.choices, rounding="curvature")
         return dataclasses.replace(settings, choices=choices)

@@ -22,6 +22,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from daq_lightning.checkpoint.schemes import SCHEMES
 from daq_lightning.export.written import WrittenWeights
 from daq_lightning.model.activations import quantized_activations
 from daq_lightning.model.fusion import fused_groups
@@ -119,11 +120,18 @@ class Judge:
         self.ranks.together(lambda: swap.weights(self.model, written, only))
         with contextlib.ExitStack() as stack:
             if self.settings.quantize_activations:
-                names = [tensor.spec.name for tensor in self.job.plan.quantized]
-                seen = [name for name in names if only is None or name in only]
-                modules = computing_modules(self.model, seen)
-                stack.enter_context(quantized_activations(modules, self.job.plan.layout.scheme))
+                for scheme, names in self._by_scheme(only).items():
+                    modules = computing_modules(self.model, names)
+                    stack.enter_context(quantized_activations(modules, SCHEMES[scheme]))
             yield
+
+    def _by_scheme(self, only: Collection[str] | None) -> dict[str, list[str]]:
+        """Scheme -> the weights that are in it."""
+        found: dict[str, list[str]] = {}
+        for tensor in self.job.plan.quantized:
+            if only is None or tensor.spec.name in only:
+                found.setdefault(tensor.layout.scheme.name, []).append(tensor.spec.name)
+        return found
 
     def _measure_layers(self, swap: Swap, written: WrittenWeights) -> None:
         """The KL of one batch with one layer quantized, for each; layers that servers fuse are one."""

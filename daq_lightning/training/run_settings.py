@@ -79,6 +79,11 @@ class RunSettings:
         for name, value in places.items():  # with `~` as the user's home
             object.__setattr__(self, name, value)
 
+    @property
+    def deals_anew(self) -> bool:
+        """Whether an export may be planned otherwise than when training began."""
+        return bool(self.validation.schemes) or self.choices.budget is not None
+
     def description(self, model: str | None, place: int | None) -> dict[str, Any]:
         """What a resumed run knows its callback by, in primitives; see `resume.py`.
 
@@ -109,6 +114,7 @@ def make_settings(
     missing_base: MissingBase,
     max_shard_bytes: int,
     rounding: RoundingChoice,
+    budget: str | int | None,
 ) -> ExportSettings:
     """The settings of an export from the arguments of `DeltaAwareQuantization`.
 
@@ -157,6 +163,7 @@ def make_settings(
             scale_format=scale_format,
             missing_base=missing_base,
             max_shard_bytes=max_shard_bytes,
+            budget=budget,
         )
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(str(error)) from error

@@ -25,10 +25,12 @@ class Described:
     Attributes:
         scheme: The field's name.
         powers_of_two: Whether scales are.
+        targets: The modules it is for, as compressed-tensors names them; empty for all.
     """
 
     scheme: str
     powers_of_two: bool = False
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
