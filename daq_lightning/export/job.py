@@ -97,13 +97,15 @@ class Job:
         Raises:
             CheckpointError: As for `plan_export`.
         """
-        placed = None if self.placement is None or settings.budget is None else placed_by(self.placement)
+        placement = None if settings.budget is None else self.placement
+        placed = None if placement is None else placed_by(placement)
         plan = plan_export(self.source.specs, self.source.outline, settings, placed)
         quantized = {tensor.spec.name for tensor in plan.quantized}
         return dataclasses.replace(
             self,
             settings=settings,
             plan=plan,
+            placement=None if placement is None else placement.of(plan.placed),
             base_names={name: base for name, base in self.base_names.items() if name in quantized},
             without_base={name: why for name, why in self.without_base.items() if name in quantized},
         )

@@ -164,7 +164,8 @@ def layouts_of(quantized: Sequence[TensorPlan], lowest: Layout) -> Layouts:
         if tensor.role == "expert":
             names = ["re:.*\\.experts\\..*"] if len(of_experts) == 1 else names[:1]
         targets.update(dict.fromkeys(name.removesuffix(".weight") for name in names))
-    every = tuple((layout, tuple(targets)) for layout, targets in groups.values())
+    upwards = sorted(groups.values(), key=lambda group: group[0].scheme.format.bits)
+    every = tuple((layout, tuple(targets)) for layout, targets in upwards)
     return Layouts(groups=every or ((lowest, ()),))
 
 

@@ -38,7 +38,7 @@ _WHOLE = 2 * _BAND * _BANDS  # up to here all rows are looked at
 
 
 def kind_of(job: Job, names: Sequence[str]) -> tuple[LossKind, str]:
-    """What all weights of an export are compared by, and why it is not the curvature that was asked for, if so.
+    """What all weights of an export are compared by, and why it is not the curvature if one was collected.
 
     Args:
         job: The export.

@@ -9,8 +9,9 @@ by their order.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,14 @@ class PlacedGroup:
     rung: str
     losses: Mapping[str, float]
     sizes: Mapping[str, int]
+
+    @property
+    def title(self) -> str:
+        """The weights in a few words: of many, the first and how many."""
+        first, *others = (name.removesuffix(".weight") for name in self.names)
+        if len(others) > 2:
+            return f"{first} and {len(others)} more"
+        return " + ".join([first, *(name.rpartition(".")[2] for name in others)])
 
     @property
     def lowest(self) -> str:
@@ -95,6 +104,11 @@ class Placement:
         """The sum over all groups, where they are or on their lowest rungs."""
         return math.fsum(one.losses[one.lowest if lowest else one.rung] for one in self.groups)
 
+    def of(self, names: Collection[str]) -> Placement:
+        """What is left of it where only some weights are still to be quantized."""
+        groups = tuple(group for group in self.groups if set(group.names) <= set(names))
+        return dataclasses.replace(self, groups=groups)
+
     def lines(self) -> list[str]:
         """What was bought, in a few lines: the budget, each rung, and what gained most."""
         rungs: dict[str, list[PlacedGroup]] = {}
@@ -106,7 +120,7 @@ class Placement:
             for rung, groups in rungs.items()
         )
         up = sorted((group for group in self.groups if group.gain > 0), key=lambda group: -group.gain)
-        best = "; ".join(f"{' + '.join(group.names)} {group.reason}" for group in up[:3])
+        best = "; ".join(f"{group.title}, {group.reason}" for group in up[:3])
         before, after = self.loss(lowest=True), self.loss()
         return [
             f"budget {self.budget}: {self.size:,} of {self.capacity:,} bytes used, {self.bits:.4g} bits a "

@@ -61,8 +61,8 @@ def serving(layouts: Sequence[Layout], has_config: bool) -> str:
     scales = " ".join(dict.fromkeys(map(_of_scales, layouts)))
     if len(layouts) > 1:
         scales += (
-            " Several schemes are config groups of one checkpoint, which transformers loads as it is, and not "
-            "with `dequantize=True`."
+            " Several schemes are config groups of one checkpoint: transformers loads it as it is, not with "
+            "`dequantize=True`."
         )
     return (
         f"{commands}\n\n{scales} What SGLang does with scales was not looked at.\n\n"
