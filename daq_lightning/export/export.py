@@ -16,7 +16,7 @@ from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, Sch
 from daq_lightning.export.job import prepare
 from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.ranks import ALONE, Ranks
-from daq_lightning.export.run import check_device, run
+from daq_lightning.export.run import check_device, run, search_scales
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.model.hub import local_folder, push_folder
@@ -142,7 +142,7 @@ def export_checkpoint(
         place = Path(out).expanduser()
         if budget is not None:  # before anything is measured
             ranks.first(lambda: check_destination(place))
-        job = within_budget(job, device=device, progress=progress, ranks=ranks)
+        job = within_budget(job, search_scales, device=device, progress=progress, ranks=ranks)
         report = run(job, place, device=device, progress=progress, ranks=ranks, resume=resume)
         if push_to_hub is not None:
             ranks.first(lambda: push_folder(place, push_to_hub, private=private))

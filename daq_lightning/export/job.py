@@ -20,10 +20,10 @@ from torch import Tensor
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, spec_in
-from daq_lightning.export.layout_choice import Placed
 from daq_lightning.export.lineage import ancestors, make_lineage
 from daq_lightning.export.plan import ExportPlan, plan_export
 from daq_lightning.export.ranks import ALONE, Ranks
+from daq_lightning.export.rungs import Placed
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source, described
 from daq_lightning.numerics.rounding.settings import RoundingChoice

@@ -15,23 +15,25 @@ Legend: M out, N in, R rows that are looked at.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.layouts.parts import Unpacked
-from daq_lightning.export.scales import search_scales
-from daq_lightning.export.stream import Pair
 from daq_lightning.numerics.objectives import as_searched
 from daq_lightning.numerics.quantize import dequantize
 
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.layouts import Layout
     from daq_lightning.export.job import Job
+    from daq_lightning.export.stream import Pair
     from daq_lightning.numerics.rounding.statistics import Statistics
+    from daq_lightning.numerics.search.settings import ScaleSearch
+    from daq_lightning.numerics.search.stages import SearchResult
 
+SearchScales: TypeAlias = "Callable[[Job, Sequence[Pair], ScaleSearch], list[SearchResult]]"
 LossKind: TypeAlias = Literal["curvature", "inputs", "update"]
 _BAND, _BANDS = 128, 4  # rows of the tallest group of weights that share a scale, and how often
 _WHOLE = 2 * _BAND * _BANDS  # up to here all rows are looked at
@@ -57,7 +59,9 @@ def kind_of(job: Job, names: Sequence[str]) -> tuple[LossKind, str]:
     return ("curvature" if sides == {True} else "inputs"), ""
 
 
-def losses_of(job: Job, pair: Pair, layouts: Mapping[str, Layout | None], kind: LossKind) -> dict[str, float]:
+def losses_of(
+    job: Job, pair: Pair, layouts: Mapping[str, Layout | None], kind: LossKind, search: SearchScales
+) -> dict[str, float]:
     """What a weight would lose.
 
     Args:
@@ -65,6 +69,7 @@ def losses_of(job: Job, pair: Pair, layouts: Mapping[str, Layout | None], kind: 
         pair: The weight and its base.
         layouts: Rung -> layout; None keeps the weight in the dtype of what is kept.
         kind: As `kind_of` says.
+        search: Finds the scales of weights in their layouts.
 
     Returns:
         Rung -> loss.
@@ -75,7 +80,7 @@ def losses_of(job: Job, pair: Pair, layouts: Mapping[str, Layout | None], kind: 
     rows = rows_of(pair.weight.shape[0])
     statistics = None if job.curvature is None or kind == "update" else job.curvature.get(pair.plan.spec.name)
     return {
-        rung: _loss(job, pair, _error(job, pair, layout, rows), rows, kind, statistics)
+        rung: _loss(job, pair, _error(job, pair, layout, rows, search), rows, kind, statistics)
         for rung, layout in layouts.items()
     }
 
@@ -99,7 +104,9 @@ def _seen(tensor_MN: Tensor, rows: Sequence[slice]) -> Tensor:
     return torch.cat([tensor_MN[band] for band in rows]) if len(rows) > 1 else tensor_MN
 
 
-def _error(job: Job, pair: Pair, layout: Layout | None, rows: Sequence[slice]) -> Tensor:
+def _error(
+    job: Job, pair: Pair, layout: Layout | None, rows: Sequence[slice], search: SearchScales
+) -> Tensor:
     """E of the rows that are looked at: float32 (R, N)."""
     weight_RN = _seen(pair.weight, rows)
     if layout is None:
@@ -107,8 +114,8 @@ def _error(job: Job, pair: Pair, layout: Layout | None, rows: Sequence[slice]) -
     base_RN = None if pair.base is None else _seen(pair.base, rows)
     spec = dataclasses.replace(pair.plan.spec, shape=tuple(weight_RN.shape))
     plan = dataclasses.replace(pair.plan, form=layout, spec=spec)
-    part = Pair(plan, weight_RN, base_RN)
-    [result] = search_scales(job, [part], job.settings.scale_search)
+    part = pair._replace(plan=plan, weight=weight_RN, base=base_RN)
+    [result] = search(job, [part], job.settings.scale_search)
     codes = Unpacked(result.codes, result.scale, result.zero).centered
     return dequantize(codes, result.scale, layout.granularity, torch.float32) - as_searched(weight_RN).float()
 

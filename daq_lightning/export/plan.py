@@ -19,13 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from daq_lightning.checkpoint.layouts import Layout, Layouts
+from daq_lightning.checkpoint.layouts import Layout, Layouts, make_layout
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.schemes import FULL
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.ignore import ignored_by
-from daq_lightning.export.layout_choice import Placed, check_layouts, layouts_of, lowest, rungs_of
+from daq_lightning.export.layout_choice import check_layouts, rungs_of
 from daq_lightning.export.progress import size_text
+from daq_lightning.export.rungs import Placed, lowest
+from daq_lightning.export.sizes import kept_dtype
+from daq_lightning.export.targets import layouts_of
 from daq_lightning.model.fusion import check_experts, check_fused, shared_input
 from daq_lightning.model.outline import Outline, Role, owner_of
 
@@ -80,7 +83,7 @@ class ExportPlan:
 
     Attributes:
         tensors: One entry per tensor, in file order.
-        layout: The layout of the quantized tensors; the lowest, where a budget places them.
+        rungs: The layouts that tensors may have, the lowest first.
         ignore: Full names of the Linear modules that are not quantized, in checkpoint and in memory names.
         dtype: Of kept tensors, and the `dtype` of config.json.
         notes: What the user should know, such as a fallback.
@@ -88,11 +91,16 @@ class ExportPlan:
     """
 
     tensors: tuple[TensorPlan, ...]
-    layout: Layout
+    rungs: tuple[Layout, ...]
     ignore: tuple[str, ...]
     dtype: torch.dtype
     notes: tuple[str, ...]
     placed: Mapping[str, Placed]
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the quantized tensors; the lowest, where a budget places them."""
+        return self.rungs[0]
 
     @property
     def quantized(self) -> list[TensorPlan]:
@@ -194,12 +202,12 @@ def plan_export(
         )
     check_fused({spec.name for spec in chosen}, roles)
     check_experts(chosen, specs, keys, roles)
-    rungs, notes = rungs_of(settings, chosen)
-    layout, forms = rungs[0], {one.scheme.name: one for one in rungs}
-    if placed is None:
-        placed = lowest(settings, rungs, chosen)
+    schemes, notes = rungs_of(settings, chosen)
+    rungs = [make_layout(name, container=held, scale_format=kept) for name, held, kept in schemes]
+    forms = {one.scheme.name: one for one in rungs}
+    dtype, masters = kept_dtype(specs)
+    placed = lowest(settings, rungs, chosen, dtype) if placed is None else placed
     notes += check_layouts(rungs, placed, chosen, roles)
-    dtype, masters = _kept_dtype(specs)
     doubles = sum(spec.dtype == torch.float64 for spec in chosen)
     if doubles:
         notes.append(f"{doubles} weights are float64: they were searched and measured as float32.")
@@ -215,11 +223,11 @@ def plan_export(
     )  # fmt: skip
     return ExportPlan(
         tensors=tensors,
-        layout=layout,
         ignore=_ignore_list(tensors, outline),
         dtype=dtype,
         notes=tuple(notes),
         placed={spec.name: placed[spec.name] for spec in chosen},
+        rungs=tuple(rungs),
     )
 
 
@@ -253,21 +261,6 @@ def _is_expert(tensor: TensorPlan) -> bool:
     return tensor.role == "expert" or (
         len(tensor.spec.shape) == 3 and owner_of(tensor.key).endswith("experts")
     )
-
-
-def _kept_dtype(specs: Sequence[TensorSpec]) -> tuple[torch.dtype, bool]:
-    """The dtype of most of the floating-point data, if servers take it, else bfloat16; and whether that is a
-    cast.
-
-    float32 masters are cast; a few float32 tensors of a 16-bit checkpoint are float32 on purpose.
-    """
-    sizes: dict[torch.dtype, int] = {}
-    for spec in specs:
-        if spec.dtype.is_floating_point:
-            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
-    dominant = max(sizes, key=lambda dtype: sizes[dtype])
-    servable = dominant in (torch.bfloat16, torch.float16)
-    return (dominant, False) if servable else (torch.bfloat16, True)
 
 
 def _quantized(spec: TensorSpec, key: str, role: Role, layout: Layout, why: str, together: str) -> TensorPlan:

@@ -18,13 +18,14 @@ from daq_lightning import CheckpointError, ExportReport, ScaleSearch, export_che
 from daq_lightning.audit.chain import Chain
 from daq_lightning.audit.recompute import differences, recompute
 from daq_lightning.audit.verify import verify_checkpoint
-from daq_lightning.checkpoint.ladders import LADDERS, Budget
+from daq_lightning.checkpoint.budget import Budget
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.checkpoint.schemes import SCHEMES
+from daq_lightning.checkpoint.schemes import LADDERS, SCHEMES
 from daq_lightning.cli import main
 from daq_lightning.export.job import prepare
 from daq_lightning.export.losses import losses_of, rows_of
 from daq_lightning.export.mixed import within_budget
+from daq_lightning.export.run import search_scales
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.export.stream import Pair
@@ -57,6 +58,10 @@ def job_of(pair, curvature=None, **settings):
     base, post = pair
     settings = {"search": QUICK, "scheme": "W4A16", "rounding": "nearest"} | settings
     return prepare(Source.of(post), Checkpoint(base), ExportSettings(**settings), curvature=curvature)
+
+
+def placed(job):
+    return within_budget(job, search_scales)
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +183,14 @@ def test_no_other_placement_that_fits_loses_less(exported, pair, tmp_path):
     assert len(placement.groups) == 8
     assert placement.loss() == pytest.approx(best, rel=1e-12)
     files = Checkpoint(report.path).raw
-    placed = [name for name in files.entries if any(name.startswith(weight) for weight in rungs(report))]
-    assert placement.size == sum(files.entries[name].nbytes for name in placed) <= placement.capacity
+    parts = [name for name in files.entries if any(name.startswith(weight) for weight in rungs(report))]
+    assert placement.size == sum(files.entries[name].nbytes for name in parts) <= placement.capacity
     assert placement.bits <= 8
 
 
 def test_more_bytes_never_lose_more(pair):
     low, high = 4.2, 15.9
-    found = [
-        within_budget(job_of(pair, budget=f"{bits:.4g} bits")).placement for bits in np.linspace(low, high, 6)
-    ]
+    found = [placed(job_of(pair, budget=f"{bits:.4g} bits")).placement for bits in np.linspace(low, high, 6)]
     losses = [placement.loss() for placement in found]
     assert losses == sorted(losses, reverse=True)
     assert len(set(losses)) == len(losses)
@@ -203,7 +206,7 @@ def test_what_servers_fuse_is_on_one_rung(exported, tmp_path):
             for leaves in (("self_attn.q", "self_attn.k", "self_attn.v"), ("mlp.gate", "mlp.up")):
                 assert len({found[f"model.layers.{layer}.{leaf}_proj.weight"] for leaf in leaves}) == 1
     moe = tiny_models.make_pair(tmp_path, tiny_models.qwen3_moe)
-    job = within_budget(job_of(moe, budget="6 bits"))
+    job = placed(job_of(moe, budget="6 bits"))
     experts = [group for group in job.placement.groups if ".experts." in group.names[0]]
     assert sorted(len(group.names) for group in experts) == [6, 6]  # two experts of three projections
     assert {tensor.layout.scheme.name for tensor in job.plan.quantized} == {"W4A16", "FP8A16"}
@@ -254,7 +257,7 @@ def test_the_fp8_container_holds_one_scheme(pair):
     with pytest.raises(CheckpointError, match="holds one scheme"):
         job_of(pair, scheme="FP8_BLOCK", container="fp8", budget="9 bits",
                ladder=("FP8_BLOCK", "FP8_DYNAMIC"))  # fmt: skip
-    job = within_budget(job_of(pair, scheme="FP8_BLOCK", budget="12 bits"))
+    job = placed(job_of(pair, scheme="FP8_BLOCK", budget="12 bits"))
     assert job.plan.layouts.quantization_config(job.plan.ignore)["quant_method"] == "fp8"
     assert {group.rung for group in job.placement.groups} == {"FP8_BLOCK", "16"}
 
@@ -266,7 +269,7 @@ def test_every_scheme_begins_a_ladder():
 
 def test_weights_whose_sizes_a_rung_cannot_hold_begin_higher(tmp_path):
     pair = tiny_models.make_pair(tmp_path, lambda: tiny_models.llama(intermediate_size=192))
-    job = within_budget(job_of(pair, budget="7 bits"))
+    job = placed(job_of(pair, budget="7 bits"))
     found = {name: group for group in job.placement.groups for name in group.names}
     for layer in (0, 1):
         group = found[f"model.layers.{layer}.mlp.down_proj.weight"]
@@ -297,7 +300,7 @@ def statistics(pair, outputs=True):
 @pytest.mark.parametrize("outputs", [True, False])
 def test_with_statistics_losses_are_those_of_the_curvature(pair, tmp_path, outputs):
     known = statistics(pair, outputs)
-    placement = within_budget(job_of(pair, curvature=known, budget="6 bits")).placement
+    placement = placed(job_of(pair, curvature=known, budget="6 bits")).placement
     assert placement.measure == ("curvature" if outputs else "inputs")
     export_checkpoint(pair[1], pair[0], tmp_path / "out", scheme="W4A16", search=QUICK)
     read, post = load_checkpoint(tmp_path / "out", torch.float32), load_checkpoint(pair[1])
@@ -315,7 +318,7 @@ def test_statistics_that_some_weights_lack_are_not_compared_with_others(pair):
     known = statistics(pair)
     left_out = next(iter(known))
     del known[left_out]
-    placement = within_budget(job_of(pair, curvature=known, budget="6 bits")).placement
+    placement = placed(job_of(pair, curvature=known, budget="6 bits")).placement
     assert placement.measure == "update"
     assert left_out in placement.notes[0]
 
@@ -338,13 +341,13 @@ def test_some_rows_of_a_large_weight_stand_for_all(kind):
     [tensor] = job.plan.quantized
     whole = Pair(tensor, post, base)
     layouts = {"W4A16": job.plan.layout}
-    sampled = losses_of(job, whole, layouts, kind)["W4A16"]
+    sampled = losses_of(job, whole, layouts, kind, search_scales)["W4A16"]
     parts = [slice(start, start + 768) for start in range(0, rows, 768)]  # small enough to be looked at whole
 
     def part(rows):
         about = Statistics(inputs=known.inputs, outputs=known.outputs[rows, rows], tokens=512, source="run")
         one = dataclasses.replace(job, curvature={names[0]: about})
-        return losses_of(one, Pair(tensor, post[rows], base[rows]), layouts, kind)["W4A16"]
+        return losses_of(one, Pair(tensor, post[rows], base[rows]), layouts, kind, search_scales)["W4A16"]
 
     exact = sum(map(part, parts)) / (len(parts) if kind == "update" else 1)
     assert sampled == pytest.approx(exact, rel=0.08)
@@ -356,7 +359,7 @@ def test_a_weight_without_a_base_is_compared_by_its_own_size(pair):
     settings = ExportSettings(
         scheme="W4A16", search=QUICK, rounding="nearest", missing_base="absmax", budget="6 bits"
     )
-    placement = within_budget(prepare(Source.of(pair[1]), base, settings)).placement
+    placement = placed(prepare(Source.of(pair[1]), base, settings)).placement
     [group] = [one for one in placement.groups if "model.layers.0.mlp.down_proj.weight" in one.names]
     assert group.losses["W4A16"] < 0.05
     assert any(

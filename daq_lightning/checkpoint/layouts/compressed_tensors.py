@@ -66,35 +66,30 @@ class CompressedTensorsLayout(Layout):
 
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """See `Layout.quantization_config`."""
-        return config_of_groups([(self.scheme, _ALL)], ignore)
+        return self.config_of_groups([(self.scheme, _ALL)], ignore)
 
-
-def config_of_groups(groups: Sequence[tuple[Scheme, Sequence[str]]], ignore: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint in one scheme or several.
-
-    Args:
-        groups: Schemes, each with what it is for: full names of modules, `re:` and a pattern of them, or
-            "Linear" for all.
-        ignore: As for `Layout.quantization_config`.
-    """
-    forms = {form_of(scheme): None for scheme, _ in groups}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": next(iter(forms)) if len(forms) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "ignore": list(ignore),
-        "kv_cache_scheme": None,
-        "config_groups": {
-            f"group_{index}": {
-                "format": form_of(scheme),
-                "targets": list(targets),
-                "weights": _weights(scheme),
-                "input_activations": _activations(scheme.activations),
-                "output_activations": None,
-            }
-            for index, (scheme, targets) in enumerate(groups)
-        },
-    }
+    def config_of_groups(
+        self, groups: Sequence[tuple[Scheme, Sequence[str]]], ignore: Sequence[str]
+    ) -> dict[str, Any]:
+        """See `Layout.config_of_groups`."""
+        forms = {_format(scheme): None for scheme, _ in groups}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": next(iter(forms)) if len(forms) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "ignore": list(ignore),
+            "kv_cache_scheme": None,
+            "config_groups": {
+                f"group_{index}": {
+                    "format": _format(scheme),
+                    "targets": list(targets),
+                    "weights": _weights(scheme),
+                    "input_activations": _activations(scheme.activations),
+                    "output_activations": None,
+                }
+                for index, (scheme, targets) in enumerate(groups)
+            },
+        }
 
 
 def read_compressed_tensors(quantization: Mapping[str, Any], schemes: Iterable[Scheme]) -> list[Described]:
@@ -138,7 +133,7 @@ def _is_integer(fmt: Format) -> bool:
     return not fmt.dtype.is_floating_point
 
 
-def form_of(scheme: Scheme) -> str:
+def _format(scheme: Scheme) -> str:
     """compressed-tensors' name of how a scheme is stored."""
     if _is_integer(scheme.format):
         return "int-quantized" if scheme.format.bits == 8 else "pack-quantized"

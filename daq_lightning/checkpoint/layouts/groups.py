@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from daq_lightning.checkpoint.layouts.compressed_tensors import config_of_groups
-from daq_lightning.checkpoint.layouts.layout import Layout
 from daq_lightning.checkpoint.patterns import BoundedMatcher
+
+if TYPE_CHECKING:
+    from daq_lightning.checkpoint.layouts.layout import Layout
 
 _CLASS = "Linear"
 
@@ -64,9 +65,10 @@ class Layouts:
 
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """The `quantization_config` of config.json; see `Layout.quantization_config`."""
+        first = self.groups[0][0]
         if len(self.groups) == 1:
-            return self.groups[0][0].quantization_config(ignore)
-        return config_of_groups([(layout.scheme, targets) for layout, targets in self.groups], ignore)
+            return first.quantization_config(ignore)
+        return first.config_of_groups([(layout.scheme, targets) for layout, targets in self.groups], ignore)
 
     @cached_property
     def _by_name(self) -> dict[str, Layout]:

@@ -71,6 +71,21 @@ class Layout(ABC):
                 without an error.
         """
 
+    def config_of_groups(
+        self, groups: Sequence[tuple[Scheme, Sequence[str]]], ignore: Sequence[str]
+    ) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint in several schemes.
+
+        Args:
+            groups: Schemes, each with what it is for: full names of modules, `re:` and a pattern of them, or
+                "Linear" for all.
+            ignore: As for `quantization_config`.
+
+        Raises:
+            ValueError: The container holds one scheme.
+        """
+        raise ValueError(f"The {self.container} container holds one scheme, got {len(groups)}.")
+
     def names(self, weight_name: str) -> dict[str, str]:
         """Part -> the name of its tensor."""
         return {part: weight_name + stored.suffix for part, stored in self._parts((1, 1)).items()}

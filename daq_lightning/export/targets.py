@@ -1,0 +1,30 @@
+"""Which modules each layout of an export is for, in all the names that readers know them by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from daq_lightning.checkpoint.layouts.groups import Layouts
+
+if TYPE_CHECKING:
+    from daq_lightning.checkpoint.layouts import Layout
+    from daq_lightning.export.plan import TensorPlan
+
+
+def layouts_of(quantized: Sequence[TensorPlan], lowest: Layout) -> Layouts:
+    """The layouts of some tensors; of several, each with the modules it is for, in all their names.
+
+    Experts that are all in one layout are named by a pattern: transformers finds their scheme by it.
+    """
+    groups: dict[str, tuple[Layout, dict[str, None]]] = {}
+    of_experts = {tensor.layout.scheme.name for tensor in quantized if tensor.role == "expert"}
+    for tensor in quantized:
+        targets = groups.setdefault(tensor.layout.scheme.name, (tensor.layout, {}))[1]
+        names = [tensor.spec.name, tensor.key]
+        if tensor.role == "expert":
+            names = ["re:.*\\.experts\\..*"] if len(of_experts) == 1 else names[:1]
+        targets.update(dict.fromkeys(name.removesuffix(".weight") for name in names))
+    upwards = sorted(groups.values(), key=lambda group: group[0].scheme.format.bits)
+    every = tuple((layout, tuple(targets)) for layout, targets in upwards)
+    return Layouts(groups=every or ((lowest, ()),))
