@@ -94,9 +94,11 @@ class Scheme:
 
     @property
     def group(self) -> int | None:
-        """How many neighbours in a row share a scale; None where it is not so many of one row."""
-        rowwise = isinstance(self.granularity, PerBlock) and self.granularity.rows == 1
-        return self.granularity.cols if rowwise else None
+        """How many neighbours in a row share a scale; None where whole rows do, or blocks of several."""
+        granularity = self.granularity
+        if not isinstance(granularity, PerBlock) or granularity.rows != 1:
+            return None
+        return granularity.cols
 
 
 _FP8, _INT4, _FP4 = "FP8 (E4M3)", "4-bit integers", "FP4 (E2M1)"
