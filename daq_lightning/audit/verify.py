@@ -107,7 +107,7 @@ class Stored:
 
     @cached_property
     def _patterns(self) -> list[str]:
-        patterns = () if self.raw.quantization.get("quant_method") == "fp8" else sorted(self.listed)
+        patterns = () if self.layouts.every[0].container == "fp8" else sorted(self.listed)
         return [name[3:] for name in patterns if name.startswith("re:")]
 
     @cached_property
