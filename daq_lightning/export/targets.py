@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,18 +14,27 @@ if TYPE_CHECKING:
 
 
 def layouts_of(quantized: Sequence[TensorPlan], lowest: Layout) -> Layouts:
-    """The layouts of some tensors; of several, each with the modules it is for, in all their names.
+    """The layouts of some tensors; of several, each with the modules it is for, the smallest format first.
 
-    Experts that are all in one layout are named by a pattern: transformers finds their scheme by it.
+    Experts are named by patterns, one a layer, for readers call their projections by other names than the
+    files; those that are all in one layout by one for all layers, which transformers needs.
     """
     groups: dict[str, tuple[Layout, dict[str, None]]] = {}
     of_experts = {tensor.layout.scheme.name for tensor in quantized if tensor.role == "expert"}
     for tensor in quantized:
         targets = groups.setdefault(tensor.layout.scheme.name, (tensor.layout, {}))[1]
-        names = [tensor.spec.name, tensor.key]
+        names = [name.removesuffix(".weight") for name in (tensor.spec.name, tensor.key)]
         if tensor.role == "expert":
-            names = ["re:.*\\.experts\\..*"] if len(of_experts) == 1 else names[:1]
-        targets.update(dict.fromkeys(name.removesuffix(".weight") for name in names))
+            names = [_experts("" if len(of_experts) == 1 else names[0])]
+        targets.update(dict.fromkeys(names))
     upwards = sorted(groups.values(), key=lambda group: group[0].scheme.format.bits)
     every = tuple((layout, tuple(targets)) for layout, targets in upwards)
     return Layouts(groups=every or ((lowest, ()),))
+
+
+def _experts(name: str) -> str:
+    """A pattern for the experts of the layer of one of them, or of all layers for ""."""
+    layer = name.partition(".experts.")[0]
+    _, found, number = layer.rpartition("layers.")
+    layer = found + number
+    return "re:.*" + (f"\\b{re.escape(layer)}" if layer else "") + r"\.experts\..*"

@@ -12,13 +12,14 @@ import tiny_models
 import torch
 import transformers
 from compressed_tensors.quantization import QuantizationConfig
-from compressed_tensors.utils.match import match_targets
+from compressed_tensors.utils.match import match_name, match_targets
 
 from daq_lightning import CheckpointError, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.audit.chain import Chain
 from daq_lightning.audit.recompute import differences, recompute
 from daq_lightning.audit.verify import verify_checkpoint
 from daq_lightning.checkpoint.budget import Budget
+from daq_lightning.checkpoint.layouts import read_layouts
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.schemes import LADDERS, SCHEMES
 from daq_lightning.cli import main
@@ -210,6 +211,40 @@ def test_what_servers_fuse_is_on_one_rung(exported, tmp_path):
     experts = [group for group in job.placement.groups if ".experts." in group.names[0]]
     assert sorted(len(group.names) for group in experts) == [6, 6]  # two experts of three projections
     assert {tensor.layout.scheme.name for tensor in job.plan.quantized} == {"W4A16", "FP8A16"}
+
+
+@pytest.mark.parametrize("factory", [tiny_models.qwen3_moe, tiny_models.mixtral])
+@pytest.mark.parametrize("rungs_of_experts", [("W4A16", "W4A16"), ("W4A16", "FP8A16"), ("16", "FP8A16")])
+def test_experts_are_found_by_the_names_of_every_reader(tmp_path, factory, rungs_of_experts):
+    job = placed(job_of(tiny_models.make_pair(tmp_path, factory), budget="6 bits"))
+    chosen = {"0": rungs_of_experts[0], "1": rungs_of_experts[1]}
+    groups = tuple(
+        dataclasses.replace(group, rung=chosen[group.names[0].split(".")[2]])
+        if ".experts." in group.names[0]
+        else dataclasses.replace(group, rung="FP8A16")
+        for group in job.placement.groups
+    )
+    job = job.placed_as(dataclasses.replace(job.placement, groups=groups))
+    config = job.plan.layouts.quantization_config(job.plan.ignore)
+    read = QuantizationConfig.model_validate(json.loads(json.dumps(config)))
+    layouts = read_layouts(config)
+    for tensor in job.plan.tensors:
+        if tensor.role != "expert":
+            continue
+        layer, _, leaf = tensor.spec.name.removesuffix(".weight").rpartition(".")
+        rung = chosen[layer.split(".")[2]]
+        for name in (f"{layer}.{leaf}", f"{layer}.gate_proj", f"{layer}.w1"):
+            found = [
+                group
+                for group in read.config_groups.values()
+                if any(match_name(name, target) for target in group.targets)
+            ]
+            if len(read.config_groups) > 1 and rung != "16":
+                assert [group.weights.num_bits for group in found] == [SCHEMES[rung].format.bits]
+                assert layouts.of(name).scheme.name == rung
+        assert (tensor.spec.name.removesuffix(".weight") in config["ignore"]) == (rung == "16")
+    note = any("one scheme for the experts of all layers" in note for note in job.plan.notes)
+    assert note == (len(set(rungs_of_experts)) > 1 and len(read.config_groups) > 1)
 
 
 @pytest.mark.parametrize(("budget", "word"), [("4 bits", "below the least"), ("17 bits", "above the most")])
