@@ -130,15 +130,17 @@ def test_weights_that_servers_fuse_have_one_global_scale(tmp_path):
     shapes = {"q": (64, 128), "k": (32, 128), "v": (32, 128), "o": (128, 64)}
     generator = torch.Generator().manual_seed(0)
     post = {
-        f"layers.0.self_attn.{leaf}_proj.weight": torch.randn(shape, generator=generator) * 10.0**-index
+        f"layers.0.self_attn.{leaf}_proj.weight": torch.randn(shape, generator=generator) * 1000.0**-index
         for index, (leaf, shape) in enumerate(shapes.items())
     }
     base = {name: weight * 0.99 for name, weight in post.items()}
-    export_checkpoint(post, base, tmp_path / "out", scheme="NVFP4A16", search=QUICK)
+    report = export_checkpoint(post, base, tmp_path / "out", scheme="NVFP4A16", search=QUICK)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     factors = {name[19]: float(stored[f"{name}_global_scale"]) for name in post}
     assert factors["q"] == factors["k"] == factors["v"] < factors["o"]
     assert all(math.frexp(factor)[0] == 0.5 for factor in factors.values())
+    # plain scales are those that E4M3 holds under the same one, subnormal ones too
+    assert differences(report, recompute(report, post, base)) == {}
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "MXFP4A16"])
