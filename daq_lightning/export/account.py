@@ -92,9 +92,10 @@ def _since_root(job: Job, pair: Pair, result: SearchResult) -> DeltaStats | None
         return None
     layout, weight = pair.plan.layout, as_searched(pair.weight)
     if job.settings.by_curvature:
-        return stats_of_codes(weight, root, result.codes, result.scale, layout.granularity)
+        return stats_of_codes(weight, root, result.codes, result.scale, layout.granularity, zero=result.zero)
     scale_G1 = result.scale.reshape(-1, 1)
-    stats = delta_stats(weight, root, scale_G1, layout.granularity, layout.scheme.format)
+    zero_G1 = None if result.zero is None else result.zero.reshape(-1, 1)
+    stats = delta_stats(weight, root, scale_G1, layout.granularity, layout.scheme.format, zero_G1)
     return stats.total().map(lambda field: field[0])
 
 

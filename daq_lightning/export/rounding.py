@@ -124,6 +124,7 @@ def _rounded(job: Job, pair: Pair, result: SearchResult, curved: _Curved) -> Cho
         outputs=curved.factors.outputs,
         fmt=layout.scheme.format,
         name=pair.plan.spec.name,
+        zero=result.zero,
     )
     about = Rounding(
         method="nearest" if found.kept_nearest else "curvature",
@@ -141,7 +142,9 @@ def _rounded(job: Job, pair: Pair, result: SearchResult, curved: _Curved) -> Cho
         return Chosen(result, about)
 
     def seen_in(dtype: torch.dtype) -> DeltaStats:
-        stats = stats_of_codes(weight, _base(pair), found.codes, result.scale, layout.granularity, dtype)
+        stats = stats_of_codes(
+            weight, _base(pair), found.codes, result.scale, layout.granularity, dtype, result.zero
+        )
         return stats.map(lambda field: field[None])
 
     dequantized = seen_in(job.plan.dtype)

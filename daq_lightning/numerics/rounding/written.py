@@ -26,6 +26,7 @@ def stats_of_codes(
     scale: Tensor,
     granularity: Granularity,
     reader_dtype: torch.dtype = torch.float32,
+    zero: Tensor | None = None,
 ) -> DeltaStats:
     """Sums over a weight, of shape (), as a reader sees its codes.
 
@@ -36,13 +37,15 @@ def stats_of_codes(
         scale: float32, shape ``granularity.grid((M, N))``.
         granularity: Which elements share a scale.
         reader_dtype: What the reader rounds products of code and scale to.
+        zero: int8, of the shape of the scale, of codes with zero points.
     """
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     cell_rows, _ = granularity.cell(shape_MN)
     total = DeltaStats.zero(weight_MN.device)
     for rows in bands(shape_MN, granularity, _BAND):
         groups = slice(rows.start // cell_rows, -(-rows.stop // cell_rows))
-        seen = dequantize(codes_MN[rows], scale[groups], granularity, reader_dtype).float()
+        zero_of_rows = None if zero is None else zero[groups]
+        seen = dequantize(codes_MN[rows], scale[groups], granularity, reader_dtype, zero_of_rows).float()
         # row by row first: a sum whose order does not depend on the number of threads
         total = total.add(sums(weight_MN[rows].float(), base_MN[rows].float(), seen).total())
     return total
