@@ -30,6 +30,7 @@ from daq_lightning.export.run import search_scales
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.export.stream import Pair
+from daq_lightning.export.written import WrittenWeights
 from daq_lightning.numerics.rounding.statistics import Statistics
 
 QUICK = ScaleSearch(n_coarse=2, n_fine=1)
@@ -143,6 +144,18 @@ def test_every_command_takes_the_scheme_of_each_weight(exported, pair, scheme, c
     assert "budget 8 bits" in card
     assert main(["inspect", report.path]) == 0
     assert report.scheme in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scheme", LADDERS_TRIED)
+def test_what_a_validation_sees_is_what_the_files_hold(exported, pair, scheme):
+    report = exported[scheme]
+    job = job_of(pair, scheme=scheme, budget=report.placement.budget, ladder=LADDERS_TRIED[scheme])
+    plan = job.placed_as(report.placement).plan
+    folder = Checkpoint(report.path).path
+    written = WrittenWeights(plan, folder, ["model.safetensors"])
+    read = load_checkpoint(folder, torch.float32)
+    for name in rungs(report):
+        assert torch.equal(written[name].float(), read[name].float()), name
 
 
 def losses_from_files(pair, out, ladder):
