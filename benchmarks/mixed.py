@@ -13,7 +13,7 @@ figure is the mean KL to the unquantized model over held-out text, in the style 
     ...          what else was tried where there are no statistics: |E|^2; |E|^2 / n; the share of the update
                  that the hybrid objective misses, times |D|^2
     random       mean of eight; first, last: whole layers from one end
-    int4 g32     all weights in int4 with a scale for 32: 4.5 bits; NVFP4A16: 4.5 bits
+    int4 gN      all weights in int4 with a scale for N: 4.5, 5 and 6 bits; NVFP4A16: 4.5 bits
 
 `--alone` prints instead how well each of these ranks the groups of weights by what they cost: Spearman's
 correlation with the KL of one group alone in W4A16, both per byte.
@@ -57,6 +57,8 @@ from daq_lightning.report.placement import Placement
 
 LADDER = ("W4A16", "FP8A16", "16")
 RANDOM = 8
+GROUPS = {32: 4.5, 16: 5.0, 8: 6.0}
+"""Sizes of groups of int4 -> bits a weight."""
 
 
 class Study:
@@ -80,12 +82,8 @@ class Study:
                 report = export_checkpoint(self.post, self.base, f"{out}/{scheme}", scheme=scheme)
                 self.sums[scheme] = {tensor.name: tensor.searched for tensor in report.tensors}
                 self.weights[scheme] = dict(load_checkpoint(report.path).items())
-        self.weights["int4 g32"] = {name: self._int4(name) for name in self.subject.quantized}
-
-    def _int4(self, name: str) -> Tensor:
-        post, base = self.subject.post[name], self.subject.base[name]
-        found = search_scale(post, base, PerBlock(1, 32), ScaleSearch(), scale_format="bfloat16", fmt=INT4)
-        return dequantize(found.codes, found.scale, PerBlock(1, 32))
+        for size in GROUPS:
+            self.weights[f"int4 g{size}"] = in_groups(self.subject, PerBlock(1, size))
 
     def kl(self, weights: Mapping[str, Tensor]) -> float:
         """Mean over both texts, nats a token."""
@@ -107,6 +105,16 @@ class Study:
         """KL of the model of a placement."""
         rungs = {name: group.rung for group in placement.groups for name in group.names}
         return self.kl({name: self.weights[rung][name] for name, rung in rungs.items()})
+
+
+def in_groups(subject: Subject, groups: PerBlock) -> dict[str, Tensor]:
+    """All weights in int4 with a bfloat16 scale for so many of a row."""
+    weights = {}
+    for name in subject.quantized:
+        post, base = subject.post[name], subject.base[name]
+        found = search_scale(post, base, groups, ScaleSearch(), scale_format="bfloat16", fmt=INT4)
+        weights[name] = dequantize(found.codes, found.scale, groups)
+    return weights
 
 
 def by_loss(study: Study, placement: Placement, loss: Callable[[DeltaStats], float]) -> Placement:
@@ -214,7 +222,7 @@ def main() -> None:
             for name, value in ranks_of(study).items():
                 table.setdefault(f"{name:18}", []).append(value)
             continue
-        for uniform in ("W4A16", "NVFP4A16", "int4 g32", "FP8A16"):
+        for uniform in ("W4A16", "NVFP4A16", *(f"int4 g{size}" for size in GROUPS), "FP8A16"):
             table.setdefault(f"{uniform:14}", []).append(study.kl(study.weights[uniform]))
         for bits in args.bits:
             for name, kl in rows_of(study, bits).items():

@@ -77,15 +77,14 @@ def within_budget(
     )
     return job.placed_as(
         Placement(
-            budget=str(job.settings.budget) if not isinstance(job.settings.budget, int)
-            else f"{job.settings.budget} bytes",
+            budget=str(job.settings.budget),
             capacity=capacity,
             elements=options.elements,
             measure=kind,
             groups=placed,
             notes=(*options.notes, *_notes(job, chosen, kind, why)),
         )
-    )  # fmt: skip
+    )
 
 
 def _notes(job: Job, chosen: Sequence[TensorSpec], kind: LossKind, why: str) -> list[str]:

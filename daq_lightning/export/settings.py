@@ -58,6 +58,8 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         check_ladder(self.scheme, self.ladder, self.budget)
+        if isinstance(self.budget, int):  # as a recipe says it
+            object.__setattr__(self, "budget", f"{self.budget} B")
         if self.scheme != "auto":
             choose_scheme(self.scheme, self.container, self.scale_format)
         if self.missing_base not in ("error", "absmax"):

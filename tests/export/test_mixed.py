@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -435,10 +436,12 @@ def test_a_dry_run_measures_shows_the_choice_and_writes_nothing(pair, tmp_path, 
         assert "loss " in line
 
 
-def test_a_recipe_makes_the_same_bytes(exported, tmp_path, monkeypatch):
-    import shutil
-
+@pytest.mark.parametrize("budget", ["8 bits", 250_000])
+def test_a_recipe_makes_the_same_bytes(exported, pair, tmp_path, monkeypatch, budget):
     out = Checkpoint(exported["W4A16"].path).path
+    if budget != "8 bits":
+        out = tmp_path / "out"
+        export_checkpoint(pair[1], pair[0], out, scheme="MXFP4A16", search=QUICK, budget=budget)
     monkeypatch.chdir(out)
     assert main(["quantize", "--config", "recipe.yaml", "--quiet"]) == 0
     again = out.parent / "made-again"
@@ -448,8 +451,6 @@ def test_a_recipe_makes_the_same_bytes(exported, tmp_path, monkeypatch):
 
 
 def test_a_weight_that_no_group_is_for_fails_verify(exported, tmp_path):
-    import shutil
-
     out = tmp_path / "damaged"
     shutil.copytree(exported["W4A16"].path, out)
     config = json.loads((out / "config.json").read_text())
