@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.layouts.parts import Unpacked
 from daq_lightning.numerics.objectives import as_searched
 from daq_lightning.numerics.quantize import dequantize
 
@@ -116,8 +115,8 @@ def _error(
     plan = dataclasses.replace(pair.plan, form=layout, spec=spec)
     part = pair._replace(plan=plan, weight=weight_RN, base=base_RN)
     [result] = search(job, [part], job.settings.scale_search)
-    codes = Unpacked(result.codes, result.scale, result.zero).centered
-    return dequantize(codes, result.scale, layout.granularity, torch.float32) - as_searched(weight_RN).float()
+    read_RN = dequantize(result.codes, result.scale, layout.granularity, torch.float32, result.zero)
+    return read_RN - as_searched(weight_RN).float()
 
 
 def _loss(

@@ -147,6 +147,16 @@ def test_every_command_takes_the_scheme_of_each_weight(exported, pair, scheme, c
     assert report.scheme in capsys.readouterr().out
 
 
+def test_zero_points_beside_another_scheme_are_read_as_they_are_meant(pair, tmp_path):
+    report = export_checkpoint(
+        pair[1], pair[0], tmp_path / "out", scheme="W4A16_ASYM", search=QUICK, budget="6 bits"
+    )
+    assert {rung for rung in rungs(report).values()} >= {"W4A16_ASYM", "FP8A16"}
+    assert verify_checkpoint(report.path) == []
+    assert differences(report, recompute(report, Checkpoint(pair[1]), Checkpoint(pair[0]))) == {}
+    assert any("not beside another scheme" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("scheme", LADDERS_TRIED)
 def test_what_a_validation_sees_is_what_the_files_hold(exported, pair, scheme):
     report = exported[scheme]
