@@ -33,6 +33,7 @@ from daq_lightning.export.source import Source
 from daq_lightning.export.stream import Pair
 from daq_lightning.export.written import WrittenWeights
 from daq_lightning.numerics.rounding.statistics import Statistics
+from daq_lightning.training.fallback import _as_scheme
 
 QUICK = ScaleSearch(n_coarse=2, n_fine=1)
 LADDERS_TRIED = {
@@ -145,6 +146,34 @@ def test_every_command_takes_the_scheme_of_each_weight(exported, pair, scheme, c
     assert "budget 8 bits" in card
     assert main(["inspect", report.path]) == 0
     assert report.scheme in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["groups", "rung", "losses", "elements", "measure"])
+def test_a_report_whose_placement_is_none_is_refused(exported, tmp_path, damage):
+    content = json.loads((Checkpoint(exported["W4A16"].path).path / "daq_report.json").read_text())
+    placement = content["placement"]
+    if damage == "rung":
+        placement["groups"][0]["rung"] = "INT3"
+    elif damage == "losses":
+        placement["groups"][0]["losses"] = {"W4A16": None}
+    else:
+        placement[damage] = {"groups": 3, "elements": 0, "measure": "luck"}[damage]
+    (tmp_path / "daq_report.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="rungs and losses in placement"):
+        ExportReport.load(tmp_path)
+
+
+def test_fallbacks_keep_the_rungs_of_the_rest_or_leave_the_budget(pair):
+    job = placed(job_of(pair, budget="6 bits"))
+    before = {tensor.spec.name: tensor.layout for tensor in job.plan.quantized}
+    worst = "model.layers.0.mlp.down_proj"
+    kept = job.planned_as(dataclasses.replace(job.settings, ignore=(worst,)))
+    del before[f"{worst}.weight"]
+    assert {tensor.spec.name: tensor.layout for tensor in kept.plan.quantized} == before
+    assert len(kept.placement.groups) == len(job.placement.groups) - 1
+    plain = _as_scheme(job, "W8A8")
+    assert plain.placement is None
+    assert plain.plan.layouts.scheme == "W8A8"
 
 
 def test_zero_points_beside_another_scheme_are_read_as_they_are_meant(pair, tmp_path):
