@@ -17,6 +17,7 @@ from compressed_tensors.utils.match import match_name, match_targets
 
 from daq_lightning import CheckpointError, ExportReport, ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.audit.chain import Chain
+from daq_lightning.audit.evaluate import evaluate
 from daq_lightning.audit.recompute import differences, recompute
 from daq_lightning.audit.verify import verify_checkpoint
 from daq_lightning.checkpoint.budget import Budget
@@ -146,6 +147,23 @@ def test_every_command_takes_the_scheme_of_each_weight(exported, pair, scheme, c
     assert "budget 8 bits" in card
     assert main(["inspect", report.path]) == 0
     assert report.scheme in capsys.readouterr().out
+
+
+def test_an_evaluation_quantizes_the_inputs_of_the_modules_whose_scheme_does(exported, pair):
+    report = exported["NVFP4A16"]  # beside FP8_DYNAMIC
+    windows = [torch.randint(3, 60, (24,), generator=torch.Generator().manual_seed(5)).tolist()]
+    files = {"export": load_checkpoint(report.path), "post": load_checkpoint(pair[1])}
+    found = evaluate(files, windows)
+    assert (found.scheme, found.quantized_activations, found.unseen) == (report.scheme, True, ())
+    tokens, logs = torch.tensor(windows), {}
+    for role, path in (("export", report.path), ("post", pair[1])):
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        with torch.no_grad():  # compressed-tensors quantizes inputs by the schemes of the config
+            logs[role] = model(tokens[:, :-1]).logits.double().log_softmax(-1).numpy()
+    kld = (np.exp(logs["post"]) * (logs["post"] - logs["export"])).sum(-1).mean()
+    plain = evaluate(files, windows, weights_only=True)
+    near, far = (abs(one.figures["kld_mean"] - kld) for one in (found, plain))
+    assert near < 0.5 * far  # bfloat16 rounds both
 
 
 @pytest.mark.parametrize("damage", ["groups", "rung", "losses", "elements", "measure"])
