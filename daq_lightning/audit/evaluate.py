@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from daq_lightning.audit.served_cache import ServedCache
 from daq_lightning.checkpoint.folder import config_dtype
-from daq_lightning.checkpoint.layouts import read_layout
+from daq_lightning.checkpoint.layouts import Layouts, read_layouts
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.checkpoint.schemes import Scheme
 from daq_lightning.checkpoint.spill import Spill
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.model.activations import holds_experts, quantized_activations
+from daq_lightning.model.activations import holds_experts, served_activations
 from daq_lightning.model.architecture import Architecture
 from daq_lightning.model.from_folder import FolderModel
 from daq_lightning.model.halves import Halves
@@ -36,6 +35,8 @@ from daq_lightning.report.model_figures import model_metrics
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
+
+    from daq_lightning.checkpoint.schemes import Scheme
 
 _PIECE = 2**24
 """Logits of one model that are in memory at a time: 32 MiB in 16 bit."""
@@ -96,8 +97,8 @@ def evaluate(
         ValueError: Vocabularies of different sizes, or tokens that are in none.
     """
     _check_vocabularies(models, windows)
-    layout = read_layout(models["export"].raw.quantization)
-    quantized = layout.scheme.quantized_activations and not weights_only
+    layouts = read_layouts(models["export"].raw.quantization)
+    quantized = any(one.scheme.quantized_activations for one in layouts.every) and not weights_only
     dtype, reference_dtype = _dtype_of(models["export"]), _dtype_of(models["post"])
     roles = [role for role in _LOGITS if role in models]
     count = sum(len(window) - 1 for window in windows)
@@ -106,7 +107,8 @@ def evaluate(
         for role in roles:
             bar.says(f"read by {role}")
             if role == "export":
-                model = _Served(models[role], dtype, device, None if weights_only else layout.scheme)
+                served = None if weights_only else layouts
+                model = _Served(models[role], dtype, device, served)
             else:
                 model = _Served(models[role], reference_dtype, device)
             model.try_on(windows[0])
@@ -122,7 +124,7 @@ def evaluate(
         tokens=count,
         changed=round(figures["top_changed"] * count) if "base" in models else None,
         windows=len(windows),
-        scheme=layout.scheme.name,
+        scheme=layouts.scheme,
         quantized_activations=quantized,
         kv_cache=bool(heads["export"].cache),
         dtype=str(dtype).removeprefix("torch."),
@@ -138,8 +140,8 @@ class _Served:
         files: The folder.
         dtype: What it runs in.
         device: Where.
-        scheme: Of which its quantized modules see their input, while keys and values are cached as the folder
-            says; None leaves both as they are.
+        layouts: In which its quantized modules see their input, while keys and values are cached as the
+            folder says; None leaves both as they are.
 
     Attributes:
         cache: The layers whose keys and values are cached in FP8.
@@ -147,15 +149,19 @@ class _Served:
     """
 
     def __init__(
-        self, files: Checkpoint, dtype: torch.dtype, device: torch.device | str, scheme: Scheme | None = None
+        self,
+        files: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        layouts: Layouts | None = None,
     ) -> None:
         model = FolderModel(files.path, len(files.raw)).load(files, dtype).to(device)
-        self._halves, self._scheme = Halves(model, str(files.path)), scheme
-        self._modules: list[nn.Module] = []
-        self.cache = None if scheme is None else ServedCache(model, files)
+        self._halves = Halves(model, str(files.path))
+        self._modules: list[tuple[nn.Module, Scheme]] = []
+        self.cache = None if layouts is None else ServedCache(model, files)
         self.unseen: tuple[str, ...] = ()
-        if scheme is not None and scheme.quantized_activations:
-            self._modules, self.unseen = _quantized_modules(model, files)
+        if layouts is not None:
+            self._modules, self.unseen = _quantized_modules(model, files, layouts)
 
     def try_on(self, tokens: Sequence[int]) -> None:
         """Raises `CheckpointError` if the model does not work in halves."""
@@ -175,30 +181,32 @@ class _Served:
         if self.cache is not None:
             self.cache.drop()
         left = set(map(id, self._halves.model.modules()))
-        self._modules = [module for module in self._modules if id(module) in left]
+        self._modules = [(module, scheme) for module, scheme in self._modules if id(module) in left]
 
     @contextmanager
     def _as_served(self) -> Iterator[None]:
         with ExitStack() as stack:
-            if self._scheme is not None:
-                stack.enter_context(quantized_activations(self._modules, self._scheme))
+            stack.enter_context(served_activations(self._modules))
             if self.cache is not None:
                 stack.enter_context(self.cache.rounding())
             yield
 
 
-def _quantized_modules(model: nn.Module, files: Checkpoint) -> tuple[list[nn.Module], tuple[str, ...]]:
-    """The modules with quantized weights, and the names of those whose input cannot be quantized."""
+def _quantized_modules(
+    model: nn.Module, files: Checkpoint, layouts: Layouts
+) -> tuple[list[tuple[nn.Module, Scheme]], tuple[str, ...]]:
+    """The modules whose servers quantize their input, and the names of those where it cannot be done."""
     codes = [name for name in files if files.stored(name) is not None]
     keys = Architecture(model).keys_of(codes)
-    owners = dict.fromkeys(owner_of(keys[name]) for name in codes)
-    modules = {name: model.get_submodule(name) for name in owners}
-    fit = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear) or holds_experts(module)
-    }
-    return list(fit.values()), tuple(name for name in modules if name not in fit)
+    schemes: dict[str, Scheme] = {}
+    for name in codes:
+        layout = layouts.of(name.removesuffix(".weight"), keys[name].removesuffix(".weight"))
+        if layout is not None and layout.scheme.quantized_activations:
+            schemes.setdefault(owner_of(keys[name]), layout.scheme)
+    modules = {name: model.get_submodule(name) for name in schemes}
+    fit = {name for name, one in modules.items() if isinstance(one, nn.Linear) or holds_experts(one)}
+    seen = [(modules[name], schemes[name]) for name in modules if name in fit]
+    return seen, tuple(name for name in modules if name not in fit)
 
 
 def _hidden_states(model: _Served, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.layouts import Layout, read_layout
+from daq_lightning.checkpoint.layouts import Layout, Layouts, read_layouts
 from daq_lightning.checkpoint.layouts.parts import GLOBAL_SCALE, SCALE, Unpacked
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
@@ -53,15 +53,15 @@ def recompute(
             base.
     """
     files = Checkpoint(report.path)
-    layout = read_layout(files.raw.quantization)
-    scale_format = _scale_format(files, layout)
+    layouts = read_layouts(files.raw.quantization)
+    formats = _scale_formats(files, layouts)
     names, dtype = _base_names(report, base), getattr(torch, report.dtype)
     tensors = []
     for tensor in _with_progress(report.tensors, progress):
         weight = _read(post, tensor.name, tensor, "fine-tuned model")
         reference = weight if tensor.without_base else _read(base, names[tensor.name], tensor, "base")
-        stored = files.stored(tensor.name)
-        if stored is None or stored.granularity != layout.granularity:
+        stored, layout = files.stored(tensor.name), _layout_of(layouts, tensor.name)
+        if stored is None or layout is None or stored.granularity != layout.granularity:
             raise CheckpointError(
                 f"{report.path} has no codes and scale of {tensor.name}: run `daq-lightning verify`."
             )
@@ -70,7 +70,7 @@ def recompute(
         plain = min_max_scale(
             weight,
             layout.granularity,
-            scale_format=scale_format,
+            scale_format=formats[layout.scheme.name],
             fmt=layout.scheme.format,
             global_scale=None if factor is None else files.raw[factor],
         )
@@ -182,17 +182,25 @@ def _base_names(report: ExportReport, base: Mapping[str, Tensor]) -> dict[str, s
     return {name: name if name in base else by_key.get(keys[name], name) for name in names}
 
 
-def _scale_format(files: Checkpoint, layout: Layout) -> ScaleFormat:
-    """What scales were rounded to. compressed-tensors does not say it of powers of two, but the scales do."""
-    if layout.scheme.scale_format is not None:
-        return layout.scale_format
+def _layout_of(layouts: Layouts, name: str) -> Layout | None:
+    return layouts.of(name.removesuffix(".weight"))
+
+
+def _scale_formats(files: Checkpoint, layouts: Layouts) -> dict[str, ScaleFormat]:
+    """Scheme -> what its scales were rounded to. compressed-tensors does not say it of powers of two, but the
+    scales do."""
+    found: dict[str, ScaleFormat] = {
+        layout.scheme.name: "ue8m0" if layout.scheme.scale_format is None else layout.scale_format
+        for layout in layouts.every
+    }
     for name in files:
-        stored = files.stored(name)
-        if stored is not None:
-            mantissa = torch.frexp(files.raw[stored.parts[SCALE]].float()).mantissa
-            if not bool((mantissa == 0.5).all()):
-                return layout.scale_format
-    return "ue8m0"
+        stored, layout = files.stored(name), _layout_of(layouts, name)
+        if stored is None or layout is None or found[layout.scheme.name] == layout.scale_format:
+            continue
+        mantissa = torch.frexp(files.raw[stored.parts[SCALE]].float()).mantissa
+        if not bool((mantissa == 0.5).all()):
+            found[layout.scheme.name] = layout.scale_format
+    return found
 
 
 def _with_progress(tensors: Iterable[TensorReport], progress: bool) -> Iterator[TensorReport]:

@@ -26,7 +26,7 @@ from daq_lightning.audit.tensor_rules import (
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST, REPORT, SINGLE, config_dtype, read_index
 from daq_lightning.checkpoint.found import SUFFIXES
 from daq_lightning.checkpoint.kv_cache import is_cache_scale
-from daq_lightning.checkpoint.layouts import read_layout
+from daq_lightning.checkpoint.layouts import read_layouts
 from daq_lightning.checkpoint.layouts.parts import GLOBAL_SCALE
 from daq_lightning.checkpoint.tensor_file import read_metadata
 from daq_lightning.model.fusion import FUSED
@@ -81,7 +81,7 @@ def _check_config(stored: Stored) -> Iterator[str]:
         yield "config.json has no quantization_config: readers would take the codes for weights"
     else:
         try:
-            read_layout(config["quantization_config"])
+            read_layouts(config["quantization_config"])
         except ValueError as error:
             yield str(error).rstrip(".")
     if not stored.codes:

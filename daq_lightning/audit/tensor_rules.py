@@ -24,7 +24,11 @@ def check_parts(stored: Stored) -> Iterator[str]:
     """A weight has exactly the tensors of its layout, in their dtypes and shapes."""
     for name, found in stored.found.items():
         shape = stored.shape(name)
-        expected = stored.layout.stored(TensorSpec(name=name, dtype=torch.float32, shape=(*shape, 1, 1)[:2]))
+        layout = stored.layout(name)
+        if layout is None:
+            yield f"{name} is quantized, but no config group is for it: readers would not look for its codes"
+            continue
+        expected = layout.stored(TensorSpec(name=name, dtype=torch.float32, shape=(*shape, 1, 1)[:2]))
         codes, wanted = stored.entry(name), expected[CODES]
         if codes.dtype != wanted.dtype or codes.name != wanted.name or len(codes.shape) != 2:
             needed = f"{wanted.name}, a matrix of {wanted.dtype}"
@@ -50,8 +54,11 @@ def check_parts(stored: Stored) -> Iterator[str]:
 
 def check_scale_values(stored: Stored) -> Iterator[str]:
     """Scales are finite, > 0, and numbers that their readers keep."""
-    exponents = _exponents(stored)
-    for found in stored.found.values():
+    for weight, found in stored.found.items():
+        layout = stored.layout(weight)
+        if layout is None:
+            continue  # another check says so
+        exponents = isinstance(layout.scales, ExponentScales)
         for name in (*found.get(SCALE, ()), *found.get(GLOBAL_SCALE, ())):
             stored_scale = stored.raw[name]
             if exponents:  # 255 is NaN
@@ -63,11 +70,9 @@ def check_scale_values(stored: Stored) -> Iterator[str]:
             wrong = int((~(scale.isfinite() & (scale > 0))).sum())
             if wrong:
                 yield f"{name} has {wrong} values that are not finite and > 0"
-            elif stored.layout.scale_format == "ue8m0" and not powers_of_two(scale):
+            elif layout.scale_format == "ue8m0" and not powers_of_two(scale):
                 yield f"{name} is not all powers of two, which scale_fmt ue8m0 promises"
-            elif stored.layout.scale_format == "bfloat16" and not torch.equal(
-                scale, scale.bfloat16().float()
-            ):
+            elif layout.scale_format == "bfloat16" and not torch.equal(scale, scale.bfloat16().float()):
                 yield f"{name} has values that bfloat16 cannot hold: transformers would round them"
 
 
@@ -110,16 +115,10 @@ def check_packing(stored: Stored) -> Iterator[str]:
 
 def check_sizes(stored: Stored) -> Iterator[str]:
     """Sizes are multiples of those of a block."""
-    granularity = stored.layout.granularity
-    if not isinstance(granularity, PerBlock):
-        return
     for name in stored.codes:
-        shape = stored.shape(name)
-        if any(
+        layout, shape = stored.layout(name), stored.shape(name)
+        granularity = None if layout is None else layout.granularity
+        if isinstance(granularity, PerBlock) and any(
             size % block for size, block in zip(shape, (granularity.rows, granularity.cols), strict=False)
         ):
             yield f"{name} has the shape {shape}, with scales for {granularity.rows} x {granularity.cols}"
-
-
-def _exponents(stored: Stored) -> bool:
-    return isinstance(stored.layout.scales, ExponentScales)

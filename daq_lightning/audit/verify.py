@@ -20,7 +20,7 @@ from pathlib import Path
 from daq_lightning.audit.rules import CHECKS, UnknownError
 from daq_lightning.checkpoint.folder import INDEX, MANIFEST, RawCheckpoint
 from daq_lightning.checkpoint.found import found_weights, shape_of
-from daq_lightning.checkpoint.layouts import Layout, listed_modules, read_layout
+from daq_lightning.checkpoint.layouts import Layout, Layouts, listed_modules, read_layouts
 from daq_lightning.checkpoint.layouts.parts import CODES
 from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.checkpoint.patterns import BoundedMatcher
@@ -70,11 +70,16 @@ class Stored:
         return shape_of(name, self.entry(name)) if name in self.found else self.entry(name).shape
 
     @cached_property
-    def layout(self) -> Layout:
+    def layouts(self) -> Layouts:
         try:
-            return read_layout(self.raw.quantization)
+            return read_layouts(self.raw.quantization)
         except ValueError as error:
             raise UnknownError("the layout is unknown") from error
+
+    def layout(self, name: str) -> Layout | None:
+        """Of a quantized weight, by the config groups; None if none is for it."""
+        modules = (name, self.keys[name]) if len(self.layouts.groups) > 1 else (name,)
+        return self.layouts.of(*(module.removesuffix(".weight") for module in modules))
 
     @cached_property
     def outline(self) -> Outline:
@@ -102,7 +107,7 @@ class Stored:
 
     @cached_property
     def _patterns(self) -> list[str]:
-        patterns = () if self.layout.container == "fp8" else sorted(self.listed)
+        patterns = () if self.layouts.every[0].container == "fp8" else sorted(self.listed)
         return [name[3:] for name in patterns if name.startswith("re:")]
 
     @cached_property

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias
 
 from daq_lightning.checkpoint.folder import CARD, INDEX, MANIFEST, SINGLE, read_index, read_json, sha256_of
 from daq_lightning.checkpoint.layouts.parts import CODES, GLOBAL_SCALE, SCALE, SHAPE, ZERO
+from daq_lightning.checkpoint.patterns import BoundedMatcher
 from daq_lightning.checkpoint.tensor_file import CheckpointError, read_header
 
 FORMAT_VERSION = 1
@@ -93,23 +94,45 @@ class Manifest:
         return _fingerprint(self._content())
 
     def stored(self) -> dict[str, str]:
-        """Name -> fingerprint of every tensor in the files: kept ones, codes and scales."""
-        packed = "pack" in str(self.quantization_config.get("format"))
+        """Name -> fingerprint of every tensor in the files: kept ones, codes and scales.
+
+        Raises:
+            CheckpointError: Several schemes that cannot be told apart.
+        """
         inverse = self.quantization_config.get("quant_method") == "fp8"
+        packed = self._packed()
         suffixes = {
-            CODES: "_packed" if packed else "",
             SCALE: "_scale_inv" if inverse else "_scale",
             ZERO: "_zero_point",
             GLOBAL_SCALE: "_global_scale",
             SHAPE: "_shape",
         }
         parts = {
-            name + suffix: prints[part]
+            name + ("_packed" * (name in packed) if part == CODES else suffixes[part]): prints[part]
             for name, prints in self.tensors.items()
-            for part, suffix in suffixes.items()
+            for part in (CODES, *suffixes)
             if part in prints
         }
         return {**self.kept, **parts}
+
+    def _packed(self) -> set[str]:
+        """The weights whose codes are packed."""
+        form = str(self.quantization_config.get("format"))
+        if form != "mixed-precision":
+            return set(self.tensors) if "pack" in form else set()
+        matcher, forms = BoundedMatcher(MANIFEST), dict[str, str]()
+        try:
+            for group in self.quantization_config["config_groups"].values():
+                forms |= dict.fromkeys(group["targets"], str(group["format"]))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{MANIFEST} describes several schemes, but not which is where.") from error
+        patterns = [target for target in forms if target.startswith("re:")]
+
+        def form_of(module: str) -> str:
+            found = (target for target in patterns if matcher.matches(target[3:], module))
+            return forms[module] if module in forms else forms.get(next(found, ""), "")
+
+        return {name for name in self.tensors if "pack" in form_of(name.removesuffix(".weight"))}
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file."""

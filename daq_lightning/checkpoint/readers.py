@@ -7,7 +7,7 @@ in its code (`compressed_tensors.schemes` and `compressed_tensors_moe`), and is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata, util
 from pathlib import Path
 
@@ -75,6 +75,33 @@ def notes_on_readers(scheme: str, form: str, *, experts: bool) -> list[str]:
         told.append(
             f"The compressed-tensors {version} that is installed here does not know {form}: transformers on "
             "this machine will not load the export. Update it: pip install -U compressed-tensors."
+        )
+    return told
+
+
+def notes_on_mixed(schemes: Sequence[str], of_experts: Sequence[str]) -> list[str]:
+    """What somebody who exports several schemes in one checkpoint should know of its readers.
+
+    Args:
+        schemes: All, by name.
+        of_experts: Those of experts; "16" for some that are kept.
+    """
+    if len(schemes) < 2:
+        return []
+    told = [
+        f"{' and '.join(schemes)} in one checkpoint: transformers 5.23 loads it as it is, but not with "
+        "dequantize=True, which takes one of the schemes for all weights."
+    ]
+    if "W4A16_ASYM" in schemes:
+        told.append(
+            "transformers 5.23 loads W4A16_ASYM only dequantized, so not beside another scheme: serve this "
+            "model with vLLM, or use W4A16."
+        )
+    if len(of_experts) > 1:
+        told.append(
+            "transformers 5.23 takes one scheme for the experts of all layers and computes garbage from "
+            f"{' and '.join(of_experts)}, without an error: serve this model with vLLM, which has code for "
+            "it (not run)."
         )
     return told
 

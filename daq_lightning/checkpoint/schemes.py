@@ -171,6 +171,22 @@ SCHEMES: Mapping[str, Scheme] = {
     )
 }
 
+FULL = "16"
+"""Beside schemes, in a ladder of them: a weight that is kept in 16 bit."""
+
+LADDERS: Mapping[str, tuple[str, ...]] = {
+    "FP8_BLOCK": ("FP8_BLOCK", FULL),
+    "FP8_DYNAMIC": ("FP8_DYNAMIC", FULL),
+    "FP8A16": ("FP8A16", FULL),
+    "MXFP8": ("MXFP8", FULL),
+    "W8A8": ("W8A8", FULL),
+    "W4A16": ("W4A16", "FP8A16", FULL),
+    "W4A16_ASYM": ("W4A16_ASYM", "FP8A16", FULL),
+    "NVFP4A16": ("NVFP4A16", "FP8A16", FULL),
+    "MXFP4A16": ("MXFP4A16", "FP8A16", FULL),
+}
+"""Lowest scheme -> the ladder that it begins, if no other is asked for."""
+
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """Size at which a new safetensors file begins, as Hugging Face saves models."""
 

@@ -65,7 +65,10 @@ def make_parser() -> ArgumentParser:
         "--adapter", metavar="FOLDER", help="LoRA adapter (PEFT), merged into POST in float32"
     )
     quantize.add_argument(
-        "--dry-run", action="store_true", help="print what would be done to each tensor, write nothing"
+        "--dry-run",
+        action="store_true",
+        help="print what would be done to each tensor, write nothing; with --budget all weights are read and "
+        "measured",
     )
     layout = quantize.add_argument_group("how it is stored")
     _add_setting(layout, ExportSettings, "scheme")
@@ -86,6 +89,12 @@ def make_parser() -> ArgumentParser:
         "for evaluate; all of it is read, and POST is in memory meanwhile",
     )
     _add_setting(layout, ExportSettings, "max_shard_bytes")
+    layout.add_argument(
+        "--budget", type=str, default=None, metavar="B", help=_help_of(ExportSettings, "budget")
+    )
+    layout.add_argument(
+        "--ladder", nargs="+", default=[], metavar="S", help=_help_of(ExportSettings, "ladder")
+    )
     search = quantize.add_argument_group("how scales are searched, and codes rounded")
     _add_setting(search, ScaleSearch, "metric")
     search.add_argument(
@@ -287,5 +296,5 @@ def _dashed(option: str) -> str:
 def in_options(message: str) -> str:
     """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
     names = "scheme|rounding|calibrate|container|scale_format|kv_cache|kv_text|missing_base|parent|chain_from"
-    named = rf"\b({names}|device)='([^']*)'"
+    named = rf"\b({names}|budget|device)='([^']*)'"
     return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)

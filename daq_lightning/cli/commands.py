@@ -35,7 +35,8 @@ def quantize(options: Namespace) -> int:
     from daq_lightning.export.calibration import Calibration
     from daq_lightning.export.job import prepare
     from daq_lightning.export.kv_text import calibrated_on, check_text
-    from daq_lightning.export.run import check_device, run
+    from daq_lightning.export.mixed import within_budget
+    from daq_lightning.export.run import check_device, run, search_scales
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.export.source import Source
     from daq_lightning.model.hub import is_repository
@@ -73,6 +74,8 @@ def quantize(options: Namespace) -> int:
             kv_cache=options.kv_cache,
             missing_base=options.missing_base,
             max_shard_bytes=options.max_shard_bytes,
+            budget=options.budget,
+            ladder=tuple(options.ladder),
         )
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
@@ -103,6 +106,9 @@ def quantize(options: Namespace) -> int:
             ranks=ranks,
             calibration=calibration,
         )
+        if options.out is not None and choices.budget is not None:  # before an hour of measuring
+            ranks.first(lambda: _check_out(job, options))
+        job = within_budget(job, search_scales, device=device, progress=not options.quiet, ranks=ranks)
         if options.dry_run:
             return _show_plan(job, options) if ranks.rank == 0 else DONE
         job = calibrated_on(job, options.kv_text, device=device, ranks=ranks)
@@ -146,13 +152,11 @@ def _push(folder: str, options: Namespace) -> int:
 
 
 def _show_plan(job: Job, options: Namespace) -> int:
-    from daq_lightning.checkpoint.destination import check_destination, check_inputs
-
     if options.out is not None:
-        check_inputs(Path(options.out), job.inputs())
-        check_destination(Path(options.out))
+        _check_out(job, options)
+    placement = {} if job.placement is None else {"placement": job.placement.to_dict()}
     if options.json:
-        print_json(job.plan.to_dict() | {"without_base": dict(job.without_base)})
+        print_json(job.plan.to_dict() | {"without_base": dict(job.without_base)} | placement)
         return DONE
     quantized, missing = len(job.plan.quantized), len(job.without_base)
     print(job.plan.table())
@@ -161,8 +165,17 @@ def _show_plan(job: Job, options: Namespace) -> int:
     print("".join(f"  {name}: plain scale, {why}\n" for name, why in job.without_base.items()), end="")
     if job.calibration is not None:
         print(f"calibration: {job.calibration.source}")
-    print("dry run: nothing was written")
+    if job.placement is not None:
+        print("\n".join(job.placement.lines()))
+    print("dry run: nothing was written" + ", all weights were measured" * (job.placement is not None))
     return DONE
+
+
+def _check_out(job: Job, options: Namespace) -> None:
+    from daq_lightning.checkpoint.destination import check_destination, check_inputs
+
+    check_inputs(Path(options.out), job.inputs())
+    check_destination(Path(options.out))
 
 
 def inspect(options: Namespace) -> int:

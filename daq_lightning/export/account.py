@@ -53,7 +53,7 @@ def batch_reports(
                 name=pair.plan.spec.name,
                 shape=pair.plan.spec.shape,
                 dtype=str(pair.weight.dtype).removeprefix("torch."),
-                scheme=job.plan.layout.scheme.name,
+                scheme=pair.plan.layout.scheme.name,
                 alpha=alpha,
                 searched=sums["searched"],
                 absmax=sums["absmax"],
@@ -90,7 +90,7 @@ def _since_root(job: Job, pair: Pair, result: SearchResult) -> DeltaStats | None
     root = as_searched(job.root[name]).to(pair.weight.device)
     if root.shape != pair.weight.shape:
         return None
-    layout, weight = job.plan.layout, as_searched(pair.weight)
+    layout, weight = pair.plan.layout, as_searched(pair.weight)
     if job.settings.by_curvature:
         return stats_of_codes(weight, root, result.codes, result.scale, layout.granularity, zero=result.zero)
     scale_G1 = result.scale.reshape(-1, 1)
@@ -102,7 +102,8 @@ def _since_root(job: Job, pair: Pair, result: SearchResult) -> DeltaStats | None
 def notes_of(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
     """What a reader of the report has to know: no change at all, weights without a base, and casts."""
     measured = [report.searched for name, report in reports.items() if name not in job.without_base]
-    notes, family = [], family_of(job.plan.layout.scheme.name)
+    notes = [] if job.placement is None else job.placement.lines()
+    family = family_of(job.plan.layouts.scheme)
     if measured and not any(bool(stats.n_changed) for stats in measured):
         notes.append(
             f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?"
@@ -140,5 +141,5 @@ def config_of(job: Job) -> dict[str, Any]:
             result["dtype"] = str(job.plan.dtype).removeprefix("torch.")
         return result
 
-    quantization = job.plan.layout.quantization_config(job.plan.ignore)
+    quantization = job.plan.layouts.quantization_config(job.plan.ignore)
     return with_dtype(job.source.config, True) | {"quantization_config": quantization}

@@ -73,6 +73,8 @@ def make_recipe(job: Job, folder: Path, out: Path) -> str:
         "kv_cache": settings.kv_cache,
         "kv_text": _from(folder, out, job.cache.text) if job.cache and job.cache.text else None,
         "missing_base": settings.missing_base,
+        "budget": settings.budget,
+        "ladder": list(settings.ladder) or None,
     }
     calibration = job.calibration
     if calibration is not None:
@@ -118,7 +120,7 @@ def make_card(job: Job, report: ExportReport, recipe: bool, *, evaluation: Evalu
             base_card = read_card(base.path)
     facts = CardFacts(
         report=report,
-        layout=job.plan.layout,
+        layouts=job.plan.layouts,
         config=job.source.config,
         published=published,
         base=str(named) if is_repository(named) else from_base,

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from daq_lightning.checkpoint.destination import check_destination
 from daq_lightning.checkpoint.kv_cache import KVCache
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
@@ -16,8 +17,9 @@ from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, Sch
 from daq_lightning.export.calibration import Calibration
 from daq_lightning.export.job import prepare
 from daq_lightning.export.kv_text import calibrated_on, check_text
+from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.ranks import ALONE, Ranks
-from daq_lightning.export.run import check_device, run
+from daq_lightning.export.run import check_device, run, search_scales
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.model.hub import local_folder, push_folder
@@ -46,6 +48,8 @@ def export_checkpoint(
     kv_text: str | os.PathLike[str] | None = None,
     missing_base: Literal["error", "absmax"] = "error",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    budget: str | int | None = None,
+    ladder: Iterable[str] = (),
     parent: str | None = None,
     chain_from: ChainFrom | None = None,
     device: str | None = None,
@@ -86,6 +90,11 @@ def export_checkpoint(
         missing_base: What to do with a weight that the base lacks or has in another shape: "error", or
             "absmax" to quantize it without a search and say so in the report.
         max_shard_bytes: Bytes at which a new safetensors file begins.
+        budget: What the quantized weights may take, scales included: mean bits of one ("4.5 bits") or bytes
+            of all ("2.1 GB"). All are measured first, and those that lose most for their bytes go up from
+            `scheme` to larger formats.
+        ladder: With a budget, the schemes from the lowest up, "16" for 16 bit; left out, four bits go up to
+            FP8A16, and all to 16.
         parent: Folder of the export that this stage of a chain follows; None takes `base` if it is one.
         chain_from: Makes this a stage of a chain: whether it was trained from the parent's high-precision
             "weights" or its "deployed" ones.
@@ -102,8 +111,9 @@ def export_checkpoint(
         The report, also written as `daq_report.json`.
 
     Raises:
-        CheckpointError: A folder cannot be read, base and weights do not fit, or the destination cannot be
-            written. `HubError`, of these: the Hub lacks a model, or the upload failed; the export stays.
+        CheckpointError: A folder cannot be read, base and weights do not fit, the destination cannot be
+            written, or no rungs meet the budget. `HubError`, of these: the Hub lacks a model, or the upload
+            failed; the export stays.
         ValueError: NaN or Inf in a weight, a device that is not there, or settings that contradict each
             other.
 
@@ -129,6 +139,8 @@ def export_checkpoint(
         kv_cache=kv_cache,
         missing_base=missing_base,
         max_shard_bytes=max_shard_bytes,
+        budget=budget,
+        ladder=tuple(ladder),
     )
     text = None if kv_text is None else Path(kv_text)
     check_text(kv_cache, text)
@@ -153,8 +165,11 @@ def export_checkpoint(
             ranks=ranks,
             calibration=calibration,
         )
-        job = calibrated_on(job, text, device=device, ranks=ranks)
         place = Path(out).expanduser()
+        if budget is not None:  # before anything is measured
+            ranks.first(lambda: check_destination(place))
+        job = within_budget(job, search_scales, device=device, progress=progress, ranks=ranks)
+        job = calibrated_on(job, text, device=device, ranks=ranks)
         report = run(job, place, device=device, progress=progress, ranks=ranks, resume=resume)
         if push_to_hub is not None:
             ranks.first(lambda: push_folder(place, push_to_hub, private=private))

@@ -24,10 +24,12 @@ from daq_lightning.export.kv_cache import CacheScales, constant_scales, in_conta
 from daq_lightning.export.lineage import ancestors, make_lineage
 from daq_lightning.export.plan import ExportPlan, plan_export
 from daq_lightning.export.ranks import ALONE, Ranks
+from daq_lightning.export.rungs import Placed
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source, described
 from daq_lightning.numerics.rounding.settings import RoundingChoice
 from daq_lightning.numerics.rounding.statistics import Curvature
+from daq_lightning.report.placement import Placement
 
 if TYPE_CHECKING:
     from daq_lightning.export.calibration import Calibration
@@ -52,6 +54,7 @@ class Job:
         curvature: What was collected of the weights' curvature; None where nothing collects it.
         calibration: What it is going to be collected from, where no run has; see `run`.
         cache: The scales of cached keys and values; None without, and until they are found.
+        placement: Which weights the budget put on which rung; None without one, or before it is measured.
     """
 
     source: Source
@@ -66,6 +69,7 @@ class Job:
     curvature: Curvature | None = field(default=None, repr=False)
     calibration: Calibration | None = None
     cache: CacheScales | None = None
+    placement: Placement | None = field(default=None, repr=False)
 
     def parts(self) -> dict[str, str]:
         """All that decides what is written, in words."""
@@ -105,15 +109,22 @@ class Job:
         Raises:
             CheckpointError: As for `plan_export`.
         """
-        plan = plan_of(self.source, settings)
+        placement = None if settings.budget is None else self.placement
+        placed = None if placement is None else placed_by(placement)
+        plan = plan_of(self.source, settings, placed)
         quantized = {tensor.spec.name for tensor in plan.quantized}
         return dataclasses.replace(
             self,
             settings=settings,
             plan=plan,
+            placement=None if placement is None else placement.of(plan.placed),
             base_names={name: base for name, base in self.base_names.items() if name in quantized},
             without_base={name: why for name, why in self.without_base.items() if name in quantized},
         )
+
+    def placed_as(self, placement: Placement) -> Job:
+        """The same export with its weights on the rungs of a placement."""
+        return dataclasses.replace(self, placement=placement).planned_as(self.settings)
 
     def after_training(
         self, source: Source, training: Mapping[str, Any], curvature: Curvature | None = None
@@ -202,10 +213,12 @@ def prepare(
     return job
 
 
-def plan_of(source: Source, settings: ExportSettings) -> ExportPlan:
+def plan_of(
+    source: Source, settings: ExportSettings, placed: Mapping[str, Placed] | None = None
+) -> ExportPlan:
     """The plan of weights and cache; errors are those of `plan_export`, `in_container` and `with_cache`."""
     chosen = in_container(source.specs, source.outline, settings)
-    return with_cache(plan_export(source.specs, source.outline, chosen), source.outline, settings)
+    return with_cache(plan_export(source.specs, source.outline, chosen, placed), source.outline, settings)
 
 
 def parts_of(plan: ExportPlan, settings: ExportSettings) -> dict[str, str]:
@@ -221,6 +234,11 @@ def parts_of(plan: ExportPlan, settings: ExportSettings) -> dict[str, str]:
         "the list of unquantized modules": ", ".join(plan.ignore),
         "the settings": str(settings),
     }
+
+
+def placed_by(placement: Placement) -> dict[str, Placed]:
+    """The rung of each weight of a placement."""
+    return {name: Placed(group.rung, group.reason) for group in placement.groups for name in group.names}
 
 
 def _match_base(

@@ -2,41 +2,67 @@
 
     auto        FP8_BLOCK if all sizes are multiples of 128, else FP8_DYNAMIC
     groups      a row is cut into whole groups, or the scheme is refused, with the weights by name
+    a budget    each weight has a rung of a ladder, what servers fuse the same one
 
 Readers compute garbage from sizes that do not fit, or refuse them; see `daq_lightning.checkpoint.readers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from daq_lightning.checkpoint.readers import check_readable, notes_on_readers
+from daq_lightning.checkpoint.readers import check_readable, notes_on_mixed, notes_on_readers
+from daq_lightning.checkpoint.schemes import FULL, LADDERS, SCHEMES
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
+from daq_lightning.export.sizes import check_sizes, odd_sizes
 from daq_lightning.numerics.formats import PerBlock
 
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.layouts import Layout
     from daq_lightning.checkpoint.schemes import Container
+    from daq_lightning.export.rungs import Placed
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.model.outline import Role
-
-_LISTED = 8
-_PACKED_ROWS = 8  # of zero points in an int32
+    from daq_lightning.numerics.formats import ScaleFormat
 
 
-def scheme_of(
+def rungs_of(
     settings: ExportSettings, chosen: Sequence[TensorSpec]
-) -> tuple[str, Container | None, list[str]]:
-    """The scheme and container that the settings mean, and what the user should know of the choice.
+) -> tuple[list[tuple[str, Container | None, ScaleFormat | None]], list[str]]:
+    """The schemes that weights may have, the lowest first, as `make_layout` takes them; and what the user
+    should know of the choice.
 
     Args:
         settings: What the user chose.
         chosen: The weights to quantize.
+
+    Raises:
+        CheckpointError: Rungs that no container holds together.
     """
-    odd = _odd(chosen, 128, 128)
-    if settings.scheme != "auto":
-        return settings.scheme, settings.container, []
+    scheme, container, notes = _scheme_of(settings, chosen)
+    if settings.budget is None:
+        return [(scheme, container, settings.scale_format)], notes
+    names = [name for name in settings.ladder or LADDERS[scheme] if name != FULL]
+    if len(names) > 1:
+        if settings.container == "fp8":
+            raise CheckpointError(
+                f"The fp8 container holds one scheme, and this ladder has {', '.join(names)}: leave "
+                f"container='fp8' out, or use ladder=('FP8_BLOCK', {FULL!r})."
+            )
+        container = "compressed-tensors"
+    own = {name: SCHEMES[name].scale_format is not None for name in names}
+    return [(name, container, None if own[name] else settings.scale_format) for name in names], notes
+
+
+def _scheme_of(
+    settings: ExportSettings, chosen: Sequence[TensorSpec]
+) -> tuple[str, Container | None, list[str]]:
+    """The lowest scheme and the container that the settings mean, and what the user should know of it."""
+    scheme = settings.ladder[0] if settings.ladder else settings.scheme
+    if scheme != "auto":
+        return scheme, settings.container, []
+    odd = odd_sizes(chosen, 128, 128)
     if not odd:
         return "FP8_BLOCK", settings.container, []
     note = (
@@ -46,62 +72,39 @@ def scheme_of(
     return "FP8_DYNAMIC", None, [note]
 
 
-def check_layout(layout: Layout, chosen: Sequence[TensorSpec], roles: Mapping[str, Role]) -> list[str]:
-    """What the user should know of the readers of a layout.
+def check_layouts(
+    rungs: Sequence[Layout],
+    placed: Mapping[str, Placed],
+    chosen: Sequence[TensorSpec],
+    roles: Mapping[str, Role],
+) -> list[str]:
+    """What the user should know of the readers of the layouts.
 
     Args:
-        layout: Of the export.
-        chosen: The weights to quantize.
+        rungs: The layouts of the export.
+        placed: Name -> rung, of the weights to quantize.
+        chosen: These weights.
         roles: Name -> role, of all tensors.
 
     Raises:
-        CheckpointError: Sizes that the scheme cannot hold, or readers that do not load it.
+        CheckpointError: Sizes that a scheme cannot hold, or readers that do not load it.
     """
-    _check_sizes(layout, chosen)
+    notes: list[str] = []
+    on = {layout.scheme.name: [spec for spec in chosen if placed[spec.name].rung == layout.scheme.name]
+          for layout in rungs}  # fmt: skip
+    for layout in rungs:
+        if on[layout.scheme.name]:
+            notes += _check_layout(layout, on[layout.scheme.name], roles)
+    used = [name for name, specs in on.items() if specs]
+    experts = {placed[spec.name].rung for spec in chosen if roles[spec.name] == "expert"}
+    return list(dict.fromkeys(notes + notes_on_mixed(used, sorted(experts))))
+
+
+def _check_layout(layout: Layout, chosen: Sequence[TensorSpec], roles: Mapping[str, Role]) -> list[str]:
+    """Checks the weights of one layout."""
+    check_sizes(layout, chosen)
     experts = any(roles[spec.name] == "expert" for spec in chosen)
     blocks = isinstance(layout.granularity, PerBlock) and layout.granularity.rows > 1
     check_readable(layout.scheme.name, layout.container, blocks=blocks, experts=experts)
     form = str(layout.quantization_config(()).get("format", ""))
     return notes_on_readers(layout.scheme.name, form, experts=experts)
-
-
-def _check_sizes(layout: Layout, chosen: Sequence[TensorSpec]) -> None:
-    """Raises CheckpointError for weights that do not consist of whole groups."""
-    scheme, granularity = layout.scheme, layout.granularity
-    if scheme.group is not None:
-        odd = _odd(chosen, 1, scheme.group)
-        if odd:
-            raise CheckpointError(
-                f"{scheme.name} cuts rows into groups of {scheme.group}; {len(odd)} weights have rows of "
-                f"another length: {_listed(odd)}. Use a scheme with one scale per row (scheme='FP8_DYNAMIC', "
-                f"'W8A8'), {_smaller(scheme.group)}or keep these weights (ignore)."
-            )
-    elif isinstance(granularity, PerBlock):
-        odd = _odd(chosen, granularity.rows, granularity.cols)
-        if odd:
-            raise CheckpointError(
-                f"{scheme.name} needs sizes that are multiples of {granularity.cols}; {len(odd)} weights "
-                f"have others: {_listed(odd)}. Readers would compute garbage. Use scheme='FP8_DYNAMIC' (one "
-                "scale per channel) or scheme='auto'."
-            )
-    if scheme.asymmetric:
-        odd = _odd(chosen, _PACKED_ROWS, 1)
-        if odd:
-            raise CheckpointError(
-                f"{scheme.name} packs the zero points of {_PACKED_ROWS} rows into one number; {len(odd)} "
-                f"weights have a number of rows that is no multiple of it: {_listed(odd)}. vLLM would not "
-                "load them. Use scheme='W4A16', or keep these weights (ignore)."
-            )
-
-
-def _smaller(group: int) -> str:
-    return "one of smaller groups (scheme='MXFP4A16': 32, 'NVFP4A16': 16), " if group > 32 else ""
-
-
-def _odd(specs: Iterable[TensorSpec], rows: int, cols: int) -> list[TensorSpec]:
-    return [spec for spec in specs if spec.shape[0] % rows or spec.shape[1] % cols]
-
-
-def _listed(specs: Sequence[TensorSpec]) -> str:
-    shown = ", ".join(f"{spec.name} {spec.shape}" for spec in specs[:_LISTED])
-    return shown + ", ..." * (len(specs) > _LISTED)

@@ -34,21 +34,22 @@ def make_manifest(job: Job, prints: Mapping[str, TensorPrints], folder: Path, ou
     plan, lineage = job.plan, job.lineage
     tensors = {tensor.spec.name: prints[tensor.spec.name] for tensor in plan.quantized}
     kept = {tensor.spec.name: prints[tensor.spec.name] for tensor in plan.tensors if not tensor.quantize}
-    here = out.absolute()
+    here, budget = out.absolute(), job.settings.budget
     weight_files = frozenset(file.name for file in folder.glob("*.safetensors"))
     training = dict(job.training)
     if training.get("checkpoint"):
         training["checkpoint"] = relative_to(training["checkpoint"], here)
     return Manifest(
-        scheme=plan.layout.scheme.name,
+        scheme=plan.layouts.scheme,
         dtype=str(plan.dtype).removeprefix("torch."),
-        quantization_config=plan.layout.quantization_config(plan.ignore),
+        quantization_config=plan.layouts.quantization_config(plan.ignore),
         settings={
             "search": dataclasses.asdict(job.settings.scale_search),
             "rounding": job.settings.rounding,
             "ignore": list(job.settings.ignore),
             **({} if job.calibration is None else {"calibration": job.calibration.described()}),
             **({} if job.settings.kv_cache is None else {"kv_cache": job.settings.kv_cache}),
+            **({} if budget is None else {"budget": budget, "ladder": list(job.settings.ladder)}),
         },
         versions={name: package_version(name) for name in ("daq-lightning", "torch", "transformers")},
         lineage=dataclasses.replace(

@@ -4,9 +4,9 @@
     everything else -> kept: head, router, embedding, norm, bias, vision tower
     the list of unquantized Linear modules goes into config.json, because readers trust it blindly
 
-One scheme serves the whole model; `layout_choice` says which. Projections that servers fuse (q/k/v, gate/up)
-are quantized together or not at all, and where a weight has a global scale they share one: servers take one
-of them for all.
+One scheme serves the whole model, `layout_choice` says which; or each weight has a rung of a ladder, as
+`mixed` places it. Projections that servers fuse (q/k/v, gate/up) are quantized together or not at all, in one
+scheme, and where a weight has a global scale they share one: servers take one of them for all.
 
 Source: the readers, as listed in `daq_lightning.checkpoint.layouts`.
 """
@@ -19,12 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from daq_lightning.checkpoint.layouts import Layout, make_layout
+from daq_lightning.checkpoint.layouts import Layout, Layouts, make_layout
 from daq_lightning.checkpoint.manifest import KEPT
+from daq_lightning.checkpoint.schemes import FULL
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.ignore import ignored_by
-from daq_lightning.export.layout_choice import check_layout, scheme_of
+from daq_lightning.export.layout_choice import check_layouts, rungs_of
 from daq_lightning.export.progress import size_text
+from daq_lightning.export.rungs import Placed, lowest
+from daq_lightning.export.sizes import kept_dtype
+from daq_lightning.export.targets import layouts_of
 from daq_lightning.model.fusion import check_experts, check_fused, shared_input
 from daq_lightning.model.outline import Outline, Role, owner_of
 
@@ -53,6 +57,7 @@ class TensorPlan:
             dtype.
         reason: Why, in a few words.
         together: Equal for weights that are searched and rounded together, for they share an input; else "".
+        form: Its layout; None for a tensor that is kept.
     """
 
     spec: TensorSpec
@@ -62,6 +67,14 @@ class TensorPlan:
     stored: Mapping[str, TensorSpec]
     reason: str
     together: str = ""
+    form: Layout | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of a quantized tensor."""
+        if self.form is None:
+            raise ValueError(f"{self.spec.name} is not quantized, and has no layout.")
+        return self.form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,22 +83,34 @@ class ExportPlan:
 
     Attributes:
         tensors: One entry per tensor, in file order.
-        layout: The layout of the quantized tensors.
+        rungs: The layouts that tensors may have, the lowest first.
         ignore: Full names of the Linear modules that are not quantized, in checkpoint and in memory names.
         dtype: Of kept tensors, and the `dtype` of config.json.
         notes: What the user should know, such as a fallback.
+        placed: Name -> rung, of all weights that could be quantized.
     """
 
     tensors: tuple[TensorPlan, ...]
-    layout: Layout
+    rungs: tuple[Layout, ...]
     ignore: tuple[str, ...]
     dtype: torch.dtype
     notes: tuple[str, ...]
+    placed: Mapping[str, Placed]
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the quantized tensors; the lowest, where a budget places them."""
+        return self.rungs[0]
 
     @property
     def quantized(self) -> list[TensorPlan]:
         """The tensors that are searched."""
         return [tensor for tensor in self.tensors if tensor.quantize]
+
+    @property
+    def layouts(self) -> Layouts:
+        """The layouts of all quantized tensors; of several, each with the modules it is for."""
+        return layouts_of(self.quantized, self.layout)
 
     @property
     def stored(self) -> list[TensorSpec]:
@@ -112,14 +137,15 @@ class ExportPlan:
         before = sum(tensor.spec.nbytes for tensor in self.tensors)
         after = sum(spec.nbytes for spec in self.stored)
         lines.append(
-            f"{self.layout.scheme.name}: {len(self.quantized)} of {len(self.tensors)} tensors in "
-            f"{self.layout.scheme.title}, {size_text(before)} -> {size_text(after)}"
+            f"{self.layouts.scheme}: {len(self.quantized)} of {len(self.tensors)} tensors in "
+            f"{' and '.join(dict.fromkeys(one.scheme.title for one in self.layouts.every))}, "
+            f"{size_text(before)} -> {size_text(after)}"
         )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def _stored_as(self, tensor: TensorPlan) -> str:
         if tensor.quantize:
-            return self.layout.scheme.code
+            return tensor.layout.scheme.code
         return str(tensor.stored[KEPT].dtype).removeprefix("torch.")
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,26 +154,32 @@ class ExportPlan:
             tensor.spec.name: {
                 "shape": list(tensor.spec.shape),
                 "quantize": tensor.quantize,
+                "scheme": tensor.layout.scheme.name if tensor.quantize else None,
                 "reason": tensor.reason,
             }
             for tensor in self.tensors
         }
-        size = sum(spec.nbytes for spec in self.stored)
         return {
-            "scheme": self.layout.scheme.name,
-            "bytes": size,
+            "scheme": self.layouts.scheme,
+            "bytes": sum(spec.nbytes for spec in self.stored),
             "tensors": tensors,
             "notes": list(self.notes),
         }
 
 
-def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportSettings) -> ExportPlan:
+def plan_export(
+    specs: Sequence[TensorSpec],
+    outline: Outline,
+    settings: ExportSettings,
+    placed: Mapping[str, Placed] | None = None,
+) -> ExportPlan:
     """Decides what happens to every tensor.
 
     Args:
         specs: The tensors of the checkpoint, in order.
         outline: Says which role each tensor has, and its name in memory.
         settings: What the user chose.
+        placed: The rungs of weights, as a budget places them; None for the lowest that takes each.
 
     Raises:
         CheckpointError: Nothing to quantize, sizes that the scheme cannot hold, experts of several shapes, an
@@ -170,28 +202,32 @@ def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportS
         )
     check_fused({spec.name for spec in chosen}, roles)
     check_experts(chosen, specs, keys, roles)
-    scheme, container, notes = scheme_of(settings, chosen)
-    layout = make_layout(scheme, container=container, scale_format=settings.scale_format)
-    notes += check_layout(layout, chosen, roles)
-    dtype, masters = _kept_dtype(specs)
+    schemes, notes = rungs_of(settings, chosen)
+    rungs = [make_layout(name, container=held, scale_format=kept) for name, held, kept in schemes]
+    forms = {one.scheme.name: one for one in rungs}
+    dtype, masters = kept_dtype(specs)
+    placed = lowest(settings, rungs, chosen, dtype) if placed is None else placed
+    notes += check_layouts(rungs, placed, chosen, roles)
     doubles = sum(spec.dtype == torch.float64 for spec in chosen)
     if doubles:
         notes.append(f"{doubles} weights are float64: they were searched and measured as float32.")
-    names, reasons = {spec.name for spec in chosen}, dict.fromkeys(ignored, "ignored by pattern")
-    joined = settings.by_curvature or layout.scale_format == "e4m3"
-    shared = {name: shared_input(name) for name in names} if joined else {}
+    reasons = dict.fromkeys(ignored, "ignored by pattern")
+    reasons |= {name: one.reason for name, one in placed.items() if one.rung == FULL}
+    shared = {spec.name: shared_input(spec.name) for spec in chosen}
     tensors = tuple(
-        _quantized(spec, keys[spec.name], roles[spec.name], layout, shared.get(spec.name, ""))
-        if spec.name in names
+        _quantized(spec, keys[spec.name], roles[spec.name], forms[placed[spec.name].rung],
+                   placed[spec.name].reason, shared[spec.name] if settings.by_curvature else "")
+        if spec.name in shared and placed[spec.name].rung != FULL
         else _kept(spec, keys, roles[spec.name], (dtype, masters), reasons.get(spec.name, ""))
         for spec in specs
-    )
+    )  # fmt: skip
     return ExportPlan(
         tensors=tensors,
-        layout=layout,
         ignore=_ignore_list(tensors, outline),
         dtype=dtype,
         notes=tuple(notes),
+        placed={spec.name: placed[spec.name] for spec in chosen},
+        rungs=tuple(rungs),
     )
 
 
@@ -227,30 +263,17 @@ def _is_expert(tensor: TensorPlan) -> bool:
     )
 
 
-def _kept_dtype(specs: Sequence[TensorSpec]) -> tuple[torch.dtype, bool]:
-    """The dtype of most of the floating-point data, if servers take it, else bfloat16; and whether that is a
-    cast.
-
-    float32 masters are cast; a few float32 tensors of a 16-bit checkpoint are float32 on purpose.
-    """
-    sizes: dict[torch.dtype, int] = {}
-    for spec in specs:
-        if spec.dtype.is_floating_point:
-            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
-    dominant = max(sizes, key=lambda dtype: sizes[dtype])
-    servable = dominant in (torch.bfloat16, torch.float16)
-    return (dominant, False) if servable else (torch.bfloat16, True)
-
-
-def _quantized(spec: TensorSpec, key: str, role: Role, layout: Layout, together: str) -> TensorPlan:
+def _quantized(spec: TensorSpec, key: str, role: Role, layout: Layout, why: str, together: str) -> TensorPlan:
+    fused = shared_input(spec.name) if layout.scale_format == "e4m3" else ""
     return TensorPlan(
         spec=spec,
         key=key,
         role=role,
         quantize=True,
         stored=layout.stored(spec),
-        reason=layout.scheme.name,
-        together=together,
+        reason=why or layout.scheme.name,
+        together=together or fused,
+        form=layout,
     )
 
 

@@ -115,7 +115,7 @@ class _Curved(NamedTuple):
 
 def _rounded(job: Job, pair: Pair, result: SearchResult, curved: _Curved) -> Chosen:
     """A weight along its curvature, at the scales of a result."""
-    layout, weight = job.plan.layout, as_searched(pair.weight)
+    layout, weight = pair.plan.layout, as_searched(pair.weight)
     found = round_with_curvature(
         weight,
         result.scale,

@@ -135,13 +135,14 @@ def run(
             raise
         report = ExportReport(
             path=str(out),
-            scheme=job.plan.layout.scheme.name,
+            scheme=job.plan.layouts.scheme,
             search=dataclasses.asdict(job.settings.scale_search),
             tensors=tuple(every.reports[tensor.spec.name] for tensor in job.plan.quantized),
             kept=kept_reasons(job.plan),
             notes=(*job.plan.notes, *notes_of(job, every.reports)),
             dtype=str(job.plan.dtype).removeprefix("torch."),
             kv_cache=report_of(job.plan, job.cache),
+            placement=job.placement,
         )
         if judge is not None:
             report = judge(writer.folder, tuple(shards), report)
@@ -209,7 +210,7 @@ def _write_tensors(
                     writer.write_json(*record.content(mine))
 
         def finish(pair: Pair, result: SearchResult) -> None:
-            stored = job.plan.layout.pack(
+            stored = pair.plan.layout.pack(
                 result.codes, result.scale, zero=result.zero, global_scale=result.global_scale
             )
             write(pair.plan, stored, prints_of(stored, pair.weight, pair.base))
@@ -225,7 +226,7 @@ def _write_tensors(
                     behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
                     continue
                 with clock.searching():
-                    chosen = choose_codes(job, batch, partial(_search, job))
+                    chosen = choose_codes(job, batch, partial(search_scales, job))
                 samples = look(job, batch, [one.result for one in chosen], curves)
                 reports = batch_reports(job, batch, chosen, samples)
                 for pair, report, one in zip(batch, reports, chosen, strict=True):
@@ -261,15 +262,26 @@ def _publish(
     writer.publish()
 
 
-def _search(job: Job, batch: Sequence[Pair], search: ScaleSearch) -> list[SearchResult]:
-    """The scales of a batch; without a base, a weight searched against itself keeps its absmax scale."""
+def search_scales(job: Job, batch: Sequence[Pair], search: ScaleSearch) -> list[SearchResult]:
+    """The scales of weights in one layout; without a base, a weight searched against itself keeps its absmax
+    scale.
+
+    Args:
+        job: What is exported.
+        batch: Some of it, all in the layout of the first.
+        search: Objective and candidates.
+
+    Raises:
+        ValueError: NaN or Inf in a weight, by name.
+    """
+    layout = batch[0].plan.layout
     return search_batch(
         [as_searched(pair.weight) for pair in batch],
         [as_searched(pair.weight if pair.base is None else pair.base) for pair in batch],
-        job.plan.layout.granularity,
+        layout.granularity,
         search,
-        scale_format=job.plan.layout.scale_format,
-        fmt=job.plan.layout.scheme.format,
+        scale_format=layout.scale_format,
+        fmt=layout.scheme.format,
         names=[pair.plan.spec.name for pair in batch],
         reader_dtype=job.plan.dtype,
     )

@@ -106,7 +106,7 @@ def look(
         if pair.base is not None:
             compared.setdefault(pair.plan.spec.shape, []).append(index)
     for shape, places in compared.items():
-        sample = sample_of((shape[0], shape[1]), job.plan.layout.granularity)
+        sample = sample_of((shape[0], shape[1]), batch[places[0]].plan.layout.granularity)
         step = max(1, MOST_ELEMENTS // sample.elements)  # a few small weights at a time, in one thread
         for start in range(0, len(places), step):
             part = places[start : start + step]
@@ -124,7 +124,8 @@ def _look_at(
     curves: frozenset[str],
 ) -> list[Looked]:
     """The figures of some pairs together: operations on small tensors take as long for one as for several."""
-    layout, search, fmt = job.plan.layout, job.settings.search, job.plan.layout.scheme.format
+    layout, search = pairs[0].plan.layout, job.settings.search
+    fmt = layout.scheme.format
     weight_SE = torch.cat([sample.of_weight(pair.weight).float() for pair in pairs])
     base_SE = torch.cat([sample.of_weight(pair.base).float() for pair in pairs if pair.base is not None])
     # as bytes: torch cannot index every kind of codes

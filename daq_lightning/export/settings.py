@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from daq_lightning.checkpoint.kv_cache import KVCache
+from daq_lightning.checkpoint.ladders import check_ladder
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, SchemeName, choose_scheme
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.rounding.settings import RoundingChoice
@@ -38,6 +39,11 @@ class ExportSettings:
         missing_base: A weight that the base lacks, or has in another shape, is an "error", or gets a plain
             scale without a search ("absmax"), which the report says.
         max_shard_bytes: Size at which a new safetensors file begins.
+        budget: What quantized weights may take, scales included: mean bits ("4.5 bits") or bytes of all
+            ("2.1 GB"). The weights that lose most for their bytes go up to a larger format; scheme is the
+            lowest.
+        ladder: With a budget, the schemes from the lowest up; "16" keeps a weight in 16 bit. If not given,
+            four bits go up to FP8A16, and all to 16.
 
     Raises:
         ValueError: An unknown choice, or choices that contradict each other.
@@ -52,8 +58,13 @@ class ExportSettings:
     kv_cache: KVCache | None = None
     missing_base: Literal["error", "absmax"] = "error"
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    budget: str | int | None = None
+    ladder: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_ladder(self.scheme, self.ladder, self.budget)
+        if isinstance(self.budget, int):  # as a recipe says it
+            object.__setattr__(self, "budget", f"{self.budget} B")
         if self.scheme != "auto":
             choose_scheme(self.scheme, self.container, self.scale_format)
         if self.missing_base not in ("error", "absmax"):

@@ -51,7 +51,7 @@ class WrittenWeights(Mapping[str, Tensor]):
         }
         if not tensor.quantize:
             return parts[KEPT]
-        layout = self.plan.layout
+        layout = tensor.layout
         unpacked = layout.unpack(parts, tensor.spec.shape)
         return dequantize(unpacked.codes, unpacked.scale, layout.granularity, torch.float32, unpacked.zero)
 

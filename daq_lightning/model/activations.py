@@ -75,6 +75,22 @@ def quantized_activations(modules: Iterable[nn.Module], scheme: Scheme) -> Itera
         yield
 
 
+@contextlib.contextmanager
+def served_activations(modules: Iterable[tuple[nn.Module, Scheme]]) -> Iterator[None]:
+    """As `quantized_activations`, for modules of several schemes.
+
+    Args:
+        modules: Each with its scheme.
+    """
+    by_scheme: dict[str, tuple[Scheme, list[nn.Module]]] = {}
+    for module, scheme in modules:
+        by_scheme.setdefault(scheme.name, (scheme, []))[1].append(module)
+    with contextlib.ExitStack() as stack:
+        for scheme, of_scheme in by_scheme.values():
+            stack.enter_context(quantized_activations(of_scheme, scheme))
+        yield
+
+
 def holds_experts(module: nn.Module) -> bool:
     """Whether a module has stacks of matrices of its own."""
     return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))

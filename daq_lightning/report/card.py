@@ -25,7 +25,7 @@ from daq_lightning.report.front_matter import merge, read_texts, split_card
 from daq_lightning.report.serving import creation, serving
 
 if TYPE_CHECKING:
-    from daq_lightning.checkpoint.layouts import Layout
+    from daq_lightning.checkpoint.layouts import Layouts
     from daq_lightning.report.figures import ExportReport, Side
 
 BEGIN, END = "<!-- daq-lightning: begin -->", "<!-- daq-lightning: end -->"
@@ -50,7 +50,7 @@ class CardFacts:
 
     Attributes:
         report: Of the export.
-        layout: How weights are stored.
+        layouts: How weights are stored.
         config: Content of the model's config.json; None if it has none.
         published: Name of the fine-tuned model on the Hub, "" if it is not known to be there.
         base: Name of the base on the Hub, or "".
@@ -61,7 +61,7 @@ class CardFacts:
     """
 
     report: ExportReport
-    layout: Layout
+    layouts: Layouts
     config: Mapping[str, Any] | None
     published: str = ""
     base: str = ""
@@ -128,8 +128,9 @@ def _metadata(front: str, facts: CardFacts) -> str:
     ours |= _of_base(facts.base_card, licensed="license" in existing)
     ours["quantized_by"] = "daq-lightning"
     tags = [tag for tag in existing.get("tags", []) if not tag.startswith("base_model:")]
-    tags += [family_of(facts.report.scheme).lower(), "quantized", "vllm", "daq-lightning"]
-    if facts.layout.quantization_config(())["quant_method"] == "compressed-tensors":
+    schemes = [layout.scheme.name for layout in facts.layouts.every]
+    tags += [*(family_of(name).lower() for name in schemes), "quantized", "vllm", "daq-lightning"]
+    if facts.layouts.quantization_config(())["quant_method"] == "compressed-tensors":
         tags.append("compressed-tensors")
     if facts.evaluation is not None and facts.evaluation.known:
         ours["model-index"] = model_index(
@@ -160,7 +161,7 @@ def _section(facts: CardFacts) -> str:
         _figures(facts.report),
         *_evaluation(facts.evaluation),
         "### Deployment",
-        serving(facts.layout, facts.config is not None, facts.report.kv_cache),
+        serving(facts.layouts.every, facts.config is not None, facts.report.kv_cache),
         "### Creation",
         creation(facts.report, recipe=facts.recipe, trained=facts.trained),
     ]
@@ -168,13 +169,7 @@ def _section(facts: CardFacts) -> str:
 
 
 def _about(facts: CardFacts) -> str:
-    report, scheme = facts.report, facts.layout.scheme
-    family, run = family_of(scheme.name), scheme.activations
-    shared = f"{scheme.group} weights of a row" if scheme.group else "a row"
-    if isinstance(scheme.granularity, PerBlock) and not scheme.group:
-        shared = f"a block of {scheme.granularity.rows} x {scheme.granularity.cols}"
-    zero = " and one zero point" * scheme.asymmetric
-    activations = "16 bit" if run is None else f"{family}, scaled when the model runs"
+    report, family = facts.report, family_of(facts.report.scheme)
     reasons: dict[str, list[str]] = {}
     for name, reason in report.kept.items():
         reasons.setdefault(reason.removeprefix("kept: "), []).append(name)
@@ -189,15 +184,35 @@ def _about(facts: CardFacts) -> str:
                 family=family
             ),
             "",
-            f"- quantized: {len(report.tensors)} weights of linear layers, as {scheme.name}: {scheme.title}, "
-            f"one {facts.layout.scale_format} scale{zero} for {shared}",
-            f"- activations: {activations}",
+            *_schemes(facts),
             *([] if report.kv_cache is None else [f"- KV cache: {plain(report.kv_cache.words())}"]),
             f"- not quantized, in {report.dtype}: {len(report.kept)} tensors"
             + (", by reason:" if kept else ""),
             *(f"  {line}" for line in kept),
         ]
     )
+
+
+def _schemes(facts: CardFacts) -> list[str]:
+    """Which weights are in which scheme, and why."""
+    report, lines = facts.report, []
+    for layout in facts.layouts.every:
+        scheme = layout.scheme
+        count = sum(tensor.scheme == scheme.name for tensor in report.tensors)
+        shared = f"{scheme.group} weights of a row" if scheme.group else "a row"
+        if isinstance(scheme.granularity, PerBlock) and not scheme.group:
+            shared = f"a block of {scheme.granularity.rows} x {scheme.granularity.cols}"
+        zero = " and one zero point" * scheme.asymmetric
+        family = family_of(scheme.name)
+        activations = "16 bit" if scheme.activations is None else f"{family}, scaled when the model runs"
+        lines += [
+            f"- quantized: {count} weights of linear layers, as {scheme.name}: {scheme.title}, "
+            f"one {layout.scale_format} scale{zero} for {shared}",
+            f"- activations: {activations}",
+        ]
+    return lines + [
+        f"- {plain(line)}" for line in ([] if report.placement is None else report.placement.lines())
+    ]
 
 
 def _figures(report: ExportReport) -> str:

@@ -29,6 +29,7 @@ from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.bins import STEP_EDGES
 from daq_lightning.numerics.objectives import DeltaStats, cosine, gain, mse, sign_rate
 from daq_lightning.report.kv_cache import CacheReport
+from daq_lightning.report.placement import Placement
 from daq_lightning.report.rounding import Rounding
 from daq_lightning.report.sampled import AlphaCurve, ByStep
 from daq_lightning.report.shape import FLOAT_SUMS, check_report
@@ -133,6 +134,7 @@ class ExportReport:
         validation: Figure of the Trainer's validation -> "unquantized" and "served" -> its value: of the
             model as it was, and with the exported weights; empty where there was none.
         kv_cache: The scales of the FP8 cache of keys and values; None without one.
+        placement: Which weights a budget put on which rung, and why; None without a budget.
     """
 
     path: str
@@ -144,6 +146,7 @@ class ExportReport:
     dtype: str = "bfloat16"
     validation: Validation = field(default_factory=dict)
     kv_cache: CacheReport | None = None
+    placement: Placement | None = None
 
     def totals(self, side: Side = "searched") -> DeltaStats:
         """Sums over all quantized tensors whose base is known."""
@@ -176,6 +179,7 @@ class ExportReport:
             "notes": list(self.notes),
             **({"validation": validation_to_dict(self.validation)} if self.validation else {}),
             **({"kv_cache": self.kv_cache.to_dict()} if self.kv_cache is not None else {}),
+            **({} if self.placement is None else {"placement": self.placement.to_dict()}),
             "tensors": {tensor.name: tensor.to_dict() for tensor in self.tensors},
             "kept": dict(self.kept),
         }
@@ -208,6 +212,7 @@ class ExportReport:
             dtype=content.get("dtype", "bfloat16"),
             validation=validation_from_dict(content.get("validation", {})),
             kv_cache=CacheReport.from_dict(content["kv_cache"]) if "kv_cache" in content else None,
+            placement=Placement.from_dict(content["placement"]) if "placement" in content else None,
         )
 
     @property

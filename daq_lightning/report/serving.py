@@ -5,6 +5,7 @@ Only what was seen with tiny models (vLLM 0.32, transformers 5.23) or read in th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from daq_lightning.checkpoint.readers import TRANSFORMERS, VLLM
@@ -50,11 +51,11 @@ _SCALES = {
 }
 
 
-def serving(layout: Layout, has_config: bool, kv_cache: CacheReport | None = None) -> str:
+def serving(layouts: Sequence[Layout], has_config: bool, kv_cache: CacheReport | None = None) -> str:
     """How to serve an export.
 
     Args:
-        layout: How weights are stored.
+        layouts: How weights are stored.
         has_config: Whether it has a config.json; without one, no server loads it.
         kv_cache: The scales of the FP8 cache, if it has some.
     """
@@ -68,6 +69,21 @@ def serving(layout: Layout, has_config: bool, kv_cache: CacheReport | None = Non
             "model's own config.json, with the `quantization_config` of `daq_manifest.json`, and its "
             "tokenizer."
         )
+    scales = " ".join(dict.fromkeys(map(_of_scales, layouts)))
+    if len(layouts) > 1:
+        scales += (
+            " Several schemes are config groups of one checkpoint: transformers loads it as it is, not with "
+            "`dequantize=True`."
+        )
+    return (
+        f"{commands}\n\n{scales} What SGLang does with scales was not looked at.\n\n"
+        "Do not call `save_pretrained` on this model once it is loaded: that quantizes it anew. "
+        "`daq-lightning verify MODEL` checks the files against what servers need."
+    )
+
+
+def _of_scales(layout: Layout) -> str:
+    """What readers make of the scales of a layout."""
     scheme, scales = layout.scheme, _SCALES[layout.scale_format]
     if scheme.scale_format == "ue8m0":
         scales = "The scales are powers of two, as the format has them."
@@ -75,12 +91,7 @@ def serving(layout: Layout, has_config: bool, kv_cache: CacheReport | None = Non
         scales = "The scales are stored in bfloat16, which vLLM and transformers both hold."
     if isinstance(layout.granularity, PerBlock) and not scheme.group and layout.scale_format != "ue8m0":
         scales += f" {_DEEP_GEMM}"
-    scales = " ".join(filter(None, (scales, VLLM.get(scheme.name), TRANSFORMERS.get(scheme.name))))
-    return (
-        f"{commands}\n\n{scales} What SGLang does with scales was not looked at.\n\n"
-        "Do not call `save_pretrained` on this model once it is loaded: that quantizes it anew. "
-        "`daq-lightning verify MODEL` checks the files against what servers need."
-    )
+    return " ".join(filter(None, (scales, VLLM.get(scheme.name), TRANSFORMERS.get(scheme.name))))
 
 
 def creation(report: ExportReport, *, recipe: bool, trained: bool) -> str:
@@ -98,6 +109,10 @@ def creation(report: ExportReport, *, recipe: bool, trained: bool) -> str:
             "```bash\ndaq-lightning quantize --config recipe.yaml\n```"
         )
     curved = any(tensor.rounding is not None for tensor in report.tensors)
+    scheme = f"scheme={report.scheme!r}"
+    if report.placement is not None:
+        rungs = max((group.losses for group in report.placement.groups), key=len)
+        scheme = f"scheme={next(iter(rungs))!r},\n    budget={report.placement.budget!r}"
     rounding = '    rounding="curvature",\n' if curved else ""
     search = "".join(f"        {name}={value!r},\n" for name, value in report.search.items())
     if report.kv_cache is not None:
@@ -107,11 +122,11 @@ def creation(report: ExportReport, *, recipe: bool, trained: bool) -> str:
         return (
             "Made in Python:\n\n```python\nfrom daq_lightning import ScaleSearch, "
             "export_checkpoint\n\nexport_checkpoint(\n    weights,\n    base,\n    out,\n"
-            f"    scheme={report.scheme!r},\n    search=ScaleSearch(\n{search}    ),\n{rounding})\n```"
+            f"    {scheme},\n    search=ScaleSearch(\n{search}    ),\n{rounding})\n```"
         )
     return (
         "Made in training, by a callback of Lightning:\n\n```python\nfrom daq_lightning import "
         "DeltaAwareQuantization, ScaleSearch\n\nexport = DeltaAwareQuantization(\n"
-        f"    scheme={report.scheme!r},\n    search=ScaleSearch(\n{search}    ),\n{rounding})\n"
+        f"    {scheme},\n    search=ScaleSearch(\n{search}    ),\n{rounding})\n"
         "trainer = L.Trainer(..., callbacks=[export])\n```"
     )

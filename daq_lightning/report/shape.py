@@ -4,6 +4,7 @@ used."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.bins import OUTCOMES, STEP_BINS
 from daq_lightning.report.kv_cache import is_cache_report
+from daq_lightning.report.placement import is_placement
 from daq_lightning.report.rounding import is_finite, is_rounding
 
 FLOAT_SUMS = ("dot", "delta_sq", "delta_q_sq", "error_sq")
@@ -46,6 +48,7 @@ def check_report(content: Mapping[str, Any], file: Path, sums_of: Sequence[str])
     check(_is_validation(content.get("validation", {})), "unquantized and served figures in validation")
     cache = "kv_cache" not in content or is_cache_report(content["kv_cache"])
     check(cache, "two scales of each layer in kv_cache")
+    check("placement" not in content or is_placement(content["placement"]), "rungs and losses in placement")
     for name, entry in content["tensors"].items():
         check(isinstance(entry, dict), f"an object for {name}")
         shape, alpha = entry.get("shape"), entry.get("alpha")
@@ -70,6 +73,14 @@ def check_report(content: Mapping[str, Any], file: Path, sums_of: Sequence[str])
             check(
                 isinstance(sums, dict) and _are_sums(sums, sums_of), f"the sums {listed} in {side} of {name}"
             )
+
+
+def only_numbers(validation: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Figures as JSON has them, which has no word for NaN."""
+    return {
+        name: {side: value if math.isfinite(value) else None for side, value in values.items()}
+        for name, values in validation.items()
+    }
 
 
 def _are_sums(sums: Mapping[str, Any], names: Sequence[str]) -> bool:

@@ -71,6 +71,8 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         scale_format: None, or "ue8m0" for scales that are powers of two.
         kv_cache: None, or for servers that cache keys and values in FP8: "fp8" with scales of 1.0,
             "fp8-calibrated" with scales of each layer from a validation before each export.
+        budget: What quantized weights may take, as mean bits ("4.5 bits") or bytes ("2.1 GB"): each export
+            measures all, and those that lose most go up from `scheme` to FP8A16 or 16 bit.
         export_on: "train_end", or "checkpoint": whenever ModelCheckpoint saves, the same weights.
         every_n_train_steps, every_n_epochs: Also export every so many optimizer steps, or epochs.
         which: What is exported at the end: the "last" weights, or the "best" checkpoint of the first
@@ -133,6 +135,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         module: str | None = None,
         scale_format: Literal["ue8m0"] | None = None,
         kv_cache: KVCache | None = None,
+        budget: str | int | None = None,
         export_on: ExportOn = "train_end",
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
@@ -168,7 +171,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         )
         choices = make_settings(
             scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes,
-            rounding, kv_cache,
+            rounding, kv_cache, budget,
         )  # fmt: skip
         collecting = Collecting(
             source=curvature,

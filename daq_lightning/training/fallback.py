@@ -77,10 +77,16 @@ def _next(job: Job, scheme: str, costs: Mapping[tuple[str, ...], float]) -> tupl
 
 
 def _as_scheme(job: Job, scheme: str) -> Job:
-    settings = dataclasses.replace(job.settings, scheme=scheme, container=None)  # type: ignore[arg-type]
+    settings = dataclasses.replace(
+        job.settings,
+        scheme=scheme,  # type: ignore[arg-type]
+        container=None,
+        budget=None,
+        ladder=(),
+    )
     return job.planned_as(settings)
 
 
 def _called(job: Job) -> str:
     kept = len(job.settings.ignore)
-    return job.plan.layout.scheme.name + (f" with {kept} modules kept" if kept else "")
+    return job.plan.layouts.scheme + (f" with {kept} modules kept" if kept else "")

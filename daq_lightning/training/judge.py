@@ -23,6 +23,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from daq_lightning.checkpoint.schemes import SCHEMES
 from daq_lightning.export.kv_cache import cached_modules
 from daq_lightning.export.written import WrittenWeights
 from daq_lightning.model.activations import quantized_activations
@@ -123,13 +124,20 @@ class Judge:
         self.ranks.together(lambda: swap.weights(self.model, written, only))
         with contextlib.ExitStack() as stack:
             if self.settings.quantize_activations:
-                names = [tensor.spec.name for tensor in self.job.plan.quantized]
-                seen = [name for name in names if only is None or name in only]
-                modules = computing_modules(self.model, seen)
-                stack.enter_context(quantized_activations(modules, self.job.plan.layout.scheme))
+                for scheme, names in self._by_scheme(only).items():
+                    modules = computing_modules(self.model, names)
+                    stack.enter_context(quantized_activations(modules, SCHEMES[scheme]))
                 if self.job.cache is not None and only is None:
                     stack.enter_context(self._cached(self.job.cache))
             yield
+
+    def _by_scheme(self, only: Collection[str] | None) -> dict[str, list[str]]:
+        """Scheme -> the weights that are in it."""
+        found: dict[str, list[str]] = {}
+        for tensor in self.job.plan.quantized:
+            if only is None or tensor.spec.name in only:
+                found.setdefault(tensor.layout.scheme.name, []).append(tensor.spec.name)
+        return found
 
     def _cached(self, cache: CacheScales) -> AbstractContextManager[None]:
         """Keys and values are those of an FP8 cache."""

@@ -24,9 +24,10 @@ from daq_lightning.checkpoint.destination import check_inputs
 from daq_lightning.checkpoint.manifest import Lineage
 from daq_lightning.checkpoint.writer import plan_shards
 from daq_lightning.export.job import Job, parts_of, plan_of, prepare
+from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.plan import ExportPlan
 from daq_lightning.export.ranks import ALONE, Ranks
-from daq_lightning.export.run import run
+from daq_lightning.export.run import run, search_scales
 from daq_lightning.export.source import Source
 from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import deal, dealt
@@ -238,6 +239,7 @@ class Run:
             name = Path(settings.dirpath) / settings.schedule.name(trainer)
             out = self.ranks.first(lambda: stack.enter_context(free_name(name)))
             timings = Timings()
+            job = within_budget(job, search_scales, device=trainer.strategy.root_device, ranks=self.ranks)
             if self._judge is not None:
                 judge = self._judge(job=job, model=model, state=state, ranks=self.ranks)
                 report = export_judged(judge, lambda job, judge: self._run(job, out, timings, judge))

@@ -80,6 +80,11 @@ class RunSettings:
         for name, value in places.items():  # with `~` as the user's home
             object.__setattr__(self, name, value)
 
+    @property
+    def deals_anew(self) -> bool:
+        """Whether an export may be planned otherwise than when training began."""
+        return bool(self.validation.schemes) or self.choices.budget is not None
+
     def description(self, model: str | None, place: int | None) -> dict[str, Any]:
         """What a resumed run knows its callback by, in primitives; see `resume.py`.
 
@@ -111,6 +116,7 @@ def make_settings(
     max_shard_bytes: int,
     rounding: RoundingChoice,
     kv_cache: KVCache | None,
+    budget: str | int | None,
 ) -> ExportSettings:
     """The settings of an export from the arguments of `DeltaAwareQuantization`.
 
@@ -161,6 +167,7 @@ def make_settings(
             kv_cache=kv_cache,
             missing_base=missing_base,
             max_shard_bytes=max_shard_bytes,
+            budget=budget,
         )
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(str(error)) from error

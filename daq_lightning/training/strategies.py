@@ -81,21 +81,22 @@ def check_judging(trainer: Trainer, settings: RunSettings) -> None:
         MisconfigurationException: There is no validation; or a fallback, or the best checkpoint, that the
             ranks of a sharded or shared out run cannot have.
     """
-    wanted = settings.validation
+    wanted, several = settings.validation, trainer.world_size > 1
+    if settings.deals_anew and several and settings.base == "memory":
+        raise MisconfigurationException(
+            f"{'a fallback' if wanted.schemes else 'a budget'} deals the weights to the ranks anew, and with "
+            "base='memory' each rank has only the base of those that it was dealt first: use "
+            "base='snapshot'."
+        )
     if not wanted.validate:
         return
     check_validation(trainer, "validate=True")
-    sharded, several = isinstance(trainer.strategy, _SHARDED), trainer.world_size > 1
+    sharded = isinstance(trainer.strategy, _SHARDED)
     if settings.schedule.which == "best" and sharded and trainer.strategy.root_device.type != "cpu":
         raise MisconfigurationException(
             f"validate=True with which='best' runs when {type(trainer.strategy).__name__} has taken the "
             "model off its devices: use export_on='checkpoint', which validates each checkpoint when it is "
             "saved."
-        )
-    if wanted.schemes and several and settings.base == "memory":
-        raise MisconfigurationException(
-            "on_failure='fallback' deals the weights to the ranks anew, and with base='memory' each rank has "
-            "only the base of those that it was dealt first: use base='snapshot'."
         )
 
 

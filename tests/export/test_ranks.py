@@ -21,8 +21,9 @@ from daq_lightning.checkpoint.reader import load_checkpoint
 from daq_lightning.checkpoint.tensor_file import TensorSpec
 from daq_lightning.checkpoint.writer import plan_shards
 from daq_lightning.export.job import prepare
+from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.ranks import ALONE, Agreement, Ranks
-from daq_lightning.export.run import run
+from daq_lightning.export.run import run, search_scales
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.export.work import deal, share_out
@@ -123,6 +124,16 @@ def same_files(out: Path, expected: dict[str, bytes]) -> None:
     assert [name for name in got if got[name] != expected[name] and name != "daq_manifest.json"] == []
     manifests = [json.loads(files["daq_manifest.json"]) for files in (got, expected)]
     assert manifests[0]["tensors"] == manifests[1]["tensors"]
+
+
+@pytest.mark.slow
+def test_ranks_share_the_measuring_of_a_budget(pair, tmp_path):
+    for code, output in ranks("budget", pair, tmp_path / "out", 2):
+        assert code == 0, output
+    alone = within_budget(job_of(pair, scheme="W4A16", budget="6 bits"), search_scales)
+    run(alone, tmp_path / "alone")
+    assert len(alone.plan.layouts.groups) == 2
+    same_files(tmp_path / "out", folder_bytes(tmp_path / "alone"))
 
 
 @pytest.mark.slow
@@ -323,10 +334,13 @@ def _scenario(name: str, pair: Path, out: Path) -> None:
     start = time.monotonic()
     try:
         changes = {"ignore": ("re:.*layers.0.mlp.down_proj",)} if name == "other_plan" and rank == 1 else {}
+        if name == "budget":
+            changes = {"scheme": "W4A16", "budget": "6 bits"}
         limit = 10**9 if name == "one_file" else SHARD
         settings = ExportSettings(search=QUICK, max_shard_bytes=limit, **changes)
         source, base = Source.from_folder(pair / "post"), load_checkpoint(pair / "base")
         job = prepare(source, base, settings, ranks=everyone)
+        job = within_budget(job, search_scales, ranks=everyone)
         place = out.parent / "elsewhere" / "out" if name == "unseen" and rank == 1 else out
         if name == "unseen":  # as on a node with a disk of its own
             place.parent.mkdir(exist_ok=True)

@@ -1,11 +1,11 @@
 """The deployable layouts: how codes and scales are named and shaped, and what config.json says of them.
 
-One container a file; `make_layout` chooses it, `read_layout` recognizes it.
+One container a file; `make_layout` chooses it, `read_layouts` recognizes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from daq_lightning.checkpoint.layouts.compressed_tensors import (
@@ -13,6 +13,7 @@ from daq_lightning.checkpoint.layouts.compressed_tensors import (
     read_compressed_tensors,
 )
 from daq_lightning.checkpoint.layouts.fp8 import Fp8Layout, read_fp8
+from daq_lightning.checkpoint.layouts.groups import Layouts as Layouts
 from daq_lightning.checkpoint.layouts.layout import Described
 from daq_lightning.checkpoint.layouts.layout import Layout as Layout
 from daq_lightning.checkpoint.schemes import SCHEMES, Container, choose_scheme
@@ -24,8 +25,8 @@ _LAYOUTS: Mapping[Container, type[Layout]] = {
 }
 
 
-_READERS: Mapping[Container, Callable[[Mapping[str, Any]], Described]] = {
-    "fp8": read_fp8,
+_READERS: Mapping[Container, Callable[[Mapping[str, Any]], Sequence[Described]]] = {
+    "fp8": lambda quantization: [read_fp8(quantization)],
     "compressed-tensors": lambda quantization: read_compressed_tensors(quantization, SCHEMES.values()),
 }
 
@@ -53,8 +54,8 @@ def listed_modules(quantization: Mapping[str, Any]) -> list[str]:
     return listed
 
 
-def read_layout(quantization: Mapping[str, Any]) -> Layout:
-    """The layout that a `quantization_config` describes.
+def read_layouts(quantization: Mapping[str, Any]) -> Layouts:
+    """The layouts that a `quantization_config` describes: one, or one a config group.
 
     Raises:
         CheckpointError: It is missing, or describes something else than the layouts of this package.
@@ -65,6 +66,23 @@ def read_layout(quantization: Mapping[str, Any]) -> Layout:
             "config.json should have a quantization_config with quant_method 'fp8' or 'compressed-tensors', "
             f"got {method!r}"
         )
-    described = _READERS[method](quantization)
-    powers = "ue8m0" if described.powers_of_two else None
-    return make_layout(described.scheme, container=method, scale_format=powers)
+    groups = [
+        (
+            make_layout(one.scheme, container=method, scale_format="ue8m0" if one.powers_of_two else None),
+            one.targets,
+        )
+        for one in _READERS[method](quantization)
+    ]
+    return Layouts(groups=tuple(groups))
+
+
+def read_layout(quantization: Mapping[str, Any]) -> Layout:
+    """The one layout that a `quantization_config` describes.
+
+    Raises:
+        CheckpointError: As for `read_layouts`, or it describes several.
+    """
+    found = read_layouts(quantization).every
+    if len(found) != 1:
+        raise CheckpointError(f"quantization_config should have one config group, got {len(found)}")
+    return found[0]

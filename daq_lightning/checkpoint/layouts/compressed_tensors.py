@@ -10,6 +10,9 @@
 | NVFP4A16 | nvfp4-pack-quantized | _packed uint8 (M, N / 2) | float8_e4m3fn (M, N / 16), _global_scale |
 | MXFP4A16 | mxfp4-pack-quantized | _packed uint8 (M, N / 2) | uint8 exponent (M, N / 32) |
 
+Several schemes in one checkpoint are several config groups, whose targets are the names of their modules;
+where their formats differ, that of the whole is "mixed-precision".
+
 A scale MULTIPLIES to dequantize, but for `_global_scale`, which divides. transformers casts scales that are
 numbers to bfloat16 while vLLM keeps float32 of some, so only scales that bfloat16 represents are searched:
 both readers then compute the same weights.
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 _SAID = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
 """What tells the weights of one scheme from those of another."""
+_ALL = ("Linear",)
 
 
 class CompressedTensorsLayout(Layout):
@@ -63,46 +67,62 @@ class CompressedTensorsLayout(Layout):
 
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """See `Layout.quantization_config`."""
+        return self.config_of_groups([(self.scheme, _ALL)], ignore)
+
+    def config_of_groups(
+        self, groups: Sequence[tuple[Scheme, Sequence[str]]], ignore: Sequence[str]
+    ) -> dict[str, Any]:
+        """See `Layout.config_of_groups`."""
+        forms = {_format(scheme): None for scheme, _ in groups}
         return {
             "quant_method": "compressed-tensors",
-            "format": _format(self.scheme),
+            "format": next(iter(forms)) if len(forms) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "ignore": list(ignore),
             "kv_cache_scheme": dict(KV_CACHE_SCHEME) if self.kv_cache else None,
             "config_groups": {
-                "group_0": {
-                    "format": _format(self.scheme),
-                    "targets": ["Linear"],
-                    "weights": _weights(self.scheme),
-                    "input_activations": _activations(self.scheme.activations),
+                f"group_{index}": {
+                    "format": _format(scheme),
+                    "targets": list(targets),
+                    "weights": _weights(scheme),
+                    "input_activations": _activations(scheme.activations),
                     "output_activations": None,
                 }
+                for index, (scheme, targets) in enumerate(groups)
             },
         }
 
 
-def read_compressed_tensors(quantization: Mapping[str, Any], schemes: Iterable[Scheme]) -> Described:
+def read_compressed_tensors(quantization: Mapping[str, Any], schemes: Iterable[Scheme]) -> list[Described]:
     """What a `quantization_config` of this container says; it has no word for powers of two.
 
     Args:
         quantization: As in config.json.
         schemes: Those that it may be of.
 
+    Returns:
+        The schemes of its config groups, each with its targets.
+
     Raises:
-        CheckpointError: Several config groups, or weights that no scheme has.
+        CheckpointError: No config group, or weights that no scheme has.
     """
     groups = quantization.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, Mapping) else []
-    if len(groups) != 1:
-        raise CheckpointError(f"quantization_config should have one config group, got {len(groups)}")
-    group = groups[0] if isinstance(groups[0], Mapping) else {}
-    weights = group.get("weights")
+    if not groups:
+        raise CheckpointError("quantization_config should have a config group, got none")
+    known = [scheme for scheme in schemes if "compressed-tensors" in scheme.containers]
+    return [_described(group if isinstance(group, Mapping) else {}, known) for group in groups]
+
+
+def _described(group: Mapping[str, Any], known: Sequence[Scheme]) -> Described:
+    weights, targets = group.get("weights"), group.get("targets")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"a config group should have a list of names in targets, got {targets!r:.80}")
     said = _said(weights) if isinstance(weights, Mapping) else {}
     activations = bool(group.get("input_activations"))
-    known = [scheme for scheme in schemes if "compressed-tensors" in scheme.containers]
     for scheme in known:
         if _said(_weights(scheme)) == said and scheme.quantized_activations == activations:
-            return Described(scheme=scheme.name)
+            return Described(scheme=scheme.name, targets=tuple(targets))
     names = ", ".join(scheme.name for scheme in known)
     raise CheckpointError(
         f"weights {'with' if activations else 'without'} quantized activations should be described as those "

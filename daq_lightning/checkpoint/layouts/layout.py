@@ -25,10 +25,12 @@ class Described:
     Attributes:
         scheme: The field's name.
         powers_of_two: Whether scales are.
+        targets: The modules it is for, as compressed-tensors names them; empty for all.
     """
 
     scheme: str
     powers_of_two: bool = False
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,21 @@ class Layout(ABC):
                 Readers trust this list: a module that is neither quantized nor listed loads as garbage,
                 without an error.
         """
+
+    def config_of_groups(
+        self, groups: Sequence[tuple[Scheme, Sequence[str]]], ignore: Sequence[str]
+    ) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint in several schemes.
+
+        Args:
+            groups: Schemes, each with what it is for: full names of modules, `re:` and a pattern of them, or
+                "Linear" for all.
+            ignore: As for `quantization_config`.
+
+        Raises:
+            ValueError: The container holds one scheme.
+        """
+        raise ValueError(f"The {self.container} container holds one scheme, got {len(groups)}.")
 
     def names(self, weight_name: str) -> dict[str, str]:
         """Part -> the name of its tensor."""

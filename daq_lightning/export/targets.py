@@ -1,0 +1,40 @@
+"""Which modules each layout of an export is for, in all the names that readers know them by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from daq_lightning.checkpoint.layouts.groups import Layouts
+
+if TYPE_CHECKING:
+    from daq_lightning.checkpoint.layouts import Layout
+    from daq_lightning.export.plan import TensorPlan
+
+
+def layouts_of(quantized: Sequence[TensorPlan], lowest: Layout) -> Layouts:
+    """The layouts of some tensors; of several, each with the modules it is for, the smallest format first.
+
+    Experts are named by patterns, one a layer, for readers call their projections by other names than the
+    files; those that are all in one layout by one for all layers, which transformers needs.
+    """
+    groups: dict[str, tuple[Layout, dict[str, None]]] = {}
+    of_experts = {tensor.layout.scheme.name for tensor in quantized if tensor.role == "expert"}
+    for tensor in quantized:
+        targets = groups.setdefault(tensor.layout.scheme.name, (tensor.layout, {}))[1]
+        names = [name.removesuffix(".weight") for name in (tensor.spec.name, tensor.key)]
+        if tensor.role == "expert":
+            names = [_experts("" if len(of_experts) == 1 else names[0])]
+        targets.update(dict.fromkeys(names))
+    upwards = sorted(groups.values(), key=lambda group: group[0].scheme.format.bits)
+    every = tuple((layout, tuple(targets)) for layout, targets in upwards)
+    return Layouts(groups=every or ((lowest, ()),))
+
+
+def _experts(name: str) -> str:
+    """A pattern for the experts of the layer of one of them, or of all layers for ""."""
+    layer = name.partition(".experts.")[0]
+    _, found, number = layer.rpartition("layers.")
+    layer = found + number
+    return "re:.*" + (f"\\b{re.escape(layer)}" if layer else "") + r"\.experts\..*"
