@@ -153,7 +153,7 @@ class _Served:
         self._modules: list[nn.Module] = []
         self.unseen: tuple[str, ...] = ()
         if scheme is not None:
-            self._modules, self.unseen = _quantized_modules(model, files, scheme)
+            self._modules, self.unseen = _quantized_modules(model, files)
 
     def try_on(self, tokens: Sequence[int]) -> None:
         """Raises `CheckpointError` if the model does not work in halves."""
@@ -179,11 +179,9 @@ class _Served:
         return quantized_activations(self._modules, self._scheme)
 
 
-def _quantized_modules(
-    model: nn.Module, files: Checkpoint, scheme: Scheme
-) -> tuple[list[nn.Module], tuple[str, ...]]:
+def _quantized_modules(model: nn.Module, files: Checkpoint) -> tuple[list[nn.Module], tuple[str, ...]]:
     """The modules with quantized weights, and the names of those whose input cannot be quantized."""
-    codes = [name for name, entry in files.raw.entries.items() if entry.dtype == scheme.format.dtype]
+    codes = [name for name in files if files.stored(name) is not None]
     keys = Architecture(model).keys_of(codes)
     owners = dict.fromkeys(owner_of(keys[name]) for name in codes)
     modules = {name: model.get_submodule(name) for name in owners}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.layouts import Layout, read_layout
+from daq_lightning.checkpoint.layouts.parts import GLOBAL_SCALE, SCALE, Unpacked
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.model.from_folder import FolderModel
@@ -59,13 +60,21 @@ def recompute(
     for tensor in _with_progress(report.tensors, progress):
         weight = _read(post, tensor.name, tensor, "fine-tuned model")
         reference = weight if tensor.without_base else _read(base, names[tensor.name], tensor, "base")
-        if tensor.name not in files.raw or layout.scale_name(tensor.name) not in files.raw:
+        stored = files.stored(tensor.name)
+        if stored is None or stored.granularity != layout.granularity:
             raise CheckpointError(
                 f"{report.path} has no codes and scale of {tensor.name}: run `daq-lightning verify`."
             )
-        written = files.raw[tensor.name], files.raw[layout.scale_name(tensor.name)]
-        plain = absmax_scale(weight, layout.granularity, scale_format=scale_format, fmt=layout.scheme.format)
-        searched, absmax, dequantized = _measure(weight, reference, *written, plain, layout, dtype)
+        written = files.unpacked(tensor.name)
+        factor = stored.parts.get(GLOBAL_SCALE)
+        plain = absmax_scale(
+            weight,
+            layout.granularity,
+            scale_format=scale_format,
+            fmt=layout.scheme.format,
+            global_scale=None if factor is None else files.raw[factor],
+        )
+        searched, absmax, dequantized = _measure(weight, reference, written, plain, layout, dtype)
         dequantized = None if tensor.dequantized is None else dequantized
         tensors.append(dataclasses.replace(tensor, searched=searched, absmax=absmax, dequantized=dequantized))
     return dataclasses.replace(report, tensors=tuple(tensors))
@@ -91,8 +100,7 @@ def differences(report: ExportReport, other: ExportReport) -> dict[str, list[str
 def _measure(
     weight: Tensor,
     base: Tensor,
-    codes: Tensor,
-    scale: Tensor,
+    written: Unpacked,
     plain: Tensor,
     layout: Layout,
     dtype: torch.dtype,
@@ -102,17 +110,17 @@ def _measure(
         (weight.shape[0], weight.shape[1]),
         layout.granularity.cell((weight.shape[0], weight.shape[1])),
     )
-    parts: list[tuple[DeltaStats, DeltaStats, DeltaStats]] = []
+    codes, parts = written.centered, list[tuple[DeltaStats, DeltaStats, DeltaStats]]()
     for rows in bands(shape_MN, layout.granularity, _BAND):
         groups = slice(rows.start // rows_of[0], -(-rows.stop // rows_of[0]))
-        written = dequantize(codes[rows], scale[groups], layout.granularity)
+        kept = dequantize(codes[rows], written.scale[groups], layout.granularity)
         codes_of_plain = quantize(weight[rows], plain[groups], layout.granularity, layout.scheme.format)
         absmax = dequantize(codes_of_plain, plain[groups], layout.granularity)
         parts.append(
             (
-                measure(weight[rows], base[rows], written),
+                measure(weight[rows], base[rows], kept),
                 measure(weight[rows], base[rows], absmax),
-                measure(weight[rows], base[rows], written.to(dtype)),
+                measure(weight[rows], base[rows], kept.to(dtype)),
             )
         )
     searched, plain_stats, dequantized = (
@@ -167,9 +175,12 @@ def _base_names(report: ExportReport, base: Mapping[str, Tensor]) -> dict[str, s
 
 def _scale_format(files: Checkpoint, layout: Layout) -> ScaleFormat:
     """What scales were rounded to. compressed-tensors does not say it of powers of two, but the scales do."""
-    for name, entry in files.raw.entries.items():
-        if entry.dtype == layout.scheme.format.dtype and layout.scale_name(name) in files.raw:
-            mantissa = torch.frexp(files.raw[layout.scale_name(name)].float()).mantissa
+    if layout.scheme.scale_format is not None:
+        return layout.scale_format
+    for name in files:
+        stored = files.stored(name)
+        if stored is not None:
+            mantissa = torch.frexp(files.raw[stored.parts[SCALE]].float()).mantissa
             if not bool((mantissa == 0.5).all()):
                 return layout.scale_format
     return "ue8m0"

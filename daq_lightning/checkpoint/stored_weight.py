@@ -239,7 +239,7 @@ class Recognizer:
                 f"the scale of {name} has shape {scale.shape}, which is one for {cols // groups} weights of "
                 f"a row, expected one for {' or '.join(map(str, sorted(known)))}"
             )
-        return PerChannel() if groups == 1 else PerBlock(1, cols // groups)
+        return PerChannel() if groups == 1 and cols not in known else PerBlock(1, cols // groups)
 
     def _refuse(self, what: str) -> NoReturn:
         raise CheckpointError(

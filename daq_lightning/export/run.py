@@ -1,4 +1,4 @@
-"""From a job to an FP8 checkpoint: the one way a weight takes.
+"""From a job to a quantized checkpoint: the one way a weight takes.
 
     Pair(plan, weight, base) -> search, rounding -> codes, scale -> file
                                                  -> sums         -> report
@@ -181,7 +181,9 @@ def _write_tensors(
                     writer.write_json(*record.content(mine))
 
         def finish(pair: Pair, result: SearchResult) -> None:
-            stored = job.plan.layout.pack(result.codes, result.scale, global_scale=result.global_scale)
+            stored = job.plan.layout.pack(
+                result.codes, result.scale, zero=result.zero, global_scale=result.global_scale
+            )
             write(pair.plan, stored, prints_of(stored, pair.weight, pair.base))
 
         def finish_kept(plan: TensorPlan, stored: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """The weights of an export that is written and not yet published, as its servers compute with them.
 
-    quantized    float32(code) * scale      what FP8 kernels multiply with
+    quantized    float32(code) * scale      what kernels of the format multiply with
     kept         as the file holds it
 
 Read from the very files, one tensor at a time: what a validation sees is what will be served.
@@ -51,7 +51,9 @@ class WrittenWeights(Mapping[str, Tensor]):
         }
         if not tensor.quantize:
             return parts[KEPT]
-        return dequantize(parts["codes"], parts["scale"], self.plan.layout.granularity, torch.float32)
+        layout = self.plan.layout
+        unpacked = layout.unpack(parts, tensor.spec.shape)
+        return dequantize(unpacked.centered, unpacked.scale, layout.granularity, torch.float32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -1,4 +1,4 @@
-"""Modules that see their input as a server in FP8 gives it to them, for as long as a block lasts.
+"""Modules that see their input as a server of a scheme gives it to them, for as long as a block lasts.
 
     with quantized_activations(modules, scheme): model(...)
 
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from daq_lightning.checkpoint.schemes import Scheme
+from daq_lightning.checkpoint.schemes import Activations, Scheme
 from daq_lightning.numerics.activations import quantized_input
-from daq_lightning.numerics.formats import PerBlock
 
 _TOKENS_FIRST = {"linear", "matmul", "__matmul__", "mm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
 """Products whose first operand holds tokens as rows, by the names of their functions."""
@@ -31,10 +30,11 @@ _UNKNOWN = {"__rmatmul__", "addbmm", "addmm", "baddbmm", "einsum", "tensordot"}
 
 @contextlib.contextmanager
 def quantized_activations(modules: Iterable[nn.Module], scheme: Scheme) -> Iterator[None]:
-    """Makes modules see their input in FP8, quantized dynamically and dequantized at once.
+    """Makes modules see their input quantized as servers of a scheme do it, and dequantized at once.
 
-    FP8_DYNAMIC takes one scale a token, FP8_BLOCK one a token and block of features (128), FP8A16 none: then
-    nothing is changed. Under autocast the input is cast first, as the module would cast it. For use without
+    FP8_DYNAMIC and W8A8 take one scale a token, FP8_BLOCK and MXFP8 one a token and block of features (128,
+    32), and schemes that end in A16 none: then nothing is changed. Under autocast the input is cast first, as
+    the module would cast it. For use without
     gradients.
 
     Args:
@@ -61,11 +61,10 @@ def quantized_activations(modules: Iterable[nn.Module], scheme: Scheme) -> Itera
                 f"{type(module).__name__} is neither a Linear nor a stack of experts (a parameter of three "
                 "dimensions), so where its input meets its weight is not known: leave it out, and say so."
             )
-    if not scheme.quantized_activations:
+    if scheme.activations is None:
         yield
         return
-    group = scheme.granularity.cols if isinstance(scheme.granularity, PerBlock) else None
-    quantize = functools.partial(_quantize, group=group, scheme=scheme)
+    quantize = functools.partial(_quantize, activations=scheme.activations)
     with contextlib.ExitStack() as undo:
         for module in unique:
             if isinstance(module, nn.Linear):
@@ -81,7 +80,7 @@ def holds_experts(module: nn.Module) -> bool:
     return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
 
 
-def _quantize(x: Tensor, *, group: int | None, scheme: Scheme) -> Tensor:
+def _quantize(x: Tensor, *, activations: Activations) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError(
             "Quantized activations have no gradient: run the model under torch.no_grad() or "
@@ -89,7 +88,7 @@ def _quantize(x: Tensor, *, group: int | None, scheme: Scheme) -> Tensor:
         )
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return quantized_input(x, group, scheme.format)
+    return quantized_input(x, activations.group, activations.format, activations.scale_format)
 
 
 def _before_linear(

@@ -74,6 +74,8 @@ class SearchResult:
             16 bit; None unless asked for.
         global_scale: For scales in E4M3, float32 of shape (1,): ``scale * global_scale`` is what is stored
             of a scale, exactly. Else None.
+        zero: Zero points of asymmetric schemes: int8, same shape as `scale`; the weight is
+            ``(codes - zero) * scale``. None stands for 0.
     """
 
     codes: Tensor
@@ -83,6 +85,7 @@ class SearchResult:
     absmax_stats: DeltaStats
     dequantized_stats: DeltaStats | None = None
     global_scale: Tensor | None = None
+    zero: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
