@@ -20,6 +20,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError, spec_in
+from daq_lightning.export.kept import KeptFormat
 from daq_lightning.export.lineage import ancestors, make_lineage
 from daq_lightning.export.plan import ExportPlan, plan_export
 from daq_lightning.export.ranks import ALONE, Ranks
@@ -46,6 +47,7 @@ class Job:
         root: The base of the chain's first stage: what is kept of the change since then is reported too.
         training: Step, epoch and checkpoint of the run that made the weights.
         curvature: What was collected of the weights' curvature; None where nothing collects it.
+        kept: The format of the base, where that is kept.
     """
 
     source: Source
@@ -58,6 +60,14 @@ class Job:
     root: Mapping[str, Tensor] | None = field(repr=False)
     training: Mapping[str, Any] = field(default_factory=dict)
     curvature: Curvature | None = field(default=None, repr=False)
+    kept: KeptFormat | None = field(default=None, repr=False)
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """What config.json says of the quantized weights."""
+        if self.kept is not None:
+            return self.kept.quantization_config
+        return self.plan.layout.quantization_config(self.plan.ignore)
 
     def parts(self) -> dict[str, str]:
         """All that decides what is written, in words."""
@@ -93,12 +103,14 @@ class Job:
         Raises:
             CheckpointError: As for `plan_export`.
         """
-        plan = plan_export(self.source.specs, self.source.outline, settings)
+        kept = (self.kept or KeptFormat.of(self.base)) if settings.scheme == "keep" else None
+        plan = plan_of(self.source, settings, kept)
         quantized = {tensor.spec.name for tensor in plan.quantized}
         return dataclasses.replace(
             self,
             settings=settings,
             plan=plan,
+            kept=kept,
             base_names={name: base for name, base in self.base_names.items() if name in quantized},
             without_base={name: why for name, why in self.without_base.items() if name in quantized},
         )
@@ -131,6 +143,7 @@ def prepare(
     chain_from: ChainFrom | None = None,
     ranks: Ranks = ALONE,
     curvature: Curvature | None = None,
+    kept: KeptFormat | None = None,
 ) -> Job:
     """Plans an export, finds the base of every weight and checks its place in a chain. Writes nothing.
 
@@ -144,29 +157,35 @@ def prepare(
         chain_from: Whether training began with the parent's "weights" or its "deployed" ones; None begins a
             chain.
         ranks: The processes that will share the work; all of them call this.
-        curvature: What codes are chosen along; may be filled later. Without it, `rounding="auto"` is nearest.
+        curvature: What codes are chosen along; may be filled later. Without it, `rounding="auto"` is nearest,
+            unless the format of the base is kept.
+        kept: The format that scheme "keep" means, where it is known already.
 
     Raises:
         CheckpointError: Nothing to quantize, a base that does not fit, a base that is not what `chain_from`
             says, or an adapter that is to be rounded along its own update.
     """
-    given = plan
+    given, given_kept = plan, kept
+    keeps = settings.scheme == "keep"
     if settings.rounding == "auto":
-        chosen: RoundingChoice = "nearest" if curvature is None else "curvature"
+        chosen: RoundingChoice = "nearest" if curvature is None and not keeps else "curvature"
         settings = dataclasses.replace(settings, rounding=chosen)
-    if settings.by_curvature and curvature is None and source.low_rank:
+    if settings.by_curvature and curvature is None and source.low_rank and not keeps:
         raise CheckpointError(
             "rounding='curvature' has only the update to go by here, and this one is an adapter's: its few "
             "directions say nothing of all others, and codes chosen along them are worse than nearest. Use "
             "rounding='nearest', or export from training with DeltaAwareQuantization, which collects data."
         )
 
-    def settle() -> tuple[ExportPlan, Mapping[str, Tensor], dict[str, str], dict[str, str]]:
-        plan = given or plan_export(source.specs, source.outline, settings)
+    def settle() -> tuple[
+        ExportPlan, KeptFormat | None, Mapping[str, Tensor], dict[str, str], dict[str, str]
+    ]:
+        kept = given_kept or (KeptFormat.of(base) if keeps else None)
+        plan = given or plan_of(source, settings, kept)
         known = described(base, [tensor.spec.name for tensor in plan.quantized])
-        return (plan, known, *_match_base(plan, known, source, settings))
+        return (plan, kept, known, *_match_base(plan, known, source, settings))
 
-    plan, bases, base_names, without_base = ranks.together(settle)
+    plan, kept, bases, base_names, without_base = ranks.together(settle)
     names = [tensor.spec.name for tensor in plan.quantized]
     known = lineage_of(bases) if lineage is None else lineage
     lineage, root = make_lineage(known, bases, names, parent=parent, chain_from=chain_from, ranks=ranks)
@@ -180,9 +199,17 @@ def prepare(
         lineage=lineage,
         root=root,
         curvature=curvature,
+        kept=kept,
     )
     ranks.check_equal("The plan of the export", job.parts)
     return job
+
+
+def plan_of(source: Source, settings: ExportSettings, kept: KeptFormat | None) -> ExportPlan:
+    """The plan of a source, in the format of a base where that is kept."""
+    if kept is not None:
+        return kept.plan(source, settings)
+    return plan_export(source.specs, source.outline, settings)
 
 
 def parts_of(plan: ExportPlan, settings: ExportSettings) -> dict[str, str]:

@@ -141,13 +141,16 @@ class ExportPlan:
         }
 
 
-def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportSettings) -> ExportPlan:
+def plan_export(
+    specs: Sequence[TensorSpec], outline: Outline, settings: ExportSettings, layout: Layout | None = None
+) -> ExportPlan:
     """Decides what happens to every tensor.
 
     Args:
         specs: The tensors of the checkpoint, in order.
         outline: Says which role each tensor has, and its name in memory.
         settings: What the user chose.
+        layout: That of a base which is kept; None for the one that the settings mean.
 
     Raises:
         CheckpointError: Nothing to quantize, sizes that the scheme cannot hold, experts of several shapes, an
@@ -171,7 +174,7 @@ def plan_export(specs: Sequence[TensorSpec], outline: Outline, settings: ExportS
     check_fused({spec.name for spec in chosen}, roles)
     check_experts(chosen, specs, keys, roles)
     scheme, container, notes = scheme_of(settings, chosen)
-    layout = make_layout(scheme, container=container, scale_format=settings.scale_format)
+    layout = layout or make_layout(scheme, container=container, scale_format=settings.scale_format)
     notes += check_layout(layout, chosen, roles)
     dtype, masters = _kept_dtype(specs)
     doubles = sum(spec.dtype == torch.float64 for spec in chosen)

@@ -4,6 +4,9 @@
     the update D                     where there are none: D^T D and D D^T, inputs summed over the batch
     neither                          the scale search and nearest rounding, with the reason
 
+The update of an adapter is enough where the format of a base is kept: its scales and codes are those of the
+base, nearest codes would lose most of the update, and these let it through.
+
 Weights of a batch share their input, and so its factor. What is known of one weight, and the factors of two
 sides, are all that is held at a time.
 
@@ -19,13 +22,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from daq_lightning.export.kept import measured
 from daq_lightning.numerics.objectives import DeltaStats, as_searched
 from daq_lightning.numerics.rounding.curvature import Factors, factor
 from daq_lightning.numerics.rounding.rounding import round_with_curvature
 from daq_lightning.numerics.rounding.settings import RoundingSettings
 from daq_lightning.numerics.rounding.statistics import Statistics
 from daq_lightning.numerics.rounding.walk import Factor
-from daq_lightning.numerics.rounding.written import stats_of_codes
+from daq_lightning.numerics.rounding.zero import counted_from_zero
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.report.rounding import Rounding
 
@@ -43,10 +47,12 @@ class Chosen(NamedTuple):
     Attributes:
         result: They, with the sums of exactly these; per group, or of the whole weight as one group.
         rounding: How they were chosen; None in an export that rounds to nearest.
+        plain: Sums of the plain merge, where the format of a base is kept.
     """
 
     result: SearchResult
     rounding: Rounding | None
+    plain: DeltaStats | None = None
 
 
 Search: TypeAlias = Callable[["Sequence[Pair]", ScaleSearch], "list[SearchResult]"]
@@ -63,16 +69,18 @@ def choose_codes(job: Job, batch: Batch, search: Search) -> list[Chosen]:
     Raises:
         ValueError: NaN or Inf in a weight, by name.
     """
+    plain = job.kept is not None
     if not job.settings.by_curvature:
-        return [Chosen(result, None) for result in search(batch, job.settings.search)]
+        results = search(batch, job.settings.search)
+        return [Chosen(result, None, result.stats if plain else None) for result in results]
     sides = _Sides(job, batch)
 
     def choose(pair: Pair, result: SearchResult) -> Chosen:
         curved = sides.of(pair, _known(job, pair))
         if isinstance(curved, _Curved):
-            return _rounded(job, pair, result, curved)
+            return _rounded(job, pair, result, curved)._replace(plain=result.stats if plain else None)
         [result] = search([pair], job.settings.search)
-        return Chosen(result, Rounding(method="nearest", reason=curved))
+        return Chosen(result, Rounding(method="nearest", reason=curved), result.stats if plain else None)
 
     results = search(batch, job.settings.scale_search)
     return [choose(pair, result) for pair, result in zip(batch, results, strict=True)]
@@ -84,13 +92,15 @@ def _base(pair: Pair) -> Tensor:
 
 def _known(job: Job, pair: Pair) -> Statistics | str:
     """What a weight is rounded along, or why there is nothing."""
+    if job.kept is not None and job.kept.unchanged(pair.plan.spec.name, as_searched(pair.weight)):
+        return "they did not change, and keep the codes of the base"
     collected = None if job.curvature is None else job.curvature.get(pair.plan.spec.name)
     if collected is not None and collected.tokens:
         return collected
     none_came = "no token reached it while statistics were collected, and " * (job.curvature is not None)
     if pair.base is None:
         return f"{none_came}it has no base"
-    if job.source.low_rank:
+    if job.source.low_rank and job.kept is None:
         return f"{none_came}the update of an adapter does not say where the model is sensitive"
     if torch.equal(_base(pair), as_searched(pair.weight)):
         return f"{none_came}it did not change"
@@ -117,7 +127,7 @@ def _rounded(job: Job, pair: Pair, result: SearchResult, curved: _Curved) -> Cho
     """A weight along its curvature, at the scales of a result."""
     layout, weight = job.plan.layout, as_searched(pair.weight)
     found = round_with_curvature(
-        weight,
+        counted_from_zero(weight, result.scale, result.zero, layout.granularity),
         result.scale,
         layout.granularity,
         inputs=curved.factors.inputs,
@@ -139,14 +149,8 @@ def _rounded(job: Job, pair: Pair, result: SearchResult, curved: _Curved) -> Cho
     )
     if found.kept_nearest:
         return Chosen(result, about)
-
-    def seen_in(dtype: torch.dtype) -> DeltaStats:
-        stats = stats_of_codes(weight, _base(pair), found.codes, result.scale, layout.granularity, dtype)
-        return stats.map(lambda field: field[None])
-
-    dequantized = seen_in(job.plan.dtype)
-    changed = {"codes": found.codes, "stats": seen_in(torch.float32), "dequantized_stats": dequantized}
-    return Chosen(dataclasses.replace(result, **changed), about)
+    chosen = dataclasses.replace(result, codes=found.codes)
+    return Chosen(measured(chosen, weight, _base(pair), layout, job.plan.dtype), about)
 
 
 class _Sides:
@@ -154,6 +158,9 @@ class _Sides:
 
     def __init__(self, job: Job, batch: Batch) -> None:
         self._low_rank, self._batch = job.source.low_rank, batch
+        # on a grid, what matters first is that the update comes through; elsewhere an adapter's few
+        # directions would be worse than none
+        self._stands_in = not self._low_rank or job.kept is not None
         self._made_of: tuple[Tensor | None, int, RoundingSettings] | None = None
         self._inputs: Factor | None = None
 
@@ -193,7 +200,7 @@ class _Sides:
         return Factors(inputs=self._inputs, outputs=outputs)
 
     def _needs_update(self, statistics: Tensor | None, settings: RoundingSettings) -> bool:
-        return not self._low_rank and (statistics is None or settings.update > 0)
+        return self._stands_in if statistics is None else not self._low_rank and settings.update > 0
 
     def _update_of_inputs(self, pair: Pair) -> Tensor | None:
         """D^T D, summed over the weights of the batch that can take the same input."""

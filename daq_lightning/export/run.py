@@ -234,7 +234,10 @@ def _publish(
 
 
 def _search(job: Job, batch: Sequence[Pair], search: ScaleSearch) -> list[SearchResult]:
-    """The scales of a batch; without a base, a weight searched against itself keeps its absmax scale."""
+    """The scales of a batch; without a base, a weight searched against itself keeps its absmax scale. Where
+    the format of the base is kept, they are the base's."""
+    if job.kept is not None:
+        return job.kept.merged(batch, job.plan.dtype)
     return search_batch(
         [as_searched(pair.weight) for pair in batch],
         [as_searched(pair.weight if pair.base is None else pair.base) for pair in batch],

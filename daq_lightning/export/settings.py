@@ -18,7 +18,8 @@ class ExportSettings:
     Attributes:
         scheme: Which weights share a scale. "FP8_BLOCK": those of a block of 128 x 128. "FP8_DYNAMIC": those
             of a row. "FP8A16": those of a row, and activations stay in 16 bit. "auto": FP8_BLOCK if all sizes
-            are multiples of 128, else FP8_DYNAMIC.
+            are multiples of 128, else FP8_DYNAMIC. "keep": format, scales and unquantized modules of the base,
+            which is a quantized folder, such as the one that an adapter was trained on.
         search: Objective and candidates of the scale search.
         rounding: How codes are chosen once scales are fixed. "nearest": each by itself. "curvature": so that
             their errors cancel where the model is sensitive to them, at plain scales unless a search other
@@ -46,7 +47,9 @@ class ExportSettings:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
     def __post_init__(self) -> None:
-        if self.scheme != "auto":
+        if self.scheme == "keep":
+            self._check_kept()
+        elif self.scheme != "auto":
             choose_scheme(self.scheme, self.container, self.scale_format)
         if self.missing_base not in ("error", "absmax"):
             raise ValueError(f"Unknown missing_base {self.missing_base!r}: expected 'error' or 'absmax'.")
@@ -56,6 +59,21 @@ class ExportSettings:
             )
         if self.max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes must be at least 1, got {self.max_shard_bytes}.")
+
+    def _check_kept(self) -> None:
+        """Raises ValueError for choices that the base has made already."""
+        chosen = {
+            "container": self.container is not None,
+            "scale_format": self.scale_format is not None,
+            "ignore": bool(self.ignore),
+            "metric or search": self.search != ScaleSearch(),
+        }
+        given = [name for name, is_given in chosen.items() if is_given]
+        if given:
+            raise ValueError(
+                f"scheme='keep' takes format, scales and unquantized modules from the base: leave "
+                f"{', '.join(given)} out, or name a scheme."
+            )
 
     @property
     def by_curvature(self) -> bool:

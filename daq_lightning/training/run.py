@@ -22,9 +22,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from daq_lightning.checkpoint.destination import check_inputs
 from daq_lightning.checkpoint.manifest import Lineage
+from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.writer import plan_shards
-from daq_lightning.export.job import Job, parts_of, prepare
-from daq_lightning.export.plan import ExportPlan, plan_export
+from daq_lightning.export.job import Job, parts_of, plan_of, prepare
+from daq_lightning.export.kept import KeptFormat
+from daq_lightning.export.plan import ExportPlan
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import run
 from daq_lightning.export.source import Source
@@ -95,7 +97,7 @@ class Run:
         self.step = -1
         self.error: Exception | None = None
         self._judge = judge_in(trainer, settings.validation, keep=self.keep)
-        model_name, model, source, plan = ranks.together(self._planned)
+        model_name, model, source, plan, kept = ranks.together(self._planned)
         self._sharded = model.sharded
         # before the base is read, which ranks of different plans would do in different orders
         ranks.check_equal("The plan of the export", lambda: parts_of(plan, settings.choices))
@@ -130,6 +132,7 @@ class Run:
                 chain_from=settings.chain_from,
                 ranks=ranks,
                 curvature=None if self.collector is None else {},
+                kept=kept,
             )
             ranks.together(lambda: check_inputs(dirpath / "step=0", self._job.inputs()))
             ranks.together(lambda: check_fallbacks(self._job, settings.validation.schemes))
@@ -267,8 +270,9 @@ class Run:
             timings=timings,
         )
 
-    def _planned(self) -> tuple[str, LiveModel, Source, ExportPlan]:
+    def _planned(self) -> tuple[str, LiveModel, Source, ExportPlan, KeptFormat | None]:
         """What this rank has, and what happens to it."""
+        choices = self._settings.choices
         with check.as_misconfiguration():
             name, _ = find_model(self._module, self._settings.module)
         model = self._model(None)
@@ -277,7 +281,11 @@ class Run:
             if self._judge is not None:
                 check_swappable(model)
         source = source_of(self._trainer, model)
-        return name, model, source, plan_export(source.specs, source.outline, self._settings.choices)
+        kept = None
+        if choices.scheme == "keep":
+            folder = Path(self._settings.base)
+            kept = KeptFormat.of(Checkpoint(folder) if folder.is_dir() else {})
+        return name, model, source, plan_of(source, choices, kept), kept
 
     def _model(self, state: Mapping[str, Any] | None) -> LiveModel:
         """The model as it is, or with the weights of a saved state."""

@@ -31,11 +31,16 @@ _READERS: Mapping[Container, Callable[[Mapping[str, Any]], Described]] = {
 
 
 def make_layout(
-    name: str, *, container: Container | None = None, scale_format: ScaleFormat | None = None
+    name: str,
+    *,
+    container: Container | None = None,
+    scale_format: ScaleFormat | None = None,
+    group: int | None = None,
 ) -> Layout:
-    """The layout of a scheme; arguments and errors are those of `choose_scheme`."""
+    """The layout of a scheme; arguments and errors are those of `choose_scheme`, but for `group`: how many
+    neighbours in a row share a scale, None for the scheme's own."""
     scheme, container, scale_format = choose_scheme(name, container, scale_format)
-    return _LAYOUTS[container](scheme=scheme, scale_format=scale_format)
+    return _LAYOUTS[container](scheme=scheme.in_groups(group), scale_format=scale_format)
 
 
 def listed_modules(quantization: Mapping[str, Any]) -> list[str]:
@@ -67,4 +72,6 @@ def read_layout(quantization: Mapping[str, Any]) -> Layout:
         )
     described = _READERS[method](quantization)
     powers = "ue8m0" if described.powers_of_two else None
-    return make_layout(described.scheme, container=method, scale_format=powers)
+    return make_layout(
+        described.scheme, container=method, scale_format=powers, group=described.group
+    )

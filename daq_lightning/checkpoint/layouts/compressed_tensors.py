@@ -19,6 +19,7 @@ Source: compressed-tensors 0.20, `QuantizationConfig` and `quant_scheme`; vLLM, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,7 +59,8 @@ class CompressedTensorsLayout(Layout):
             return ExponentScales()
         if self.scheme.scale_format == "e4m3":
             return E4M3Scales()
-        return NumberScales(torch.bfloat16 if _is_integer(self.scheme.format) else torch.float32)
+        usual = torch.bfloat16 if _is_integer(self.scheme.format) else torch.float32
+        return NumberScales(self.scale_dtype or usual)
 
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """See `Layout.quantization_config`."""
@@ -99,9 +101,15 @@ def read_compressed_tensors(quantization: Mapping[str, Any], schemes: Iterable[S
     said = _said(weights) if isinstance(weights, Mapping) else {}
     activations = bool(group.get("input_activations"))
     known = [scheme for scheme in schemes if "compressed-tensors" in scheme.containers]
+    group = said.get("group_size")
     for scheme in known:
-        if _said(_weights(scheme)) == said and scheme.quantized_activations == activations:
+        if scheme.quantized_activations != activations:
+            continue
+        if _said(_weights(scheme)) == said:
             return Described(scheme=scheme.name)
+        with contextlib.suppress(ValueError):
+            if isinstance(group, int) and _said(_weights(scheme.in_groups(group))) == said:
+                return Described(scheme=scheme.name, group=group)
     names = ", ".join(scheme.name for scheme in known)
     raise CheckpointError(
         f"weights {'with' if activations else 'without'} quantized activations should be described as those "

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.layouts.parts import SCALE, Codes, Part, Scales, Unpacked
@@ -25,10 +26,12 @@ class Described:
     Attributes:
         scheme: The field's name.
         powers_of_two: Whether scales are.
+        group: How many neighbours in a row share a scale; None for the scheme's own.
     """
 
     scheme: str
     powers_of_two: bool = False
+    group: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,13 @@ class Layout(ABC):
     Attributes:
         scheme: What is quantized how.
         scale_format: What the readers keep of a scale.
+        scale_dtype: Of scales that are numbers, in the file; None for the usual one.
     """
 
     container: ClassVar[Container]
     scheme: Scheme
     scale_format: ScaleFormat
+    scale_dtype: torch.dtype | None = None
 
     @property
     def granularity(self) -> Granularity:
