@@ -31,6 +31,7 @@ from daq_lightning.model.from_folder import FolderModel
 from daq_lightning.model.halves import Halves
 from daq_lightning.model.outline import owner_of
 from daq_lightning.report.model_figures import model_metrics
+from daq_lightning.report.recovery import figures_of_recovery, sum_of_losses
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -46,7 +47,8 @@ class Evaluation:
     """What was found.
 
     Attributes:
-        figures: The figures of `model_metrics`, by their names, over all tokens; NaN where nothing counted.
+        figures: The figures of `model_metrics` and of `recovery`, by name, over all tokens; NaN where nothing
+            counted.
         tokens: Tokens that were predicted.
         changed: Of these, tokens whose top training changed; None without a base.
         windows: Pieces of text that were read by themselves.
@@ -111,8 +113,9 @@ def evaluate(
                 bar.adds(len(rows_RH))
             model.drop_body()
             heads[role] = model
-        metrics = _compare(heads, spill, windows, bar)
+        metrics, base_loss = _compare(heads, spill, windows, bar)
     figures = {name: float(value) for name, value in metrics.compute().items()}
+    figures |= figures_of_recovery(figures, base_loss)
     return Evaluation(
         figures=figures,
         tokens=count,
@@ -209,8 +212,8 @@ def _hidden_states(model: _Served, windows: Sequence[Sequence[int]], batch_size:
 
 def _compare(
     heads: Mapping[str, _Served], spill: Spill, windows: Sequence[Sequence[int]], bar: _Bar
-) -> MetricCollection:
-    """The metrics of all tokens that are predicted, a piece at a time."""
+) -> tuple[MetricCollection, float | None]:
+    """The metrics of all tokens that are predicted, a piece at a time, and the base's mean loss of them."""
     sizes = {role: head.vocabulary for role, head in heads.items()}
     if len(set(sizes.values())) > 1:
         raise _different_vocabularies(sizes)
@@ -218,6 +221,7 @@ def _compare(
     target_R = torch.tensor(targets, dtype=torch.int64, device="cpu")
     metrics, step = model_metrics(base="base" in heads, sync=False), max(1, _PIECE // sizes["export"])
     bar.says("compared")
+    losses = 0.0
     for start in range(0, len(target_R), step):
         stop = min(start + step, len(target_R))
         logits = {_LOGITS[role]: head.logits(spill.read(role, start, stop)) for role, head in heads.items()}
@@ -225,8 +229,9 @@ def _compare(
             logits = {name: part.cpu() for name, part in logits.items()}
         metrics.to(logits["logits"].device)
         metrics.update(**logits, target=target_R[start:stop])
+        losses += sum_of_losses(logits.get("base_logits"), target_R[start:stop])
         bar.adds(stop - start)
-    return metrics
+    return metrics, losses / len(target_R) if "base" in heads else None
 
 
 def _check_vocabularies(models: Mapping[str, Checkpoint], windows: Sequence[Sequence[int]]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.found import FP8, SUFFIXES
 from daq_lightning.checkpoint.layouts.int32 import unpack_rows
 from daq_lightning.checkpoint.layouts.parts import CODES, GLOBAL_SCALE, SCALE, SHAPE, ZERO
-from daq_lightning.checkpoint.layouts.scales import ExponentScales
+from daq_lightning.checkpoint.layouts.scales import ExponentScales, NumberScales
 from daq_lightning.checkpoint.tensor_file import TensorSpec
 from daq_lightning.numerics.formats import PerBlock
 
@@ -35,9 +35,10 @@ def check_parts(stored: Stored) -> Iterator[str]:
             needed = ", ".join(spec.name for part, spec in expected.items() if part != CODES)
             yield f"{name} has {' and '.join(others) or 'no scale'}, expected exactly {needed}"
             continue
-        for spec in expected.values():
+        for part, spec in expected.items():
             entry = stored.raw.entries[spec.name]
-            if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
+            same = entry.dtype == spec.dtype or (part == SCALE and _other_number(stored, entry.dtype))
+            if not same or entry.shape != spec.shape:
                 yield f"{spec.name} is {entry.dtype} {entry.shape}, expected {spec.dtype} {spec.shape}"
     for name in stored.names:
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(".weight" + suffix)), None)
@@ -46,6 +47,12 @@ def check_parts(stored: Stored) -> Iterator[str]:
             holds = stored.entry(weight).dtype if weight in stored.names else "nothing"
             what = "scale" if SUFFIXES[suffix] in (SCALE, GLOBAL_SCALE) else SUFFIXES[suffix]
             yield f"{name} is the {what} of nothing: {weight} holds {holds}"
+
+
+def _other_number(stored: Stored, dtype: torch.dtype) -> bool:
+    """Whether a dtype is one that other makers write the scales of this container in: readers cast them."""
+    numbers = isinstance(stored.layout.scales, NumberScales) and stored.layout.container != "fp8"
+    return numbers and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_scale_values(stored: Stored) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """A checkpoint folder as a lazy mapping from names to tensors.
 
 A quantized folder looks like the checkpoint that it stands for: `X.weight` is dequantized as transformers
-does it, `dtype((float32(code) - zero) * float32(scale))`, and what it is stored as is not listed.
+does it, `dtype((float32(code) - zero) * float32(scale))`, and what it is stored as is not listed. So are
+folders in bitsandbytes' four bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.bitsandbytes import four_bit_weights
 from daq_lightning.checkpoint.folder import RawCheckpoint, config_dtype
 from daq_lightning.checkpoint.found import found_weights
 from daq_lightning.checkpoint.layouts.parts import CODES, Unpacked
@@ -58,7 +60,9 @@ class Checkpoint(DescribedTensors):
         self._weights = {
             name: recognizer.weight(name, found) for name, found in found_weights(self.raw.entries).items()
         }
-        hidden = {part for weight in self._weights.values() for part in weight.parts.values()}
+        self._four_bit = four_bit_weights(self.raw.entries, self.path)
+        weights = (*self._weights.values(), *self._four_bit.values())
+        hidden = {part for weight in weights for part in weight.parts.values()}
         self._check_foreign(hidden)
         by_codes = {weight.parts[CODES]: weight for weight in self._weights.values()}
         self.specs = {}
@@ -66,6 +70,8 @@ class Checkpoint(DescribedTensors):
             if name in by_codes:
                 weight = by_codes[name]
                 self.specs[weight.name] = TensorSpec(name=weight.name, dtype=self.dtype, shape=weight.shape)
+            elif name in self._four_bit:
+                self.specs[name] = TensorSpec(name=name, dtype=self.dtype, shape=self._four_bit[name].shape)
             elif name not in hidden and not self._belongs_to_quantization(name):
                 self.specs[name] = TensorSpec(name=name, dtype=entry.dtype, shape=entry.shape)
 
@@ -77,7 +83,7 @@ class Checkpoint(DescribedTensors):
     @property
     def quantized(self) -> bool:
         """Whether any weight is stored as codes."""
-        return bool(self._weights)
+        return bool(self._weights or self._four_bit)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
@@ -91,6 +97,8 @@ class Checkpoint(DescribedTensors):
         """
         if name not in self.specs:
             raise KeyError(name)
+        if name in self._four_bit:
+            return self._four_bit[name].dequantized(lambda part: self.raw.read(part, buffers), self.dtype)
         if name not in self._weights:
             return self.raw.read(name, buffers)
         unpacked = self.unpacked(name, buffers)
@@ -113,7 +121,7 @@ class Checkpoint(DescribedTensors):
         return self._weights[name].granularity
 
     def stored(self, name: str) -> StoredWeight | None:
-        """How a weight is quantized; None if it is not."""
+        """How a weight is quantized; None if it is not, or by bitsandbytes, which nobody serves."""
         return self._weights.get(name)
 
     def _check_foreign(self, known: set[str]) -> None:

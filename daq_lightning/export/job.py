@@ -143,7 +143,6 @@ def prepare(
     chain_from: ChainFrom | None = None,
     ranks: Ranks = ALONE,
     curvature: Curvature | None = None,
-    kept: KeptFormat | None = None,
 ) -> Job:
     """Plans an export, finds the base of every weight and checks its place in a chain. Writes nothing.
 
@@ -159,13 +158,12 @@ def prepare(
         ranks: The processes that will share the work; all of them call this.
         curvature: What codes are chosen along; may be filled later. Without it, `rounding="auto"` is nearest,
             unless the format of the base is kept.
-        kept: The format that scheme "keep" means, where it is known already.
 
     Raises:
         CheckpointError: Nothing to quantize, a base that does not fit, a base that is not what `chain_from`
             says, or an adapter that is to be rounded along its own update.
     """
-    given, given_kept = plan, kept
+    given = plan
     keeps = settings.scheme == "keep"
     if settings.rounding == "auto":
         chosen: RoundingChoice = "nearest" if curvature is None and not keeps else "curvature"
@@ -180,7 +178,7 @@ def prepare(
     def settle() -> tuple[
         ExportPlan, KeptFormat | None, Mapping[str, Tensor], dict[str, str], dict[str, str]
     ]:
-        kept = given_kept or (KeptFormat.of(base) if keeps else None)
+        kept = KeptFormat.of(base) if keeps else None
         plan = given or plan_of(source, settings, kept)
         known = described(base, [tensor.spec.name for tensor in plan.quantized])
         return (plan, kept, known, *_match_base(plan, known, source, settings))

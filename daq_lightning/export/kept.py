@@ -1,4 +1,4 @@
-"""The format of a quantized base, which an export of scheme "keep" takes over: that of an adapter trained on it.
+"""The format of a quantized base, which an export of scheme "keep" takes over: an adapter's on its own base.
 
     container, scheme, group size     those of the base
     scales, zero points               the base's own, to the bit
@@ -248,6 +248,4 @@ def measured(
         stats = stats_of_codes(weight, base, centered, result.scale, layout.granularity, dtype)
         return stats.map(lambda field: field[None])
 
-    return dataclasses.replace(
-        result, stats=seen_in(torch.float32), dequantized_stats=seen_in(reader_dtype)
-    )
+    return dataclasses.replace(result, stats=seen_in(torch.float32), dequantized_stats=seen_in(reader_dtype))

@@ -76,9 +76,15 @@ def choose_codes(job: Job, batch: Batch, search: Search) -> list[Chosen]:
     sides = _Sides(job, batch)
 
     def choose(pair: Pair, result: SearchResult) -> Chosen:
-        curved = sides.of(pair, _known(job, pair))
+        known = _known(job, pair)
+        curved = sides.of(pair, known)
         if isinstance(curved, _Curved):
-            return _rounded(job, pair, result, curved)._replace(plain=result.stats if plain else None)
+            chosen = _rounded(job, pair, result, curved)
+            if plain and known is not _UPDATE and chosen.result is result:
+                # one weight without its update may cost little, all of them cost the update
+                curved = sides.of(pair, _UPDATE)
+                chosen = _rounded(job, pair, result, curved) if isinstance(curved, _Curved) else chosen
+            return chosen._replace(plain=result.stats if plain else None)
         [result] = search([pair], job.settings.search)
         return Chosen(result, Rounding(method="nearest", reason=curved), result.stats if plain else None)
 
@@ -157,10 +163,9 @@ class _Sides:
     """The factors of the weights of a batch; that of their inputs is kept for the next weight."""
 
     def __init__(self, job: Job, batch: Batch) -> None:
-        self._low_rank, self._batch = job.source.low_rank, batch
-        # on a grid, what matters first is that the update comes through; elsewhere an adapter's few
-        # directions would be worse than none
-        self._stands_in = not self._low_rank or job.kept is not None
+        # an adapter's few directions are worse than none, but on a grid that would take the update away
+        self._low_rank, self._kept = job.source.low_rank and job.kept is None, job.kept is not None
+        self._batch = batch
         self._made_of: tuple[Tensor | None, int, RoundingSettings] | None = None
         self._inputs: Factor | None = None
 
@@ -173,6 +178,8 @@ class _Sides:
             outputs=statistics.outputs is not None,
             low_rank=self._low_rank,
         )
+        if self._kept:
+            settings = dataclasses.replace(settings, update=RoundingSettings.update)
         # the update is named where it stands beside what was collected, or in for it
         alone = statistics is _UPDATE or self._low_rank
         source = statistics.source if alone else f"{statistics.source} and update"
@@ -200,7 +207,7 @@ class _Sides:
         return Factors(inputs=self._inputs, outputs=outputs)
 
     def _needs_update(self, statistics: Tensor | None, settings: RoundingSettings) -> bool:
-        return self._stands_in if statistics is None else not self._low_rank and settings.update > 0
+        return not self._low_rank and (statistics is None or settings.update > 0)
 
     def _update_of_inputs(self, pair: Pair) -> Tensor | None:
         """D^T D, summed over the weights of the batch that can take the same input."""

@@ -18,8 +18,8 @@ class ExportSettings:
     Attributes:
         scheme: Which weights share a scale. "FP8_BLOCK": those of a block of 128 x 128. "FP8_DYNAMIC": those
             of a row. "FP8A16": those of a row, and activations stay in 16 bit. "auto": FP8_BLOCK if all sizes
-            are multiples of 128, else FP8_DYNAMIC. "keep": format, scales and unquantized modules of the base,
-            which is a quantized folder, such as the one that an adapter was trained on.
+            are multiples of 128, else FP8_DYNAMIC. "keep": format, scales and unquantized modules of the
+            base, which is a quantized folder, such as the one that an adapter was trained on.
         search: Objective and candidates of the scale search.
         rounding: How codes are chosen once scales are fixed. "nearest": each by itself. "curvature": so that
             their errors cancel where the model is sensitive to them, at plain scales unless a search other

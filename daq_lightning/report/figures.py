@@ -82,11 +82,7 @@ class TensorReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in `daq_report.json`, under its name."""
-        sides = {
-            side: _with_sums(stats)
-            for side in _SIDES
-            if (stats := getattr(self, side)) is not None
-        }
+        sides = {side: _with_sums(stats) for side in _SIDES if (stats := getattr(self, side)) is not None}
         return {
             "scheme": self.scheme,
             "shape": list(self.shape),

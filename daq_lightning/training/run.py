@@ -22,10 +22,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from daq_lightning.checkpoint.destination import check_inputs
 from daq_lightning.checkpoint.manifest import Lineage
-from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.writer import plan_shards
 from daq_lightning.export.job import Job, parts_of, plan_of, prepare
-from daq_lightning.export.kept import KeptFormat
 from daq_lightning.export.plan import ExportPlan
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import run
@@ -49,7 +47,7 @@ from daq_lightning.training.references import Base, BaseRequest
 from daq_lightning.training.resume import own_state, reference_of
 from daq_lightning.training.run_settings import RunSettings
 from daq_lightning.training.schedule import Kept
-from daq_lightning.training.source import source_of
+from daq_lightning.training.source import kept_of, source_of
 from daq_lightning.training.survival import survival_in
 
 
@@ -97,7 +95,7 @@ class Run:
         self.step = -1
         self.error: Exception | None = None
         self._judge = judge_in(trainer, settings.validation, keep=self.keep)
-        model_name, model, source, plan, kept = ranks.together(self._planned)
+        model_name, model, source, plan = ranks.together(self._planned)
         self._sharded = model.sharded
         # before the base is read, which ranks of different plans would do in different orders
         ranks.check_equal("The plan of the export", lambda: parts_of(plan, settings.choices))
@@ -132,7 +130,6 @@ class Run:
                 chain_from=settings.chain_from,
                 ranks=ranks,
                 curvature=None if self.collector is None else {},
-                kept=kept,
             )
             ranks.together(lambda: check_inputs(dirpath / "step=0", self._job.inputs()))
             ranks.together(lambda: check_fallbacks(self._job, settings.validation.schemes))
@@ -270,9 +267,8 @@ class Run:
             timings=timings,
         )
 
-    def _planned(self) -> tuple[str, LiveModel, Source, ExportPlan, KeptFormat | None]:
+    def _planned(self) -> tuple[str, LiveModel, Source, ExportPlan]:
         """What this rank has, and what happens to it."""
-        choices = self._settings.choices
         with check.as_misconfiguration():
             name, _ = find_model(self._module, self._settings.module)
         model = self._model(None)
@@ -281,11 +277,7 @@ class Run:
             if self._judge is not None:
                 check_swappable(model)
         source = source_of(self._trainer, model)
-        kept = None
-        if choices.scheme == "keep":
-            folder = Path(self._settings.base)
-            kept = KeptFormat.of(Checkpoint(folder) if folder.is_dir() else {})
-        return name, model, source, plan_of(source, choices, kept), kept
+        return name, model, source, plan_of(source, self._settings.choices, kept_of(self._settings))
 
     def _model(self, state: Mapping[str, Any] | None) -> LiveModel:
         """The model as it is, or with the weights of a saved state."""

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 
+from daq_lightning.checkpoint.reader import Checkpoint
+from daq_lightning.export.kept import KeptFormat
 from daq_lightning.export.source import Source
 from daq_lightning.model.live import LiveModel
+
+if TYPE_CHECKING:
+    from daq_lightning.training.run_settings import RunSettings
 
 
 def source_of(trainer: Trainer, model: LiveModel) -> Source:
@@ -30,3 +36,15 @@ def source_of(trainer: Trainer, model: LiveModel) -> Source:
         copy_files=copy_files,
         low_rank=model.adapters is not None,
     )
+
+
+def kept_of(settings: RunSettings) -> KeptFormat | None:
+    """The format of the base, where a run keeps that.
+
+    Raises:
+        CheckpointError: The base is no quantized folder.
+    """
+    if settings.choices.scheme != "keep":
+        return None
+    folder = Path(settings.base)
+    return KeptFormat.of(Checkpoint(folder) if folder.is_dir() else {})

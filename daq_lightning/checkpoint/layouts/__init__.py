@@ -72,6 +72,4 @@ def read_layout(quantization: Mapping[str, Any]) -> Layout:
         )
     described = _READERS[method](quantization)
     powers = "ue8m0" if described.powers_of_two else None
-    return make_layout(
-        described.scheme, container=method, scale_format=powers, group=described.group
-    )
+    return make_layout(described.scheme, container=method, scale_format=powers, group=described.group)
