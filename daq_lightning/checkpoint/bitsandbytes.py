@@ -1,20 +1,15 @@
-"""Folders in bitsandbytes' four bits, NF4 or FP4, as QLoRA trains on them.
+"""Weights of four bits as bitsandbytes stores them (NF4 and FP4, for QLoRA): read, never written.
 
-    X.weight                                two codes in a byte, the first in the upper four bits
-    X.weight.quant_map                      the sixteen values of a code, float32
-    X.weight.absmax                         one scale for `blocksize` neighbours, whatever row they are of
-    X.weight.quant_state.bitsandbytes__nf4  JSON in bytes: shape, blocksize, dtype (.._fp4 likewise)
+    X.weight                              uint8: two codes a byte, the first in the upper four bits; the same
+                                          bytes under another dtype where weights were sharded in training
+    X.weight.quant_map                    float32 (16): what a code stands for
+    X.weight.absmax                       float32, one per block of the flattened weight; or uint8, nested:
+    X.weight.nested_absmax, .nested_quant_map                       absmax = map[code] * nested + offset
+    X.weight.quant_state.bitsandbytes__nf4                          JSON as bytes: shape, blocksize, offset
 
-    weight = quant_map[code] * absmax
+    weight = quant_map[code] * absmax     in float32
 
-Scales may be quantized themselves (double quantization): `absmax` then holds codes of eight bits, of the
-values in `X.weight.nested_quant_map`, with scales of their own in `X.weight.nested_absmax`:
-
-    absmax = nested_quant_map[code] * nested_absmax + nested_offset
-
-Legend: M out, N in, P elements, B blocks.
-
-Sources: arXiv 2305.14314 (QLoRA), section 3; bitsandbytes 0.50, `QuantState.as_dict`.
+Source: bitsandbytes 0.50, `QuantState` and `dequantize_4bit`; arXiv 2305.14314 (QLoRA), section 3.
 """
 
 from __future__ import annotations
@@ -23,123 +18,142 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorEntry, TensorSpec
+from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 
-_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
-_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-_LONGEST = 1 << 12  # bytes of the JSON
+_STATE = ".quant_state.bitsandbytes__"
+_KINDS = ("nf4", "fp4")
+_BAND = 1 << 20  # codes that are looked up at a time
+_CODES, _MAP, _ABSMAX, _NESTED, _NESTED_MAP = "", "quant_map", "absmax", "nested_absmax", "nested_quant_map"
+
+Read = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FourBitWeight:
-    """A weight of such a folder.
+    """A weight that bitsandbytes quantized.
 
     Attributes:
-        name: `X.weight`.
-        shape: (M, N), or whatever else it was.
-        parts: Part -> the name of its tensor; "codes" of the codes.
-        blocksize: Neighbours that share a scale.
-        nested: Blocks that share the scale of their scales, and the offset; None where scales are numbers.
+        name: Of the weight.
+        shape: (M, N).
+        parts: Part -> the name of its tensor, that of the JSON included.
+        block: Codes that share an absmax.
+        nested_block: Absmaxes that share one of theirs; None where they are numbers themselves.
+        offset: What is added to nested absmaxes.
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, int]
     parts: Mapping[str, str]
-    blocksize: int
-    nested: tuple[int, float] | None
+    block: int
+    nested_block: int | None
+    offset: float
 
-    def dequantized(self, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
-        """The weight, as bitsandbytes dequantizes it.
+    def dequantize(self, read: Read, dtype: torch.dtype) -> Tensor:
+        """The weight, each product rounded once.
 
         Args:
             read: Gives the tensor of a name.
-            dtype: Of the result; products are taken in float32.
+            dtype: Of the result.
         """
-        part = {name: read(stored) for name, stored in self.parts.items() if name != "state"}
-        bytes_ = part["codes"].contiguous().view(torch.uint8).flatten()
-        codes_P = torch.stack((bytes_ >> 4, bytes_ & 0xF), -1).flatten()[: math.prod(self.shape)]
-        absmax_B = part["absmax"].flatten()
-        if self.nested is not None:
-            size, offset = self.nested
-            own_B = part["nested_absmax"].float().flatten().repeat_interleave(size)[: len(absmax_B)]
-            absmax_B = part["nested_quant_map"].float()[absmax_B.int()] * own_B + offset
-        scale_P = absmax_B.float().repeat_interleave(self.blocksize)[: len(codes_P)]
-        return (part["quant_map"].float()[codes_P.int()] * scale_P).to(dtype).reshape(self.shape)
+        packed = read(self.parts[_CODES]).contiguous().flatten().view(torch.uint8)
+        values = read(self.parts[_MAP]).float()
+        absmax, count = self._absmax(read), math.prod(self.shape)
+        weight = torch.empty(count, dtype=dtype, device=packed.device)
+        step = max(1, _BAND // self.block) * self.block
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            bytes_ = packed[start // 2 : -(-stop // 2)]
+            codes = torch.stack((bytes_ >> 4, bytes_ & 0xF), -1).flatten()[: stop - start]
+            scale = absmax[start // self.block :].repeat_interleave(self.block)[: stop - start]
+            weight[start:stop] = values[codes.int()] * scale
+        return weight.reshape(self.shape)
+
+    def _absmax(self, read: Read) -> Tensor:
+        stored = read(self.parts[_ABSMAX]).flatten()
+        if self.nested_block is None:
+            return stored.float()
+        values, nested = read(self.parts[_NESTED_MAP]).float(), read(self.parts[_NESTED]).float()
+        scale = nested.repeat_interleave(self.nested_block)[: len(stored)]
+        return values[stored.int()] * scale + self.offset
 
 
-def four_bit_weights(entries: Mapping[str, TensorEntry], path: Path) -> dict[str, FourBitWeight]:
-    """The weights of a folder that bitsandbytes quantized, by name. Reads a few hundred bytes of each.
+def four_bit_weights(entries: Mapping[str, TensorSpec], read: Read) -> dict[str, FourBitWeight]:
+    """The weights of a folder that bitsandbytes quantized, by name. Reads their JSON, a few bytes each.
 
     Args:
         entries: The tensors of the folder.
-        path: Of the folder, for messages.
+        read: Gives the tensor of a name.
 
     Raises:
-        CheckpointError: Parts that are missing or contradict each other.
+        CheckpointError: One lacks a part, or its parts contradict each other.
     """
-    found = {}
-    for state in entries:
-        suffix = next((suffix for suffix in _STATES if state.endswith(suffix)), None)
-        if suffix is not None:
-            name = state.removesuffix(suffix)
-            found[name] = _weight(name, state, entries, path)
-    return found
+    states: dict[str, list[str]] = {}
+    for name in entries:
+        if _STATE in name:
+            states.setdefault(name.rpartition(_STATE)[0], []).append(name)
+    return {weight: _weight(weight, found, entries, read) for weight, found in states.items()}
 
 
-def _weight(name: str, state: str, entries: Mapping[str, TensorEntry], path: Path) -> FourBitWeight:
+def _weight(name: str, states: list[str], entries: Mapping[str, TensorSpec], read: Read) -> FourBitWeight:
+    def check(holds: bool, what: str) -> None:
+        if not holds:
+            raise CheckpointError(
+                f"{name} was quantized by bitsandbytes, but {what}. Copy or download the folder again, or "
+                "pass the checkpoint in high precision."
+            )
+
+    check(len(states) == 1, f"it has {len(states)} states")
+    state = states[0]
+    check(state.rpartition("__")[2] in _KINDS, f"{state} is none of {', '.join(_KINDS)}")
+    said = _json(read(state)) if entries[state].dtype == torch.uint8 else {}
+    shape: Any = said.get("shape")
+    block: Any = said.get("blocksize")
+    sized = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+    check(sized and _is_size(block), f"{state} does not hold its shape and block size")
+    nested = "nested_blocksize" in said
+    check(not nested or _is_size(said["nested_blocksize"]), f"{state} holds no size of nested blocks")
+    offset = said.get("nested_offset", 0.0)
+    check(isinstance(offset, (int, float)) and math.isfinite(offset), f"{state} holds no offset")
+    count = math.prod(shape)
+    blocks = -(-count // block)
+    wanted: dict[str, tuple[torch.dtype, int]] = {
+        _CODES: (torch.uint8, -(-count // 2)),
+        _MAP: (torch.float32, 16),
+        _ABSMAX: (torch.uint8 if nested else torch.float32, blocks),
+    }
+    if nested:
+        wanted[_NESTED] = (torch.float32, -(-blocks // said["nested_blocksize"]))
+        wanted[_NESTED_MAP] = (torch.float32, 256)
+    parts = {part: f"{name}.{part}" if part else name for part in wanted}
+    for part, (dtype, size) in wanted.items():
+        entry = entries.get(parts[part])
+        fits = entry is not None and (entry.dtype, math.prod(entry.shape)) == (dtype, size)
+        if part == _CODES and entry is not None:
+            fits = entry.nbytes == size
+        check(fits, f"{parts[part]} does not hold {size} numbers of {str(dtype).removeprefix('torch.')}")
+    return FourBitWeight(
+        name=name,
+        shape=(shape[0], shape[1]),
+        parts={**parts, "state": state},
+        block=block,
+        nested_block=said["nested_blocksize"] if nested else None,
+        offset=float(offset),
+    )
+
+
+def _is_size(value: Any) -> bool:
+    """Whether this is a number of codes in a block: even, so that none begins within a byte."""
+    return type(value) is int and value > 0 and value % 2 == 0
+
+
+def _json(content: Tensor) -> dict[str, Any]:
     try:
-        said = _json(entries[state])
-        shape, blocksize = tuple(said["shape"]), said["blocksize"]
-        nested = (said["nested_blocksize"], float(said["nested_offset"])) if "nested_offset" in said else None
-        sizes = (*shape, blocksize, *([] if nested is None else nested[:1]))
-        if not all(type(size) is int and 0 < size < 1 << 40 for size in sizes):
-            raise ValueError(f"sizes {sizes}")
-        blocks = -(-math.prod(shape) // blocksize)
-        counts = {"absmax": blocks, "quant_map": 16}
-        if nested is not None:
-            counts |= {"nested_absmax": -(-blocks // nested[0]), "nested_quant_map": 256}
-        parts = {"codes": name} | {part: f"{name}.{part}" for part in _PARTS if part in counts}
-        _check(entries, parts, counts, -(-math.prod(shape) // 2), nested is not None)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: {name} is no weight as bitsandbytes saves them in four bits: {error}. Copy or download "
-            "the folder again."
-        ) from error
-    parts["state"] = state
-    return FourBitWeight(name=name, shape=shape, parts=parts, blocksize=blocksize, nested=nested)
-
-
-def _json(state: TensorEntry) -> dict[str, Any]:
-    if state.dtype != torch.uint8 or not state.nbytes <= _LONGEST:
-        raise ValueError(f"{state.name} is {state.dtype} {state.shape}, expected JSON in bytes")
-    said = json.loads(bytes(state.read().flatten().tolist()))
-    if not isinstance(said, dict):
-        raise ValueError(f"{state.name} holds no JSON object")
-    return said
-
-
-def _check(
-    entries: Mapping[str, TensorSpec],
-    parts: Mapping[str, str],
-    counts: Mapping[str, int],
-    size: int,
-    nested: bool,
-) -> None:
-    """Raises ValueError for parts of another size or kind."""
-    for part, stored in parts.items():
-        if stored not in entries:
-            raise ValueError(f"{stored} is missing")
-        entry = entries[stored]
-        if part == "codes" and entry.nbytes != size:
-            raise ValueError(f"{stored} has {entry.nbytes} bytes of codes, expected {size}")
-        if part != "codes" and math.prod(entry.shape) != counts[part]:
-            raise ValueError(f"{stored} has {math.prod(entry.shape)} values, expected {counts[part]}")
-        coded = part == "absmax" and nested
-        if part != "codes" and entry.dtype != (torch.uint8 if coded else torch.float32):
-            raise ValueError(f"{stored} is {entry.dtype}")
+        said = json.loads(bytes(content.flatten().tolist()))
+    except (ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}

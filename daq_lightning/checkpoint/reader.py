@@ -2,7 +2,7 @@
 
 A quantized folder looks like the checkpoint that it stands for: `X.weight` is dequantized as transformers
 does it, `dtype((float32(code) - zero) * float32(scale))`, and what it is stored as is not listed. So are
-folders in bitsandbytes' four bits.
+folders that bitsandbytes made for QLoRA, in four bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.bitsandbytes import four_bit_weights
+from daq_lightning.checkpoint.bitsandbytes import FourBitWeight, four_bit_weights
 from daq_lightning.checkpoint.folder import RawCheckpoint, config_dtype
 from daq_lightning.checkpoint.found import found_weights
 from daq_lightning.checkpoint.layouts.parts import CODES, Unpacked
@@ -60,18 +60,19 @@ class Checkpoint(DescribedTensors):
         self._weights = {
             name: recognizer.weight(name, found) for name, found in found_weights(self.raw.entries).items()
         }
-        self._four_bit = four_bit_weights(self.raw.entries, self.path)
-        weights = (*self._weights.values(), *self._four_bit.values())
-        hidden = {part for weight in weights for part in weight.parts.values()}
+        self._four_bit = four_bit_weights(self.raw.entries, self.raw.read)
+        every = [*self._weights.values(), *self._four_bit.values()]
+        hidden = {part for weight in every for part in weight.parts.values()}
         self._check_foreign(hidden)
-        by_codes = {weight.parts[CODES]: weight for weight in self._weights.values()}
+        by_codes: dict[str, StoredWeight | FourBitWeight] = {
+            **{weight.parts[CODES]: weight for weight in self._weights.values()},
+            **self._four_bit,
+        }
         self.specs = {}
         for name, entry in self.raw.entries.items():
             if name in by_codes:
                 weight = by_codes[name]
                 self.specs[weight.name] = TensorSpec(name=weight.name, dtype=self.dtype, shape=weight.shape)
-            elif name in self._four_bit:
-                self.specs[name] = TensorSpec(name=name, dtype=self.dtype, shape=self._four_bit[name].shape)
             elif name not in hidden and not self._belongs_to_quantization(name):
                 self.specs[name] = TensorSpec(name=name, dtype=entry.dtype, shape=entry.shape)
 
@@ -98,7 +99,7 @@ class Checkpoint(DescribedTensors):
         if name not in self.specs:
             raise KeyError(name)
         if name in self._four_bit:
-            return self._four_bit[name].dequantized(lambda part: self.raw.read(part, buffers), self.dtype)
+            return self._four_bit[name].dequantize(lambda part: self.raw.read(part, buffers), self.dtype)
         if name not in self._weights:
             return self.raw.read(name, buffers)
         unpacked = self.unpacked(name, buffers)
@@ -121,7 +122,7 @@ class Checkpoint(DescribedTensors):
         return self._weights[name].granularity
 
     def stored(self, name: str) -> StoredWeight | None:
-        """How a weight is quantized; None if it is not, or by bitsandbytes, which nobody serves."""
+        """How a weight is quantized; None if it is not, or by bitsandbytes."""
         return self._weights.get(name)
 
     def _check_foreign(self, known: set[str]) -> None:
@@ -143,9 +144,9 @@ class Checkpoint(DescribedTensors):
             )
             raise CheckpointError(
                 f"{self.path}: {len(odd)} tensors belong to weights that are not FP8 (e4m3) codes with one "
-                f"scale, nor packed as compressed-tensors does it: {listed}. Its quantization_config is "
-                f"{self.raw.quantization or 'missing'}. Pass the checkpoint in high precision, or one in a "
-                "format of `daq-lightning quantize --help`."
+                f"scale, nor packed as compressed-tensors or bitsandbytes (4 bit) do it: {listed}. Its "
+                f"quantization_config is {self.raw.quantization or 'missing'}. Pass the checkpoint in high "
+                "precision, or one in a format of `daq-lightning quantize --help`."
             )
 
     def _belongs_to_quantization(self, name: str) -> bool:

@@ -96,9 +96,11 @@ class Scheme:
 
     @property
     def group(self) -> int | None:
-        """How many neighbours in a row share a scale; None where it is not so many of one row."""
-        rowwise = isinstance(self.granularity, PerBlock) and self.granularity.rows == 1
-        return self.granularity.cols if rowwise else None
+        """How many neighbours in a row share a scale; None where whole rows do, or blocks of several."""
+        granularity = self.granularity
+        if not isinstance(granularity, PerBlock) or granularity.rows != 1:
+            return None
+        return granularity.cols
 
     def in_groups(self, size: int | None) -> Scheme:
         """The same with other groups, of integers of four bits, whose groups have any size; None for its own.

@@ -19,12 +19,13 @@ from daq_lightning.numerics.search.settings import ScaleSearch
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-ABOUT = """Makes FP8 checkpoints that keep what fine-tuning changed, for vLLM, SGLang and transformers.
-Rounding to FP8 is coarser than most fine-tuning updates; each scale is searched so that the update survives.
+ABOUT = """Makes FP8, INT8 and 4-bit checkpoints that keep what fine-tuning changed, for vLLM, SGLang and
+transformers. Rounding is coarser than most fine-tuning updates; each scale is searched so that the update
+survives.
 Exit codes: 0 fine, 1 problems were found, 2 wrong arguments or input, 70 an error in this program,
 130 interrupted."""
-ABOUT_QUANTIZE = """Writes an FP8 checkpoint of a fine-tuned model. POST and BASE are Hugging Face model
-folders (safetensors; FP8 folders too), or names on the Hub: ORG/NAME, ORG/NAME@REVISION.
+ABOUT_QUANTIZE = """Writes a quantized checkpoint of a fine-tuned model. POST and BASE are Hugging Face model
+folders (safetensors; quantized ones too), or names on the Hub: ORG/NAME, ORG/NAME@REVISION.
 Example: daq-lightning quantize my-model --base its-base --out my-model-fp8
 On several processes or nodes: torchrun --nproc-per-node 8 -m daq_lightning quantize ..."""
 ABOUT_INSPECT = """Shows how much of the update each weight of an export kept, worst first. With --base and
@@ -38,7 +39,7 @@ Example: daq-lightning evaluate my-model-fp8 --post my-model --base its-base --t
 ABOUT_CHAIN = """Shows the exports that led to this one, each fine-tuned from the one before, and what is left
 of the change since its base and since the root. Exit code 1 if a file of any of them was altered, is missing
 or foreign."""
-ABOUT_VERIFY = """Checks an FP8 folder against what vLLM, SGLang and transformers need but do not check
+ABOUT_VERIFY = """Checks a quantized folder against what vLLM, SGLang and transformers need but do not check
 themselves. Exit code 1 if there are problems; each comes with what to do."""
 
 
@@ -115,7 +116,7 @@ def make_parser() -> ArgumentParser:
         "--chain-from",
         choices=["weights", "deployed"],
         help="what POST was trained from: the high-precision weights that the parent was made of, or its "
-        "deployed (dequantized FP8) ones. It is checked against the parent; left out, this begins a chain",
+        "deployed (dequantized) ones. It is checked against the parent; left out, this begins a chain",
     )
     search.add_argument(
         "--device",
@@ -141,7 +142,7 @@ def make_parser() -> ArgumentParser:
     )
     _add_output(quantize)
     quantize.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
-    commands.add_subcommand("quantize", quantize, help="write an FP8 checkpoint of a fine-tuned model")
+    commands.add_subcommand("quantize", quantize, help="write a quantized checkpoint of a fine-tuned model")
 
     inspect = new(ABOUT_INSPECT, usage="daq-lightning inspect OUT [--base FOLDER --post FOLDER] [options]")
     _add_export_and_its_inputs(inspect)
@@ -203,10 +204,10 @@ def make_parser() -> ArgumentParser:
     )
 
     verify = new(ABOUT_VERIFY, usage="daq-lightning verify OUT [options]")
-    verify.add_argument("out", metavar="OUT", help="FP8 checkpoint folder")
+    verify.add_argument("out", metavar="OUT", help="quantized checkpoint folder")
     _add_output(verify)
     commands.add_subcommand(
-        "verify", verify, help="check that servers will load an FP8 folder as it is meant"
+        "verify", verify, help="check that servers will load a quantized folder as it is meant"
     )
     return parser
 

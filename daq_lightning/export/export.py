@@ -49,18 +49,19 @@ def export_checkpoint(
     push_to_hub: str | None = None,
     private: bool = False,
 ) -> ExportReport:
-    """Writes an FP8 checkpoint whose scales preserve the difference between two sets of weights.
+    """Writes a quantized checkpoint whose scales preserve the difference between two sets of weights.
 
     Args:
         weights: The fine-tuned model: a Hugging Face folder, `org/name` (or `org/name@revision`) on the Hub,
             what `load_checkpoint` returned of a folder, or checkpoint names -> tensors. A mapping that
             computes its tensors is read once and held.
-        base: The model it was trained from, likewise. An FP8 folder is dequantized.
+        base: The model it was trained from, likewise. A quantized folder is dequantized.
         out: Destination folder. An earlier export there is replaced on success; anything else is refused.
         adapter: Folder of a LoRA adapter (PEFT), merged into `weights` (then the folder it was trained on) in
             float32.
         scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel,
-            16-bit activations), or "auto": blocks where all sizes are multiples of 128, else channels.
+            16-bit activations), or "auto": blocks where all sizes are multiples of 128, else channels. Or
+            "MXFP8", "W8A8", "W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16": see docs/formats.md.
         search: Objective and candidates of the scale search; None takes the defaults of `ScaleSearch`.
         rounding: "nearest"; "curvature" for codes whose errors cancel where the update says that the model is
             sensitive, at plain scales unless `search` is other than the default; "auto" is "nearest" here,

@@ -104,5 +104,5 @@ def scale_of_rows(scale: Tensor, rows: slice, shape_MN: tuple[int, int], granula
         block_rows = (
             torch.arange(rows.start, rows.stop, dtype=torch.int64, device=scale.device) // granularity.rows
         )
-        return scale.repeat_interleave(granularity.cols, 1)[:, : shape_MN[1]][block_rows]
+        return scale[block_rows].repeat_interleave(granularity.cols, 1)[:, : shape_MN[1]]
     return scale[rows]

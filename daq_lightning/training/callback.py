@@ -44,14 +44,15 @@ from daq_lightning.training.upload import upload_last
 
 
 class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
-    """Exports the trained model as an FP8 checkpoint that keeps what training changed.
+    """Exports the trained model as a quantized checkpoint that keeps what training changed.
 
     Args:
         dirpath: Folder of the exports; each is `dirpath/<filename>/`.
         base: The weights before training: "auto", "snapshot", "memory", a Hugging Face folder, or a Lightning
             `.ckpt`, file or folder. See `daq_lightning.training.base`.
         scheme: "FP8_BLOCK" (128 x 128), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel, 16-bit
-            activations), or "auto": blocks where all sizes are multiples of 128, else channels.
+            activations), or "auto": blocks where all sizes are multiples of 128, else channels. Or "MXFP8",
+            "W8A8", "W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16": see docs/formats.md.
         metric: What the scale search maximizes: "hybrid", "cosine", "sign" or "mse".
         alpha_range: Range of the multiples of the absmax scale that are tried.
         search: All settings of the search, instead of these two.
@@ -91,7 +92,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         schemes: What to fall back to, in order: schemes, or "keep:8" for the 8 worst layers in 16 bit.
         log_per_layer: Whether figures of each weight, and pictures, go to the loggers; see `loggers.py`.
         log_survival_every_n_steps: Every so many optimizer steps log `daq/survival`, the share of the update
-            that plain FP8 would keep if training stopped now; see `survival.py`.
+            that plain rounding would keep if training stopped now; see `survival.py`.
         push_to_hub: Repository on the Hub, "org/name", that the last export is uploaded to when training is
             over; if that fails, the export stays and the error is raised.
 

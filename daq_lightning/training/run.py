@@ -212,7 +212,7 @@ class Run:
         if unused and self._trainer.global_step == 0 and self._trainer.is_global_zero:
             remove_own(Path(self.base.path))
 
-    def keep(self, error: Exception, what: str = "FP8 export failed") -> None:
+    def keep(self, error: Exception, what: str = "The export failed") -> None:
         """Keeps the first error, and warns of it at once."""
         if self.error is None:
             self.error = error

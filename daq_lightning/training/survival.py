@@ -1,4 +1,4 @@
-"""What FP8 would keep of the update if training stopped now, hours before it does.
+"""What plain rounding would keep of the update if training stopped now, hours before it does.
 
     gain      = <delta_q, delta> / <delta, delta>           delta = weight - base, delta_q = q(weight) - base
     survival  = max(0, 1 - |gain - 1|)                      q rounds to nearest, with plain absmax scales
@@ -16,8 +16,8 @@ n weights they blur the gain by about
     sqrt(error_sq / (n * delta_sq))        error_sq = |q(weight) - weight|^2, delta_sq = |delta|^2
 
 A survival that is blurred by more than 0.1 is not logged: where nothing is trained, and in the first steps
-from a base that is not on the grid of FP8. (On the grid, lost updates ARE the error, and the blur is 1 /
-sqrt(n).)
+from a base that is not on the grid of the format. (On the grid, lost updates ARE the error, and the blur is
+1 / sqrt(n).)
 
 The sample is taken when training starts: at most 1 MB on the device of the weights. Between two measurements
 nothing is computed and no device is waited for. Weights are those that are trained, not their averages by
@@ -38,6 +38,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from daq_lightning.checkpoint.families import family_of
 from daq_lightning.model.pieces import LivePieces
 from daq_lightning.numerics.objectives import DeltaStats, as_searched, gain
 from daq_lightning.numerics.search.search import search_scale
@@ -126,12 +127,14 @@ class Survival:
         late = 0 < trainer.max_steps <= 10 * trainer.global_step  # type: ignore[operator]
         if survival < _POOR and (late or self._points >= _WARM_UP):
             self._warned = True
+            family = family_of(self._job.plan.layout.scheme.name)
             rank_zero_warn(
-                f"At step {trainer.global_step}, plain FP8 would round away or distort {1 - survival:.0%} of "
-                f"what training has changed so far (daq/survival = {survival:.2f}): the changes are small "
-                f"beside the steps of the format. {self._outlook(searched)} The share may grow as training "
-                "goes on. If it does not: a larger learning rate or more steps make larger changes, and a "
-                "base in bfloat16, instead of one that was FP8 before, lets more of the small ones through."
+                f"At step {trainer.global_step}, plain {family} would round away or distort "
+                f"{1 - survival:.0%} of what training has changed so far (daq/survival = {survival:.2f}): "
+                f"the changes are small beside the steps of the format. {self._outlook(searched)} The share "
+                "may grow as training goes on. If it does not: a larger learning rate or more steps make "
+                "larger changes, and a base in bfloat16, instead of one that was quantized before, lets more "
+                "of the small ones through."
             )
 
 
@@ -177,7 +180,7 @@ def survival_in(
         )
     if not settings.merge_adapters and model.adapters is not None:
         raise MisconfigurationException(
-            f"log_survival_every_n_steps={every} measures what FP8 keeps of the update, and with "
+            f"log_survival_every_n_steps={every} measures what rounding keeps of the update, and with "
             "merge_adapters=False no update is quantized: adapters stay as they are. Leave it out."
         )
     live = LivePieces(model)

@@ -8,7 +8,10 @@ import safetensors.torch
 import test_layouts
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 from daq_lightning import CheckpointError, load_checkpoint
 from daq_lightning.numerics.formats import PerBlock, PerChannel
@@ -139,3 +142,48 @@ def test_a_stored_shape_that_contradicts_the_codes_is_found_when_they_are_read(t
     checkpoint = load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"a\.weight is packed otherwise.*\(32, 264\)"):
         checkpoint["a.weight"]
+
+
+FOREIGN = {
+    "W4A16, groups of 32": ("W4A16", {"group_size": 32}),
+    "W4A16, a scale a row": ("W4A16", {"group_size": None, "strategy": "channel"}),
+    "W4A16, asymmetric": ("W4A16_ASYM", {}),
+    "W4A16, asymmetric groups of 64": ("W4A16_ASYM", {"group_size": 64}),
+    "W8A8": ("W8A8", {}),
+    "NVFP4": ("NVFP4A16", {}),
+    "MXFP4": ("MXFP4A16", {}),
+    "MXFP8": ("MXFP8", {}),
+}
+
+
+@pytest.mark.parametrize("rows", [24, 20])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_compressed_tensors_compresses_is_read_as_it_decompresses_it(tmp_path, case, rows):
+    """Scales, zero points and global scales of its own choice, and rows that fill no int32."""
+    name, changes = FOREIGN[case]
+    preset = preset_name_to_scheme(name, ["Linear"])
+    args = QuantizationArgs(**(preset.weights.model_dump(exclude={"observer"}) | changes))
+    scheme = preset.model_copy(update={"weights": args})
+    weight = torch.randn(rows, 256, generator=torch.Generator().manual_seed(0)) + 0.3
+    group = args.group_size or 256
+    groups = weight.unflatten(1, (-1, group))
+    factor = generate_gparam(weight.amin(), weight.amax()) if args.strategy == "tensor_group" else None
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale=factor)
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+    if name not in ("NVFP4A16", "MXFP4A16", "MXFP8"):
+        state["weight_scale"] = scale.bfloat16()
+    if factor is not None:
+        state["weight_global_scale"] = factor
+    form = infer_module_format(torch.nn.Linear, scheme)
+    compressor = BaseCompressor.get_value_from_registry(form.value)
+    compressed = compressor.compress(state, scheme)
+    tensors = {f"a.{part}": tensor.contiguous() for part, tensor in compressed.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = QuantizationConfig(config_groups={"group_0": scheme}, format=form.value)
+    config = {"dtype": "bfloat16", "quantization_config": json.loads(config.model_dump_json())}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = compressor.decompress(compressed, scheme)["weight"].bfloat16()
+    checkpoint = load_checkpoint(tmp_path)
+    assert list(checkpoint) == ["a.weight"]
+    assert torch.equal(checkpoint["a.weight"], expected)
+    assert (expected.float() - weight).abs().mean() < 0.15

@@ -59,13 +59,27 @@ def test_files_are_dealt_by_bytes(world, sizes):
     assert owners == deal(dict(reversed(shards.items())), world)
 
 
-def test_codes_and_scale_of_a_weight_stay_in_one_file(pair):
-    job = job_of(pair)
+@pytest.mark.parametrize("scheme", ["FP8_BLOCK", "W4A16"])
+def test_codes_and_scale_of_a_weight_stay_in_one_file(pair, scheme):
+    job = job_of(pair, scheme=scheme)
     for limit in range(1000, 60_000, 997):
         shards = plan_shards(job.plan.stored_together, limit)
         file_of = {one.name: file for file, specs in shards.items() for one in specs}
         for tensor in job.plan.tensors:
             assert len({file_of[stored.name] for stored in tensor.stored.values()}) == 1
+
+
+@pytest.mark.parametrize("world", [2, 3, 40])
+def test_weights_that_share_a_global_scale_are_searched_together_by_any_number_of_ranks(pair, world):
+    job = job_of(pair, scheme="NVFP4A16")
+    shards = plan_shards(job.plan.stored_together, SHARD)
+
+    def batches(size):
+        work = share_out(job.plan, shards, Ranks(size=size), together=True)
+        return {tuple(plan.spec.name for plan in batch) for turn in work.rounds for batch in turn if batch}
+
+    assert batches(world) == batches(1)
+    assert {len(batch) for batch in batches(1)} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 40])

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import tiny_models
@@ -11,9 +12,15 @@ from torch import nn
 from daq_lightning.checkpoint.schemes import SCHEMES
 from daq_lightning.model.activations import quantized_activations
 from daq_lightning.numerics.activations import quantized_input
+from daq_lightning.numerics.formats.int8 import INT8
 
-GROUPS = {"FP8_DYNAMIC": None, "FP8_BLOCK": 128}
-QUANTIZED = pytest.mark.parametrize("scheme", GROUPS)
+SEEN = {
+    "FP8_DYNAMIC": quantized_input,
+    "FP8_BLOCK": functools.partial(quantized_input, group=128),
+    "MXFP8": functools.partial(quantized_input, group=32, scale_format="ue8m0"),
+    "W8A8": functools.partial(quantized_input, fmt=INT8),
+}
+QUANTIZED = pytest.mark.parametrize("scheme", SEEN)
 
 
 class TwoLinears(nn.Module):
@@ -29,13 +36,13 @@ def tokens(model):
     return torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
-def by_hand(model, group):
+def by_hand(model, seen_as):
     """A copy of a dense model whose Linear layers round their input themselves, the head apart."""
     changed = copy.deepcopy(model)
     for name, module in changed.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             forward = module.forward
-            module.forward = lambda x, forward=forward: forward(quantized_input(x, group))
+            module.forward = lambda x, forward=forward: forward(seen_as(x))
     return changed
 
 
@@ -51,8 +58,8 @@ def layers(model):
 @torch.no_grad()
 def test_a_linear_sees_its_input_quantized_by_position_or_by_name(scheme):
     model, x = TwoLinears(), torch.randn(4, 7, 200)
-    inner = torch.relu(model.first(quantized_input(x, GROUPS[scheme])))
-    expected = model.second(quantized_input(inner, GROUPS[scheme]))
+    inner = torch.relu(model.first(SEEN[scheme](x)))
+    expected = model.second(SEEN[scheme](inner))
     with quantized_activations([model.first, model.second], SCHEMES[scheme]):
         assert torch.equal(model(x), expected)
 
@@ -62,7 +69,7 @@ def test_a_linear_sees_its_input_quantized_by_position_or_by_name(scheme):
 @torch.no_grad()
 def test_a_model_gives_what_it_gives_by_hand(scheme, dtype):
     model = tiny_models.llama().to(dtype)
-    expected = by_hand(model, GROUPS[scheme])(tokens(model)).logits
+    expected = by_hand(model, SEEN[scheme])(tokens(model)).logits
     plain = model(tokens(model)).logits
     with quantized_activations(layers(model), SCHEMES[scheme]):
         seen = model(tokens(model)).logits
@@ -79,16 +86,16 @@ def test_weights_only_changes_nothing():
         assert torch.equal(model(tokens(model)).logits, plain)
 
 
-def experts_by_hand(module, group):
+def experts_by_hand(module, seen_as):
     """The experts of Qwen3-MoE, one expert after another, with each product's input rounded."""
 
     def forward(x_TN, chosen_TK, weight_TK):
         total = torch.zeros_like(x_TN)
         for token, (chosen, weights) in enumerate(zip(chosen_TK, weight_TK, strict=True)):
             for expert, weight in zip(chosen, weights, strict=True):
-                seen = quantized_input(x_TN[token], group)
+                seen = seen_as(x_TN[token])
                 gate, up = (module.gate_up_proj[expert] @ seen).chunk(2)
-                inner = quantized_input(module.act_fn(gate) * up, group)
+                inner = seen_as(module.act_fn(gate) * up)
                 total[token] += weight * (module.down_proj[expert] @ inner)
         return total
 
@@ -107,7 +114,7 @@ def test_both_projections_of_stacked_experts_see_their_input_quantized(scheme, k
         nn.init.normal_(parameter, std=0.1)
     x_TN, chosen_TK = torch.randn(9, 128), torch.stack([torch.randperm(4)[:2] for _ in range(9)])
     weight_TK = torch.rand(9, 2)
-    expected = experts_by_hand(module, GROUPS[scheme])(x_TN, chosen_TK, weight_TK)
+    expected = experts_by_hand(module, SEEN[scheme])(x_TN, chosen_TK, weight_TK)
     plain = module(x_TN, chosen_TK, weight_TK)
     with quantized_activations([module], SCHEMES[scheme]):
         seen = module(x_TN, chosen_TK, weight_TK)

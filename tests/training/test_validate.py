@@ -195,8 +195,9 @@ def test_an_exception_in_the_middle_leaves_all_as_it_was(tmp_path, at, error):
     assert seen[0] == []
 
 
-def test_its_loss_is_that_of_the_reloaded_export(tmp_path):
-    export = quantization(tmp_path, quantize_activations=False)
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8", "NVFP4A16"])
+def test_its_loss_is_that_of_the_reloaded_export(tmp_path, scheme):
+    export = quantization(tmp_path, quantize_activations=False, scheme=scheme)
     module = fit(tmp_path, export)
     loaded = AutoModelForCausalLM.from_pretrained(export.exports[0]).eval()
     with torch.no_grad():
