@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.families import family_of
-from daq_lightning.checkpoint.layouts.parts import Unpacked
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.numerics.backends import delta_stats
 from daq_lightning.numerics.objectives import DeltaStats, as_searched
-from daq_lightning.numerics.rounding.written import stats_of_codes
+from daq_lightning.numerics.rounding.written import centered, stats_of_codes
 from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ALPHA_STATISTICS, Side, TensorReport, alpha_statistics
 from daq_lightning.report.recovery import note_on_merge
@@ -98,7 +97,7 @@ def _since_root(job: Job, pair: Pair, result: SearchResult) -> DeltaStats | None
         return None
     layout, weight = job.plan.layout, as_searched(pair.weight)
     if job.settings.by_curvature or job.kept is not None:
-        codes = Unpacked(result.codes, result.scale, result.zero).centered
+        codes = centered(result.codes, result.zero)
         return stats_of_codes(weight, root, codes, result.scale, layout.granularity)
     scale_G1 = result.scale.reshape(-1, 1)
     stats = delta_stats(weight, root, scale_G1, layout.granularity, layout.scheme.format)

@@ -206,7 +206,9 @@ def prepare(
 def plan_of(source: Source, settings: ExportSettings, kept: KeptFormat | None) -> ExportPlan:
     """The plan of a source, in the format of a base where that is kept."""
     if kept is not None:
-        return kept.plan(source, settings)
+        return kept.applied(
+            plan_export(source.specs, source.outline, kept.settings(source, settings), kept.layout)
+        )
     return plan_export(source.specs, source.outline, settings)
 
 

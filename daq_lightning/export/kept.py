@@ -13,7 +13,7 @@ them along a curvature instead.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,23 +21,21 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.layouts import Layout, listed_modules, read_layout
-from daq_lightning.checkpoint.layouts.parts import GLOBAL_SCALE, SCALE, Unpacked
+from daq_lightning.checkpoint.layouts.parts import GLOBAL_SCALE, SCALE
 from daq_lightning.checkpoint.layouts.scales import NumberScales
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.export.plan import ExportPlan, plan_export
-from daq_lightning.numerics.objectives import DeltaStats, as_searched
+from daq_lightning.numerics.objectives import as_searched
 from daq_lightning.numerics.quantize import quantize
-from daq_lightning.numerics.rounding.written import stats_of_codes
+from daq_lightning.numerics.rounding.written import measured
 from daq_lightning.numerics.rounding.zero import counted_from_zero
-from daq_lightning.numerics.search.search import search_scale
-from daq_lightning.numerics.search.settings import ScaleSearch
-from daq_lightning.numerics.search.stages import SearchResult
 
 if TYPE_CHECKING:
+    from daq_lightning.export.plan import ExportPlan, TensorPlan
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.export.source import Source
     from daq_lightning.export.stream import Pair
+    from daq_lightning.numerics.search.stages import SearchResult
 
 _LISTED = 3
 _NAME_ONE = "name a scheme, such as scheme='W4A16' or 'FP8_DYNAMIC'"
@@ -100,31 +98,34 @@ class KeptFormat:
         """That of the base, as it is."""
         return dict(self.checkpoint.raw.quantization)
 
-    def plan(self, source: Source, settings: ExportSettings) -> ExportPlan:
-        """The plan of a model in this format.
+    def settings(self, source: Source, settings: ExportSettings) -> ExportSettings:
+        """The settings that name this format, of the modules of a model that it quantizes.
 
         Args:
             source: The fine-tuned model, under the names of the base.
             settings: Of scheme "keep".
-
-        Raises:
-            CheckpointError: As for `plan_export`, or the model has not the weights that the base quantizes.
         """
-        kinds = source.outline
+        outline = source.outline
         others = [
             spec.name.removesuffix(".weight")
             for spec in source.specs
             if spec.name not in self.names
-            and kinds.role(kinds.keys[spec.name], len(spec.shape)) in ("linear", "expert")
+            and outline.role(outline.keys[spec.name], len(spec.shape)) in ("linear", "expert")
         ]
-        named = dataclasses.replace(
+        return dataclasses.replace(
             settings,
             scheme=self.layout.scheme.name,  # type: ignore[arg-type]
             container=self.layout.container,
             scale_format=self.layout.scale_format,
             ignore=tuple(others),
         )
-        plan = plan_export(source.specs, source.outline, named, self.layout)
+
+    def applied(self, plan: ExportPlan) -> ExportPlan:
+        """The plan of these settings, with the base's own list of unquantized modules.
+
+        Raises:
+            CheckpointError: The model has not the weights that the base quantizes.
+        """
         planned = {tensor.spec.name for tensor in plan.quantized}
         if planned != self.names:
             odd = sorted(planned ^ self.names)
@@ -134,74 +135,43 @@ class KeptFormat:
                 f"{', '.join(odd[:_LISTED])}{', ...' * (len(odd) > _LISTED)}. Pass the base that it was "
                 f"trained on, or {_NAME_ONE}."
             )
-        tensors = tuple(
-            dataclasses.replace(tensor, reason=f"{tensor.reason}, as in the base")
-            if tensor.quantize
-            else dataclasses.replace(
-                tensor, reason=tensor.reason.replace("ignored by pattern", "in 16 bit in the base")
-            )
-            for tensor in plan.tensors
-        )
-        return dataclasses.replace(
-            plan, tensors=tensors, ignore=tuple(listed_modules(self.quantization_config))
-        )
+        listed = tuple(listed_modules(self.quantization_config))
+        return dataclasses.replace(plan, tensors=tuple(map(_explained, plan.tensors)), ignore=listed)
 
-    def merged(self, pairs: Sequence[Pair], reader_dtype: torch.dtype) -> list[SearchResult]:
-        """The plain merge of some weights: the base's scales, and nearest codes.
+    def global_scale(self, name: str) -> Tensor | None:
+        """What the scales of a weight are multiplied with in the file, where there is such a scale."""
+        stored = self.checkpoint.stored(name)
+        factor = None if stored is None else stored.parts.get(GLOBAL_SCALE)
+        return None if factor is None else self.checkpoint.raw[factor]
+
+    def merged(self, pair: Pair, plain: SearchResult, reader_dtype: torch.dtype) -> SearchResult:
+        """The plain merge of a weight: the base's scales, and nearest codes.
 
         Where a weight equals its base, the codes are the base's own too.
 
         Args:
-            pairs: The weights, and what they are measured against.
+            pair: The weight, and what it is measured against.
+            plain: The same at absmax scales, in units of the base's global scale.
             reader_dtype: What readers dequantize to.
 
         Returns:
-            Results as of a search: alpha is the multiple that the base's scale is of the absmax scale of the
-            merged weight, `absmax_stats` are the sums of that one.
-
-        Raises:
-            ValueError: NaN or Inf in a weight, by name.
+            A result as of a search: alpha is the multiple that the base's scales are of the absmax scales.
         """
-        return [self._merged(pair, reader_dtype) for pair in pairs]
+        name, weight, granularity = pair.plan.spec.name, as_searched(pair.weight), self.layout.granularity
+        own = self.checkpoint.unpacked(name)
+        codes, scale = own.codes.to(weight.device), own.scale.to(weight.device)
+        zero = None if own.zero is None else own.zero.to(weight.device)
+        if not self.unchanged(name, weight):
+            moved = counted_from_zero(weight, scale, zero, granularity)
+            codes = quantize(moved, scale, granularity, self.layout.scheme.format)
+        alpha = scale.double() / plain.scale.double()
+        result = dataclasses.replace(plain, codes=codes, scale=scale, zero=zero, alpha=alpha)
+        base = weight if pair.base is None else as_searched(pair.base)
+        return measured(result, weight, base, granularity, reader_dtype)
 
     def unchanged(self, name: str, weight: Tensor) -> bool:
         """Whether a weight is still what the base holds, in the dtype that the base is read in."""
         return bool((weight == self.checkpoint[name].to(weight.device)).all())
-
-    def _merged(self, pair: Pair, reader_dtype: torch.dtype) -> SearchResult:
-        name, granularity, fmt = pair.plan.spec.name, self.layout.granularity, self.layout.scheme.format
-        weight = as_searched(pair.weight)
-        base = weight if pair.base is None else as_searched(pair.base)
-        stored = self.checkpoint.stored(name)
-        assert stored is not None
-        own = Unpacked(*(None if part is None else part.to(weight.device)  # type: ignore[arg-type]
-                         for part in self.checkpoint.unpacked(name)))  # fmt: skip
-        factor = stored.parts.get(GLOBAL_SCALE)
-        global_scale = None if factor is None else self.checkpoint.raw[factor].to(weight.device)
-        plain = search_scale(
-            weight,
-            base,
-            granularity,
-            ScaleSearch.absmax(),
-            scale_format=self.layout.scale_format,
-            name=name,
-            fmt=fmt,
-            global_scale=global_scale,
-        )
-        codes = own.codes
-        if not self.unchanged(name, weight):
-            moved = counted_from_zero(weight, own.scale, own.zero, granularity)
-            codes = quantize(moved, own.scale, granularity, fmt)
-        result = SearchResult(
-            codes=codes,
-            scale=own.scale,
-            alpha=own.scale.double() / plain.scale.double(),
-            stats=plain.absmax_stats,
-            absmax_stats=plain.absmax_stats,
-            global_scale=global_scale,
-            zero=own.zero,
-        )
-        return measured(result, weight, base, self.layout, reader_dtype)
 
     def _check(self) -> None:
         """Refuses weights that the layout would store otherwise, and tensors that it has no place for."""
@@ -230,22 +200,9 @@ class KeptFormat:
             )
 
 
-def measured(
-    result: SearchResult, weight: Tensor, base: Tensor, layout: Layout, reader_dtype: torch.dtype
-) -> SearchResult:
-    """The same codes and scales with their sums, of the whole weight as one group.
-
-    Args:
-        result: Codes, scales and zero points.
-        weight: The fine-tuned weight.
-        base: The weight before.
-        layout: Says which elements share a scale.
-        reader_dtype: What a reader dequantizes to.
-    """
-    centered = Unpacked(result.codes, result.scale, result.zero).centered
-
-    def seen_in(dtype: torch.dtype) -> DeltaStats:
-        stats = stats_of_codes(weight, base, centered, result.scale, layout.granularity, dtype)
-        return stats.map(lambda field: field[None])
-
-    return dataclasses.replace(result, stats=seen_in(torch.float32), dequantized_stats=seen_in(reader_dtype))
+def _explained(tensor: TensorPlan) -> TensorPlan:
+    """Why a tensor is stored so: because the base has it so."""
+    if tensor.quantize:
+        return dataclasses.replace(tensor, reason=f"{tensor.reason}, as in the base")
+    reason = tensor.reason.replace("ignored by pattern", "in 16 bit in the base")
+    return dataclasses.replace(tensor, reason=reason)

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from daq_lightning.export.kept import measured
 from daq_lightning.numerics.objectives import DeltaStats, as_searched
 from daq_lightning.numerics.rounding.curvature import Factors, factor
 from daq_lightning.numerics.rounding.rounding import round_with_curvature
 from daq_lightning.numerics.rounding.settings import RoundingSettings
 from daq_lightning.numerics.rounding.statistics import Statistics
 from daq_lightning.numerics.rounding.walk import Factor
+from daq_lightning.numerics.rounding.written import measured
 from daq_lightning.numerics.rounding.zero import counted_from_zero
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.report.rounding import Rounding
@@ -156,7 +156,7 @@ def _rounded(job: Job, pair: Pair, result: SearchResult, curved: _Curved) -> Cho
     if found.kept_nearest:
         return Chosen(result, about)
     chosen = dataclasses.replace(result, codes=found.codes)
-    return Chosen(measured(chosen, weight, _base(pair), layout, job.plan.dtype), about)
+    return Chosen(measured(chosen, weight, _base(pair), layout.granularity, job.plan.dtype), about)
 
 
 class _Sides:

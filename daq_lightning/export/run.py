@@ -37,7 +37,8 @@ from daq_lightning.export.stream import Pair, stream
 from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import Work, open_on_all, share_out
 from daq_lightning.numerics.objectives import as_searched
-from daq_lightning.numerics.search.search import search_batch
+from daq_lightning.numerics.search.search import search_batch, search_scale
+from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ExportReport
 from daq_lightning.report.html import page
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from daq_lightning.checkpoint.tensor_file import TensorSpec
     from daq_lightning.export.job import Job
     from daq_lightning.export.plan import TensorPlan
-    from daq_lightning.numerics.search.settings import ScaleSearch
 
 
 def run(
@@ -237,7 +237,7 @@ def _search(job: Job, batch: Sequence[Pair], search: ScaleSearch) -> list[Search
     """The scales of a batch; without a base, a weight searched against itself keeps its absmax scale. Where
     the format of the base is kept, they are the base's."""
     if job.kept is not None:
-        return job.kept.merged(batch, job.plan.dtype)
+        return [job.kept.merged(pair, _at_absmax(job, pair), job.plan.dtype) for pair in batch]
     return search_batch(
         [as_searched(pair.weight) for pair in batch],
         [as_searched(pair.weight if pair.base is None else pair.base) for pair in batch],
@@ -247,6 +247,23 @@ def _search(job: Job, batch: Sequence[Pair], search: ScaleSearch) -> list[Search
         fmt=job.plan.layout.scheme.format,
         names=[pair.plan.spec.name for pair in batch],
         reader_dtype=job.plan.dtype,
+    )
+
+
+def _at_absmax(job: Job, pair: Pair) -> SearchResult:
+    """A weight at absmax scales, in units of the global scale of the base whose format is kept."""
+    assert job.kept is not None
+    weight, name = as_searched(pair.weight), pair.plan.spec.name
+    factor = job.kept.global_scale(name)
+    return search_scale(
+        weight,
+        weight if pair.base is None else as_searched(pair.base),
+        job.plan.layout.granularity,
+        ScaleSearch.absmax(),
+        scale_format=job.plan.layout.scale_format,
+        fmt=job.plan.layout.scheme.format,
+        name=name,
+        global_scale=None if factor is None else factor.to(weight.device),
     )
 
 
