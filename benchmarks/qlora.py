@@ -47,7 +47,6 @@ from daq_lightning.report.recovery import recovery
 from recipes.finetune_and_export import BATCH, in_title_case, new_model, standard_library_text, train, windows
 
 SCHEMES = ("W4A16", "NVFP4A16", "FP8_BLOCK")
-LEARNING_RATE = 2e-4
 LAST_STEPS = 16  # whose batches give statistics
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -101,6 +100,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="models and exports; what is there is kept")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=get_args(SchemeName))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the adapters")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     size = Size(16, 8, 4) if options.quick else Size(450, 75, 48)
@@ -114,17 +114,17 @@ def main() -> None:
             export_checkpoint(plain, plain, base, scheme=scheme, search=ScaleSearch.absmax())
         for seed in options.seeds:
             data = windows(in_title_case(seen), size.steps * BATCH, seed + 1)
-            rows += rows_of(base, scheme, seed, data, judge)
+            adapter = options.out / f"{scheme}-adapter-{seed}-{options.learning_rate:g}"
+            if not adapter.exists():
+                train_adapter(base, adapter, seed, data, options.learning_rate)
+            rows += rows_of(base, adapter, scheme, seed, data, judge)
             print(table([row for row in rows if (row.scheme, row.seed) == (scheme, seed)]), flush=True)
     print(f"\n{table(rows)}")
     (options.out / "rows.json").write_text(json.dumps([row._asdict() for row in rows], indent=1))
 
 
-def rows_of(base: Path, scheme: Any, seed: int, data: Tensor, judge: Judge) -> list[Row]:
+def rows_of(base: Path, adapter: Path, scheme: Any, seed: int, data: Tensor, judge: Judge) -> list[Row]:
     """The rows of one adapter."""
-    adapter = base.parent / f"{scheme}-adapter-{seed}"
-    if not adapter.exists():
-        train_adapter(base, adapter, seed, data)
     source, before = Source.from_folder(base, adapter), load_checkpoint(base)
     post = judge.log_probs(dict(source.weights))
     losses = {"base": judge.loss(judge.log_probs(before)), "post": judge.loss(post)}
@@ -157,14 +157,14 @@ def rows_of(base: Path, scheme: Any, seed: int, data: Tensor, judge: Judge) -> l
     return rows
 
 
-def train_adapter(base: Path, folder: Path, seed: int, data: Tensor) -> None:
+def train_adapter(base: Path, folder: Path, seed: int, data: Tensor, learning_rate: float) -> None:
     """LoRA of rank 8 on every projection of the dequantized base."""
     began = time.monotonic()
     torch.manual_seed(seed + 1)
     model: Any = new_model()
     model.load_state_dict({name: tensor.float() for name, tensor in load_checkpoint(base).items()})
     adapted: Any = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
-    train(adapted, data, LEARNING_RATE, [])
+    train(adapted, data, learning_rate, [])
     adapted.save_pretrained(folder)
     print(f"{folder.name}: trained in {time.monotonic() - began:.0f} s", flush=True)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 def check_parts(stored: Stored) -> Iterator[str]:
     """A weight has exactly the tensors of its layout, in their dtypes and shapes."""
+    others = _other_numbers(stored)
     for name, found in stored.found.items():
         shape = stored.shape(name)
         expected = stored.layout.stored(TensorSpec(name=name, dtype=torch.float32, shape=(*shape, 1, 1)[:2]))
@@ -37,7 +38,7 @@ def check_parts(stored: Stored) -> Iterator[str]:
             continue
         for part, spec in expected.items():
             entry = stored.raw.entries[spec.name]
-            same = entry.dtype == spec.dtype or (part == SCALE and _other_number(stored, entry.dtype))
+            same = entry.dtype == spec.dtype or (part == SCALE and entry.dtype in others)
             if not same or entry.shape != spec.shape:
                 yield f"{spec.name} is {entry.dtype} {entry.shape}, expected {spec.dtype} {spec.shape}"
     for name in stored.names:
@@ -49,10 +50,13 @@ def check_parts(stored: Stored) -> Iterator[str]:
             yield f"{name} is the {what} of nothing: {weight} holds {holds}"
 
 
-def _other_number(stored: Stored, dtype: torch.dtype) -> bool:
-    """Whether a dtype is one that other makers write the scales of this container in: readers cast them."""
-    numbers = isinstance(stored.layout.scales, NumberScales) and stored.layout.container != "fp8"
-    return numbers and dtype in (torch.float32, torch.bfloat16, torch.float16)
+def _other_numbers(stored: Stored) -> frozenset[torch.dtype]:
+    """The dtype in which another maker has written all scales, where readers of the container cast them."""
+    if not isinstance(stored.layout.scales, NumberScales) or stored.layout.container == "fp8":
+        return frozenset()
+    names = [name for found in stored.found.values() for name in found.get(SCALE, ())]
+    found = {stored.raw.entries[name].dtype for name in names}
+    return frozenset(found & {torch.float32, torch.bfloat16, torch.float16} if len(found) == 1 else ())
 
 
 def check_scale_values(stored: Stored) -> Iterator[str]:

@@ -32,8 +32,8 @@ def recovery(*, base: float, export: float, post: float) -> float:
         post: After training.
 
     Example:
-        >>> recovery(base=2.5, export=2.05, post=2.0)
-        0.9
+        >>> recovery(base=2.5, export=2.25, post=2.0)
+        0.5
     """
     gained = base - post
     return (base - export) / gained if gained != 0 else math.nan
