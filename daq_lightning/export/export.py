@@ -62,6 +62,8 @@ def export_checkpoint(
         scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel,
             16-bit activations), or "auto": blocks where all sizes are multiples of 128, else channels. Or
             "MXFP8", "W8A8", "W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16": see docs/formats.md.
+            "keep": format and scales of `base`, a quantized folder, so that an adapter trained on it comes
+            through: see docs/qlora.md.
         search: Objective and candidates of the scale search; None takes the defaults of `ScaleSearch`.
         rounding: "nearest"; "curvature" for codes whose errors cancel where the update says that the model is
             sensitive, at plain scales unless `search` is other than the default; "auto" is "nearest" here,
