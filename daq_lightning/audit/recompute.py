@@ -23,7 +23,7 @@ from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.model.from_folder import FolderModel
 from daq_lightning.numerics.formats import ScaleFormat
 from daq_lightning.numerics.objectives import DeltaStats, measure
-from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
+from daq_lightning.numerics.quantize import dequantize, min_max_scale, quantize
 from daq_lightning.numerics.tiling import bands
 from daq_lightning.report.figures import ExportReport, TensorReport
 
@@ -67,7 +67,7 @@ def recompute(
             )
         written = files.unpacked(tensor.name)
         factor = stored.parts.get(GLOBAL_SCALE)
-        plain = absmax_scale(
+        plain = min_max_scale(
             weight,
             layout.granularity,
             scale_format=scale_format,
@@ -101,7 +101,7 @@ def _measure(
     weight: Tensor,
     base: Tensor,
     written: Unpacked,
-    plain: Tensor,
+    plain: tuple[Tensor, Tensor | None],
     layout: Layout,
     dtype: torch.dtype,
 ) -> tuple[DeltaStats, DeltaStats, DeltaStats]:
@@ -110,12 +110,17 @@ def _measure(
         (weight.shape[0], weight.shape[1]),
         layout.granularity.cell((weight.shape[0], weight.shape[1])),
     )
-    codes, parts = written.centered, list[tuple[DeltaStats, DeltaStats, DeltaStats]]()
+    parts = list[tuple[DeltaStats, DeltaStats, DeltaStats]]()
+    granularity, (scale, zero) = layout.granularity, plain
     for rows in bands(shape_MN, layout.granularity, _BAND):
         groups = slice(rows.start // rows_of[0], -(-rows.stop // rows_of[0]))
-        kept = dequantize(codes[rows], written.scale[groups], layout.granularity)
-        codes_of_plain = quantize(weight[rows], plain[groups], layout.granularity, layout.scheme.format)
-        absmax = dequantize(codes_of_plain, plain[groups], layout.granularity)
+        kept = dequantize(
+            written.codes[rows], written.scale[groups], granularity, zero=_part(written.zero, groups)
+        )
+        of_plain = quantize(
+            weight[rows], scale[groups], granularity, layout.scheme.format, _part(zero, groups)
+        )
+        absmax = dequantize(of_plain, scale[groups], granularity, zero=_part(zero, groups))
         parts.append(
             (
                 measure(weight[rows], base[rows], kept),
@@ -128,6 +133,10 @@ def _measure(
         for side in zip(*parts, strict=True)
     )
     return searched, plain_stats, dequantized
+
+
+def _part(zero: Tensor | None, groups: slice) -> Tensor | None:
+    return None if zero is None else zero[groups]
 
 
 def _limits(stats: DeltaStats) -> DeltaStats:

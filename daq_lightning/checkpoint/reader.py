@@ -103,7 +103,7 @@ class Checkpoint(DescribedTensors):
         if name not in self._weights:
             return self.raw.read(name, buffers)
         unpacked = self.unpacked(name, buffers)
-        return dequantize(unpacked.centered, unpacked.scale, self.granularity(name), self.dtype)
+        return dequantize(unpacked.codes, unpacked.scale, self.granularity(name), self.dtype, unpacked.zero)
 
     def unpacked(self, name: str, buffers: Buffers | None = None) -> Unpacked:
         """Codes, scale and zero points of a quantized weight.

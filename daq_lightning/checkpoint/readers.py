@@ -21,8 +21,8 @@ TRANSFORMERS: Mapping[str, str] = {
 
 VLLM: Mapping[str, str] = {
     "MXFP8": "vLLM loads MXFP8 on a GPU (read in its code, not run).",
-    "W8A8": "vLLM 0.32 loads W8A8 on any processor and on a GPU.",
-    "W4A16": "vLLM 0.32 loads W4A16 on any processor and on a GPU.",
+    "W8A8": "vLLM 0.32 loads W8A8 on a CPU, and on a GPU (read in its code, not run).",
+    "W4A16": "vLLM 0.32 loads W4A16 on a CPU, and on a GPU (read in its code, not run).",
     "W4A16_ASYM": "vLLM loads W4A16_ASYM on a GPU (read in its code, not run).",
     "NVFP4A16": "vLLM loads NVFP4A16 on a GPU (read in its code, not run).",
     "MXFP4A16": "vLLM loads MXFP4A16 on a GPU (read in its code, not run).",

@@ -27,7 +27,7 @@ from typing import Literal, TypeAlias, get_args
 from daq_lightning.numerics.formats import Format, Granularity, PerBlock, PerChannel, ScaleFormat
 from daq_lightning.numerics.formats.fp4 import FP4_E2M1
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
-from daq_lightning.numerics.formats.int4 import INT4
+from daq_lightning.numerics.formats.int4 import INT4, INT4_ASYM
 from daq_lightning.numerics.formats.int8 import INT8
 
 SchemeName: TypeAlias = Literal[
@@ -76,7 +76,6 @@ class Scheme:
         activations: What servers make of activations; None leaves them in 16 bit.
         containers: Those that readers load, the usual one first.
         scale_format: What readers keep of a scale; None where that depends on the container.
-        asymmetric: Whether a group has a zero point too: weight = (code - zero) * scale.
     """
 
     name: str
@@ -87,7 +86,11 @@ class Scheme:
     activations: Activations | None = None
     containers: tuple[Container, ...] = ("compressed-tensors",)
     scale_format: ScaleFormat | None = None
-    asymmetric: bool = False
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether a group has a zero point too."""
+        return self.format.zero_point
 
     @property
     def quantized_activations(self) -> bool:
@@ -110,7 +113,7 @@ class Scheme:
         """
         if size in (None, self.group):
             return self
-        if self.format is not INT4 or size < 1:
+        if self.format not in (INT4, INT4_ASYM) or size < 1:
             raise ValueError(f"{self.name} has groups of {self.group} weights, got {size}.")
         return replace(self, granularity=PerBlock(1, size))
 
@@ -158,11 +161,10 @@ SCHEMES: Mapping[str, Scheme] = {
         Scheme(name="W4A16", format=INT4, title=_INT4, code="int4", granularity=PerBlock(1, 128)),
         Scheme(
             name="W4A16_ASYM",
-            format=INT4,
+            format=INT4_ASYM,
             title=_INT4,
             code="int4",
             granularity=PerBlock(1, 128),
-            asymmetric=True,
         ),
         Scheme(
             name="NVFP4A16",

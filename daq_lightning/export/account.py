@@ -12,7 +12,7 @@ from daq_lightning.checkpoint.families import family_of
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.numerics.backends import delta_stats
 from daq_lightning.numerics.objectives import DeltaStats, as_searched
-from daq_lightning.numerics.rounding.written import centered, stats_of_codes
+from daq_lightning.numerics.rounding.written import stats_of_codes
 from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ALPHA_STATISTICS, Side, TensorReport, alpha_statistics
 from daq_lightning.report.recovery import note_on_merge
@@ -97,10 +97,10 @@ def _since_root(job: Job, pair: Pair, result: SearchResult) -> DeltaStats | None
         return None
     layout, weight = job.plan.layout, as_searched(pair.weight)
     if job.settings.by_curvature or job.kept is not None:
-        codes = centered(result.codes, result.zero)
-        return stats_of_codes(weight, root, codes, result.scale, layout.granularity)
+        return stats_of_codes(weight, root, result.codes, result.scale, layout.granularity, zero=result.zero)
     scale_G1 = result.scale.reshape(-1, 1)
-    stats = delta_stats(weight, root, scale_G1, layout.granularity, layout.scheme.format)
+    zero_G1 = None if result.zero is None else result.zero.reshape(-1, 1)
+    stats = delta_stats(weight, root, scale_G1, layout.granularity, layout.scheme.format, zero_G1)
     return stats.total().map(lambda field: field[0])
 
 

@@ -28,7 +28,6 @@ from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.numerics.objectives import as_searched
 from daq_lightning.numerics.quantize import quantize
 from daq_lightning.numerics.rounding.written import measured
-from daq_lightning.numerics.rounding.zero import counted_from_zero
 
 if TYPE_CHECKING:
     from daq_lightning.export.plan import ExportPlan, TensorPlan
@@ -162,8 +161,7 @@ class KeptFormat:
         codes, scale = own.codes.to(weight.device), own.scale.to(weight.device)
         zero = None if own.zero is None else own.zero.to(weight.device)
         if not self.unchanged(name, weight):
-            moved = counted_from_zero(weight, scale, zero, granularity)
-            codes = quantize(moved, scale, granularity, self.layout.scheme.format)
+            codes = quantize(weight, scale, granularity, self.layout.scheme.format, zero)
         alpha = scale.double() / plain.scale.double()
         result = dataclasses.replace(plain, codes=codes, scale=scale, zero=zero, alpha=alpha)
         base = weight if pair.base is None else as_searched(pair.base)

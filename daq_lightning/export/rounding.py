@@ -29,7 +29,6 @@ from daq_lightning.numerics.rounding.settings import RoundingSettings
 from daq_lightning.numerics.rounding.statistics import Statistics
 from daq_lightning.numerics.rounding.walk import Factor
 from daq_lightning.numerics.rounding.written import measured
-from daq_lightning.numerics.rounding.zero import counted_from_zero
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.report.rounding import Rounding
 
@@ -133,13 +132,14 @@ def _rounded(job: Job, pair: Pair, result: SearchResult, curved: _Curved) -> Cho
     """A weight along its curvature, at the scales of a result."""
     layout, weight = job.plan.layout, as_searched(pair.weight)
     found = round_with_curvature(
-        counted_from_zero(weight, result.scale, result.zero, layout.granularity),
+        weight,
         result.scale,
         layout.granularity,
         inputs=curved.factors.inputs,
         outputs=curved.factors.outputs,
         fmt=layout.scheme.format,
         name=pair.plan.spec.name,
+        zero=result.zero,
     )
     about = Rounding(
         method="nearest" if found.kept_nearest else "curvature",

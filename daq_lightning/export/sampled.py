@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from daq_lightning.numerics.bins import OUTCOMES, STEP_BINS
+from daq_lightning.numerics.formats import PerChannel
 from daq_lightning.numerics.objectives import score
-from daq_lightning.numerics.quantize import absmax_to_scale, encode
+from daq_lightning.numerics.quantize import dequantize, min_max_scale, quantize
 from daq_lightning.numerics.sample import MOST_ELEMENTS, Sample, sample_of
 from daq_lightning.numerics.search.curve import objective_curve, tried
 from daq_lightning.numerics.search.stages import SearchResult
@@ -132,12 +133,18 @@ def _look_at(
     scale_S1 = torch.cat([sample.of_groups(result.scale.flatten()) for result in results])[:, None]
     shared = [result.global_scale for result in results if result.global_scale is not None]
     global_S1 = torch.cat(shared).repeat_interleave(len(sample.cells))[:, None] if shared else None
-    plain_S1 = absmax_to_scale(weight_SE.abs().amax(1, keepdim=True), layout.scale_format, fmt, global_S1)
+    zeros = [sample.of_groups(result.zero.flatten()) for result in results if result.zero is not None]
+    zero_S1 = torch.cat(zeros)[:, None] if zeros else None
+    rows = PerChannel()
+    plain_S1, plain_zero_S1 = min_max_scale(
+        weight_SE, rows, scale_format=layout.scale_format, fmt=fmt, global_scale=global_S1
+    )
+    plain_SE = quantize(weight_SE, plain_S1, rows, fmt, plain_zero_S1)
     counts = count_by_step(
         weight_SE,
         base_SE,
-        codes_SE.view(fmt.dtype).float() * scale_S1,
-        encode(weight_SE * plain_S1.reciprocal(), fmt).float() * plain_S1,
+        dequantize(codes_SE.view(fmt.dtype), scale_S1, rows, zero=zero_S1),
+        dequantize(plain_SE, plain_S1, rows, zero=plain_zero_S1),
         plain_S1,
         tensors=len(pairs),
         fmt=fmt,

@@ -53,7 +53,7 @@ class WrittenWeights(Mapping[str, Tensor]):
             return parts[KEPT]
         layout = self.plan.layout
         unpacked = layout.unpack(parts, tensor.spec.shape)
-        return dequantize(unpacked.centered, unpacked.scale, layout.granularity, torch.float32)
+        return dequantize(unpacked.codes, unpacked.scale, layout.granularity, torch.float32, unpacked.zero)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -6,6 +6,13 @@
 
 where low and max are the ends of the format, and reach is max, or half a step more for integers.
 
+A format with zero points maps the smallest and largest weight of a group, and 0, to its ends:
+
+    scale  = (largest - smallest) / (max - low)                 rounded likewise
+    zero   = clamp(round(-smallest / scale) + low, low, max)    a code; 0 in a group of zeros
+    code   = cast(clamp(weight * (1 / scale), low - zero, max - zero)) + zero
+    weight ~ (code - zero) * scale
+
 Scales in E4M3 have one global scale for the weight, a power of two, and are read as e4m3 / global. It brings
 the largest plain scale between 112 and 224, so that a search may still double it. They are rounded to
 nearest: a million normal weights in E2M1, in groups of 16, have an error of 0.91 % of their energy so, and of
@@ -18,7 +25,8 @@ is the same to the last bit in eager mode, in compiled C++ and in Triton. The se
 
 Legend: M out, N in, G groups.
 
-Sources: arXiv 2603.22324, Eq. 4 and Algorithm 1, line 3; OCP 8-bit floating point specification (E4M3).
+Sources: arXiv 2603.22324, Eq. 4 and Algorithm 1, line 3; OCP 8-bit floating point specification (E4M3);
+compressed-tensors 0.20, `calculate_qparams` (zero points, there of the scale before it is rounded).
 """
 
 from __future__ import annotations
@@ -28,7 +36,7 @@ from torch import Tensor
 
 from daq_lightning.numerics.formats import SCALE_FORMATS, SMALLEST_SCALE, Format, Granularity, ScaleFormat
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
-from daq_lightning.numerics.tiling import bands, scale_of_rows, to_groups
+from daq_lightning.numerics.tiling import bands, extremes, scale_of_rows, to_groups
 
 _BAND = 1 << 18  # elements that are held in float32 at a time
 _SMALLEST_E4M3 = 2.0**-9
@@ -92,6 +100,46 @@ def absmax_to_scale(
     return torch.where(absmax == 0, one, round_scale(absmax / fmt.reached, scale_format, global_scale))
 
 
+def min_max_scale(
+    weight_MN: Tensor,
+    granularity: Granularity,
+    *,
+    scale_format: ScaleFormat = "float32",
+    fmt: Format,
+    global_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The plain scale and zero point of each group.
+
+    Args:
+        weight_MN: float32, bfloat16 or float16, shape (M, N).
+        granularity: Which elements share a scale.
+        scale_format: What the scale is rounded to.
+        fmt: The format of the codes.
+        global_scale: For scales in E4M3.
+
+    Returns:
+        float32 scale and int8 zero point of shape ``granularity.grid((M, N))``; for a format without zero
+        points its `absmax_scale` and None.
+
+    Example:
+        >>> from daq_lightning.numerics.formats import PerChannel
+        >>> from daq_lightning.numerics.formats.int4 import INT4_ASYM
+        >>> min_max_scale(torch.tensor([[-1.0, 6.5]]), PerChannel(), fmt=INT4_ASYM)
+        (tensor([[0.5000]]), tensor([[-6]], dtype=torch.int8))
+    """
+    if not fmt.zero_point:
+        return absmax_to_scale(absmax(weight_MN, granularity), scale_format, fmt, global_scale), None
+    smallest, largest = extremes(weight_MN, granularity)
+    scale = absmax_to_scale(largest - smallest, scale_format, fmt, global_scale)
+    return scale, zero_of(smallest, largest, scale, fmt)
+
+
+def zero_of(smallest: Tensor, largest: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """The zero point, int8, of groups with these ends under a scale; they broadcast."""
+    zero = ((-smallest / scale).round() + fmt.low).clamp(fmt.low, fmt.max)
+    return torch.where(zero.isfinite() & (smallest < largest), zero, 0).to(torch.int8)
+
+
 def global_scale_of(absmax: Tensor, fmt: Format) -> Tensor:
     """The global scale of scales in E4M3: a power of two in float32, shape (1,).
 
@@ -149,7 +197,13 @@ def check_scale_format(scale_format: str) -> None:
         )
 
 
-def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Format = FP8_E4M3) -> Tensor:
+def quantize(
+    weight_MN: Tensor,
+    scale: Tensor,
+    granularity: Granularity,
+    fmt: Format = FP8_E4M3,
+    zero: Tensor | None = None,
+) -> Tensor:
     """Codes of a weight under a scale.
 
     Formula: ``code = cast(clamp(weight * (1 / scale), low, max))``.
@@ -159,6 +213,7 @@ def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Fo
         scale: float32, shape ``granularity.grid((M, N))``, finite and > 0.
         granularity: Which elements share a scale.
         fmt: The format of the codes.
+        zero: int8, of the shape of the scale, for a format with zero points.
 
     Returns:
         codes_MN of dtype ``fmt.dtype``.
@@ -176,22 +231,27 @@ def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Fo
     reciprocal = scale.reciprocal()
     codes_MN = torch.empty(shape_MN, dtype=fmt.dtype, device=weight_MN.device)
     for rows in _row_bands(shape_MN):
-        codes_MN[rows] = encode(
-            weight_MN[rows].float() * scale_of_rows(reciprocal, rows, shape_MN, granularity), fmt
-        )
+        scaled = weight_MN[rows].float() * scale_of_rows(reciprocal, rows, shape_MN, granularity)
+        zero_rows = None if zero is None else scale_of_rows(zero, rows, shape_MN, granularity)
+        codes_MN[rows] = encode(scaled, fmt, zero_rows)
     return codes_MN
 
 
 def dequantize(
-    codes_MN: Tensor, scale: Tensor, granularity: Granularity, dtype: torch.dtype = torch.float32
+    codes_MN: Tensor,
+    scale: Tensor,
+    granularity: Granularity,
+    dtype: torch.dtype = torch.float32,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    """The weight that a reader computes: ``dtype(float32(code) * float32(scale))``.
+    """The weight that a reader computes: ``dtype(float32(code - zero) * float32(scale))``.
 
     Args:
         codes_MN: Codes, shape (M, N).
         scale: Shape ``granularity.grid((M, N))``.
         granularity: Which elements share a scale.
         dtype: Of the result; the product itself is taken in float32.
+        zero: int8, of the shape of the scale, for codes with zero points.
 
     Returns:
         weight_MN of the dtype asked for.
@@ -204,14 +264,17 @@ def dequantize(
     factor = scale.float()
     weight_MN = torch.empty(shape_MN, dtype=dtype, device=codes_MN.device)
     for rows in _row_bands(shape_MN):
-        weight_MN[rows] = (codes_MN[rows].float() * scale_of_rows(factor, rows, shape_MN, granularity)).to(
-            dtype
-        )
+        codes = codes_MN[rows].float()
+        if zero is not None:
+            codes -= scale_of_rows(zero, rows, shape_MN, granularity)
+        weight_MN[rows] = (codes * scale_of_rows(factor, rows, shape_MN, granularity)).to(dtype)
     return weight_MN
 
 
-def encode(scaled: Tensor, fmt: Format = FP8_E4M3) -> Tensor:
+def encode(scaled: Tensor, fmt: Format = FP8_E4M3, zero: Tensor | None = None) -> Tensor:
     """Rounds float32 values that are divided by their scale: saturates, then nearest, ties to even."""
+    if zero is not None:
+        return (scaled.clamp(fmt.low - zero, fmt.max - zero).round() + zero).to(fmt.dtype)
     scaled = scaled.clamp(fmt.low, fmt.max)
     if not fmt.dtype.is_floating_point:
         return scaled.round().to(fmt.dtype)

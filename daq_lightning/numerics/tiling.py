@@ -106,3 +106,15 @@ def scale_of_rows(scale: Tensor, rows: slice, shape_MN: tuple[int, int], granula
         )
         return scale[block_rows].repeat_interleave(granularity.cols, 1)[:, : shape_MN[1]]
     return scale[rows]
+
+
+def extremes(weight_MN: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """The smallest and largest of each group's weights and 0: float32, shape ``granularity.grid((M, N))``."""
+    shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
+    parts = []
+    for rows in bands(shape_MN, granularity, elements=max(1 << 18, weight_MN.numel() // 16)):
+        groups_GE = to_groups(weight_MN[rows], granularity)
+        smallest_G, largest_G = groups_GE.amin(1).float(), groups_GE.amax(1).float()
+        parts.append(torch.stack([smallest_G.clamp(max=0), largest_G.clamp(min=0)]))
+    smallest, largest = torch.cat(parts, 1).reshape(2, *granularity.grid(shape_MN))
+    return smallest, largest

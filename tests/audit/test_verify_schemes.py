@@ -9,7 +9,6 @@ from test_verify import edit_json, edit_tensors, failed, moved, replaced, with_v
 
 from daq_lightning import ScaleSearch, export_checkpoint
 from daq_lightning.audit.verify import run_checks
-from daq_lightning.checkpoint.layouts.int32 import pack_rows
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -76,6 +75,12 @@ DAMAGES = {
         lambda tensors: tensors.update({f"{Q}_zero_point": torch.zeros(32, 1, dtype=torch.int32)}),
         PARTS,
     ),
+    "no zero points": ("W4A16_ASYM", without(f"{Q}_zero_point"), PARTS),
+    "zero points not packed": (
+        "W4A16_ASYM",
+        replaced(f"{Q}_zero_point", lambda t: t.repeat_interleave(8, 0)),
+        {*PARTS, "packed codes"},
+    ),
     "orphan": ("W8A8", lambda tensors: tensors.update({"x.weight_zero_point": torch.ones(1)}), PARTS),
     "shape of another weight": ("W4A16", replaced(f"{Q}_shape", lambda t: t + 8), {"packed codes"}),
     "scale NaN": ("W8A8", with_value(f"{Q}_scale", float("nan")), VALUES),
@@ -137,28 +142,15 @@ def test_the_config_of_another_scheme_is_found(exported, tmp_path):
 
 
 def test_bits_behind_the_last_zero_point_are_found(exported, tmp_path):
-    """Zero points are put in by hand; then rows are taken away that they still have bits of."""
-    folder = shutil.copytree(exported("W4A16"), tmp_path / "out")
-
-    def change(tensors):
-        zero = torch.zeros(8, 1, dtype=torch.int8)
-        for name in [name for name in tensors if name.endswith("_packed")]:
-            rows = tensors[name].shape[0]
-            full = zero.repeat(-(-rows // 8), tensors[name.replace("_packed", "_scale")].shape[1])
-            tensors[name.replace("_packed", "_zero_point")] = pack_rows(full.T.contiguous()).T.contiguous()
-
-    def asymmetric(config):
-        config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = False
-
-    edit_json(folder, "config.json", asymmetric)
-    edit_tensors(folder, change)
-    assert failed(folder) == {"report"}  # the config is not that of the manifest
-    short = f"{Q}_packed"
+    """Rows are taken away that the zero points still have bits of."""
+    folder = shutil.copytree(exported("W4A16_ASYM"), tmp_path / "out")
+    assert failed(folder) == set()
 
     def cut(tensors):
-        tensors[short] = tensors[short][:-4].contiguous()
+        tensors[f"{Q}_packed"] = tensors[f"{Q}_packed"][:-4].contiguous()
         tensors[f"{Q}_scale"] = tensors[f"{Q}_scale"][:-4].contiguous()
         tensors[f"{Q}_shape"] = torch.tensor([252, 128])
+        tensors[f"{Q}_zero_point"] |= -(1 << 31)
 
     edit_tensors(folder, cut)
     [problem] = [

@@ -22,7 +22,7 @@ from daq_lightning.numerics.objectives import measure
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 
 QUICK = ScaleSearch(n_coarse=3, n_fine=0)
-PACKED = ("MXFP8", "W8A8", "W4A16", "NVFP4A16", "MXFP4A16")
+PACKED = ("MXFP8", "W8A8", "W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16")
 EVERY = pytest.mark.parametrize("scheme", PACKED)
 
 
@@ -66,7 +66,7 @@ def logits(model):
 def test_transformers_computes_with_the_weights_that_we_read(exported, tmp_path, scheme):
     folder, _ = exported(scheme)
     ours = dict(load_checkpoint(folder))
-    if SCHEMES[scheme].quantized_activations:  # which transformers emulates
+    if SCHEMES[scheme].quantized_activations or SCHEMES[scheme].asymmetric:  # as the plan says of these
         loaded = load(folder, quantization_config=transformers.CompressedTensorsConfig(dequantize=True))
     else:
         loaded = load(folder)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from daq_lightning.numerics.backends import cpu, fold
+from daq_lightning.numerics.backends import cpu, fold, structs
 from daq_lightning.numerics.backends.library import array as array_of
 from daq_lightning.numerics.formats import PerBlock, PerChannel
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
+from daq_lightning.numerics.formats.int4 import INT4_ASYM
 
 M, N, K = 6, 8, 3
 GROUPS = 6  # blocks of 2 x 4
@@ -28,16 +29,25 @@ def arguments(function: str) -> tuple[list[Any], list[torch.Tensor]]:
         return array_of(kept[-1])
 
     matrices = [cpu._matrix(weight), cpu._matrix(base)]
-    plan, fmt = cpu._plan(weight, PerBlock(2, 4))[0], cpu._format(FP8_E4M3)
+    plan, whole = cpu._plan(weight, PerBlock(2, 4))[0], cpu._format(INT4_ASYM)
     float32, float64, int64, uint8 = torch.float32, torch.float64, torch.int64, torch.uint8
     if function == "absmax":
         return [matrices[0], plan, 1, array(GROUPS, dtype=float32)], kept
     if function == "quantize":
-        return [matrices[0], plan, fmt, array(GROUPS, dtype=float32), 1, array(M, N, dtype=uint8)], kept
+        zero = array(GROUPS, dtype=torch.int8)
+        return [
+            matrices[0],
+            plan,
+            whole,
+            array(GROUPS, dtype=float32),
+            zero,
+            1,
+            array(M, N, dtype=uint8),
+        ], kept
     if function == "delta_stats":
         scales = array(GROUPS, K, dtype=float32)
         return [
-            *(*matrices, plan, fmt, scales, K, 0, 1),
+            *(*matrices, plan, whole, scales, array(GROUPS, K, dtype=torch.int8), K, 0, 1),
             array(6, GROUPS, K, dtype=int64),
             array(4, GROUPS, K, dtype=float64),
         ], kept
@@ -50,23 +60,32 @@ def arguments(function: str) -> tuple[list[Any], list[torch.Tensor]]:
         ], kept
     if function == "walk":
         sides = [
-            cpu._Side(array(k, dtype=int64), array(k, k, dtype=float32), array(k, dtype=float64))
+            structs.SideStruct(array(k, dtype=int64), array(k, k, dtype=float32), array(k, dtype=float64))
             for k in (N, M)
         ]
         return [
-            *(matrices[0], plan, fmt, array(GROUPS, dtype=float32), *sides, 1),
+            *(
+                matrices[0],
+                plan,
+                whole,
+                array(GROUPS, dtype=float32),
+                array(GROUPS, dtype=torch.int8),
+                *sides,
+                1,
+            ),
             *(array(M, N, dtype=uint8), array(3, dtype=float64)),
         ], kept
     candidates = array(K, dtype=float64), array(2, dtype=float64)
-    search = cpu._Search(0, 0, K, 2, 0.01, 0.5, 2.0, 0.1, *candidates, 2, 1.0)
-    found = cpu._Found(
+    search = structs.SearchStruct(0, 0, K, 2, 0.01, 0.5, 2.0, 0.1, *candidates, 2, 1.0)
+    found = structs.FoundStruct(
         array(GROUPS, dtype=float32),
         array(GROUPS, dtype=float64),
         array(6, 3, GROUPS, dtype=int64),
         array(4, 3, GROUPS, dtype=float64),
         array(M, N, dtype=uint8),
+        array(GROUPS, dtype=torch.int8),
     )
-    return [*matrices, plan, fmt, search, 1, found], kept
+    return [*matrices, plan, whole, search, 1, found], kept
 
 
 FUNCTIONS = ["absmax", "quantize", "delta_stats", "fold", "search", "unit_upper", "walk"]
@@ -81,12 +100,12 @@ def faults(function: str) -> list[tuple[str, str, Any]]:
     """(what, name of the attribute, its wrong value); a number in `what` is the argument's place."""
     places = {
         "absmax": [3],
-        "quantize": [3, 5],
-        "delta_stats": [4, 8, 9],
+        "quantize": [3, 6],
+        "delta_stats": [4, 9, 10],
         "fold": [0, 2, 4],
         "search": [],
         "unit_upper": [0, 1, 5, 6],
-        "walk": [3, 7, 8],
+        "walk": [3, 8, 9],
     }[function]
     found: list[tuple[str, str, Any]] = []
     for place in places:
@@ -107,24 +126,34 @@ def faults(function: str) -> list[tuple[str, str, Any]]:
         found += [(str(matrix), "stride", 2**62)]
     found += [(str(plan), name, value) for name, value in PLANS.items()]
     found += [(str(plan), "m", 2**62), (str(plan), "n", 2**63 - 1)]
-    threads = {"absmax": 2, "quantize": 4, "delta_stats": 7, "search": 5, "walk": 6}[function]
+    threads = {"absmax": 2, "quantize": 5, "delta_stats": 8, "search": 5, "walk": 7}[function]
     found += [(str(threads), "", value) for value in (0, -3, 2**40)]
     if function != "absmax":
         for name, value in (("max", 0.0), ("max", float("inf")), ("max", 2.0**-9), ("min_normal", 0.0)):
             found += [(str(plan + 1), name, value)]
         found += [(str(plan + 1), "min_normal", 0.75), (str(plan + 1), "mantissa_bits", 0)]
         found += [(str(plan + 1), "mantissa_bits", 23), (str(plan + 1), "mantissa_bits", -1)]
-        for name, value in (("low", 1.0), ("low", -1e9), ("reach", 1.0), ("reach", 1e9), ("storage", 3)):
+        for name, value in (
+            ("low", 1.0),
+            ("low", -1e9),
+            ("low", -200.0),
+            ("reach", 1.0),
+            ("reach", 1e9),
+            ("storage", 3),
+        ):
             found += [(str(plan + 1), name, value)]
-        found += [(str(plan + 1), "storage", 2), (str(plan + 1), "storage", -1)]
+        found += [(str(plan + 1), "storage", value) for value in (-1, 0, 1)]  # there are zero points
+        zero = {"quantize": "4", "delta_stats": "5", "walk": "4"}.get(function)
+        name = "" if zero else "zero."
+        found += [(zero or "6", f"{name}{field}", wrong) for field, wrong in (("data", None), ("bytes", 4))]
     if function == "delta_stats":
-        found += [("5", "", value) for value in (0, -1, K + 1, 2**60)]
-        found += [("6", "", value) for value in (-1, 3)]
+        found += [("6", "", value) for value in (0, -1, K + 1, 2**60)]
+        found += [("7", "", value) for value in (-1, 3)]
     if function == "walk":
         for name in ("order", "unit_upper", "diagonal"):
             found += [
                 (side, f"{name}.{field}", wrong)
-                for side in "45"
+                for side in "56"
                 for field, wrong in (("data", None), ("bytes", 4))
             ]
     if function == "search":
@@ -166,7 +195,7 @@ def test_wrong_arguments_are_refused(function, place, name, value):
     assert all(torch.equal(tensor, copied) for tensor, copied in zip(kept, before, strict=True))
 
 
-@pytest.mark.parametrize(("function", "place"), [("unit_upper", 1), ("walk", 4), ("walk", 5)])
+@pytest.mark.parametrize(("function", "place"), [("unit_upper", 1), ("walk", 5), ("walk", 6)])
 @pytest.mark.parametrize("index", [-1, 8, 2**62])
 def test_an_order_that_points_outside_is_refused(function, place, index):
     given, kept = arguments(function)
@@ -185,6 +214,17 @@ def test_scales_of_another_dtype_or_number_are_refused(scale):
         cpu.quantize(torch.ones(6, 8), scale, PerChannel(), FP8_E4M3)
     with pytest.raises(RuntimeError, match="scales"):
         cpu.delta_stats(torch.ones(6, 8), torch.ones(6, 8), scale, PerChannel(), FP8_E4M3)
+
+
+def test_zero_points_beyond_the_codes_are_refused():
+    for value in (-9, 8, 127):
+        zero = torch.tensor([[0], [value]], dtype=torch.int8)
+        with pytest.raises(RuntimeError, match="zero points"):
+            cpu.quantize(torch.ones(2, 8), torch.ones(2, 1), PerChannel(), INT4_ASYM, zero)
+    with pytest.raises(RuntimeError, match="zero points of this format"):
+        cpu.quantize(
+            torch.ones(2, 8), torch.ones(2, 1), PerChannel(), FP8_E4M3, torch.zeros(2, 1).to(torch.int8)
+        )
 
 
 def test_tensors_that_a_file_was_mapped_to_may_begin_anywhere():

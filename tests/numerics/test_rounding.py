@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from outside_formats import FORMATS, held, rounded
 from daq_lightning.numerics.backends import cpu, reference
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
-from daq_lightning.numerics.quantize import absmax_scale, quantize
+from daq_lightning.numerics.formats.int4 import INT4_ASYM
+from daq_lightning.numerics.quantize import absmax_scale, dequantize, min_max_scale, quantize
 from daq_lightning.numerics.rounding import definition, triangular
 from daq_lightning.numerics.rounding.curvature import Factor, factor, factor_sides, mix, update_statistics
 from daq_lightning.numerics.rounding.loss import nearest_loss
@@ -64,7 +67,7 @@ def mixed_in_numpy(statistics, update, share, damping):
     return mixed + damping * np.eye(len(h))
 
 
-def definition_in_numpy(weight, scale, cell, h_in, h_out, fmt, outside, order=True):
+def definition_in_numpy(weight, scale, cell, h_in, h_out, fmt, outside, order=True, zero=None):
     """Section 5 of the method, element by element, in float64; H = A D A^T by NumPy's Cholesky, flipped."""
 
     def side(h):
@@ -84,8 +87,13 @@ def definition_in_numpy(weight, scale, cell, h_in, h_out, fmt, outside, order=Tr
             c = sum(moved[k, j] * a_out[k, i] for k in range(i))
             one_scale = s[place[0] // cell[0], place[1] // cell[1]]
             scaled = np.float32(w[place] + r + c) * (np.float32(1) / one_scale)
-            codes[place] = rounded(scaled, fmt, outside)
-            read[place] = codes[place] * one_scale
+            if zero is None:
+                codes[place] = rounded(scaled, fmt, outside)
+                read[place] = codes[place] * one_scale
+            else:
+                z = np.float32(zero.numpy()[place[0] // cell[0], place[1] // cell[1]])
+                codes[place] = np.rint(np.clip(scaled, -8 - z, 7 - z)) + z
+                read[place] = (codes[place] - z) * one_scale
             error[i, j] = w[place] - read[place]
             moved[i, j] = error[i, j] + r
     return held(codes, fmt), np.trace((read - w).T @ h_out @ (read - w) @ h_in)
@@ -114,6 +122,36 @@ def test_codes_and_loss_are_those_of_the_definition_in_numpy(walk, fmt, outside,
     assert walked.codes.dtype == fmt.dtype
     assert np.array_equal(bits(walked.codes).numpy(), codes)
     assert float(walked.loss) == pytest.approx(loss, rel=1e-4, abs=1e-12)
+
+
+@WALK
+@pytest.mark.parametrize("granularity", [PerBlock(1, 16), PerChannel()], ids=str)
+def test_codes_with_zero_points_are_those_of_the_definition_in_numpy(walk, granularity):
+    weight, delta, a, g = problem()
+    weight += torch.linspace(-2, 2, 20)[:, None]  # rows of one sign, and of both
+    scale, zero = min_max_scale(weight, granularity, fmt=INT4_ASYM)
+    sides = factor_sides(inputs_NN=a, outputs_MM=g, delta_MN=delta)
+    task = dataclasses.replace(task_of(weight, granularity, *sides, INT4_ASYM), scale=scale, zero=zero)
+    u_in, u_out = update_statistics(delta)
+    hessians = mixed_in_numpy(a, u_in, 0.1, 0.001), mixed_in_numpy(g, u_out, 0.1, 0.01)
+    cell = cell_of(granularity, task.shape)
+    codes, loss = definition_in_numpy(weight, scale, cell, *hessians, INT4_ASYM, np.int8, zero=zero)
+    walked = walk(task)
+    assert np.array_equal(bits(walked.codes).numpy(), codes)
+    assert walked.loss == pytest.approx(loss, rel=1e-4)
+    read = dequantize(quantize(weight, scale, granularity, INT4_ASYM, zero), scale, granularity, zero=zero)
+    error = (read - weight).double().numpy()
+    nearest = np.trace(error.T @ hessians[1] @ error @ hessians[0])
+    assert walked.nearest_loss == pytest.approx(nearest, rel=1e-3)
+    result = round_with_curvature(
+        weight, scale, granularity, inputs=sides.inputs, outputs=sides.outputs, fmt=INT4_ASYM, zero=zero
+    )
+    assert not result.kept_nearest
+    for wrong in (None, zero[:1]):
+        with pytest.raises(ValueError, match="zero point of the shape of the scale"):
+            round_with_curvature(weight, scale, granularity, inputs=sides.inputs, fmt=INT4_ASYM, zero=wrong)
+    with pytest.raises(ValueError, match="zero point of the shape of the scale"):
+        round_with_curvature(weight, scale, granularity, inputs=sides.inputs, zero=zero)
 
 
 @WALK

@@ -50,14 +50,6 @@ class Unpacked(NamedTuple):
     scale: Tensor
     zero: Tensor | None
 
-    @property
-    def centered(self) -> Tensor:
-        """Codes less their zero points, so that only the scale is left to multiply: shape (M, N)."""
-        if self.zero is None:
-            return self.codes
-        group = self.codes.shape[1] // self.zero.shape[1]
-        return self.codes - self.zero.repeat_interleave(group, 1)
-
 
 class Codes(ABC):
     """How codes lie in a file."""

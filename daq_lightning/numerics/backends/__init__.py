@@ -44,7 +44,15 @@ class Backend(Protocol):
         """See `daq_lightning.numerics.quantize.absmax`."""
         ...
 
-    def quantize(self, weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Format, /) -> Tensor:
+    def quantize(
+        self,
+        weight_MN: Tensor,
+        scale: Tensor,
+        granularity: Granularity,
+        fmt: Format,
+        zero: Tensor | None = None,
+        /,
+    ) -> Tensor:
         """See `daq_lightning.numerics.quantize.quantize`."""
         ...
 
@@ -56,6 +64,7 @@ class Backend(Protocol):
         granularity: Granularity,
         fmt: Format,
         reader_dtype: torch.dtype | None = None,
+        zero_GK: Tensor | None = None,
         /,
     ) -> DeltaStats:
         """See `daq_lightning.numerics.backends.delta_stats`; with a dtype, of products rounded to it."""
@@ -81,7 +90,12 @@ def choose(device: torch.device) -> Backend:
 
 @torch.no_grad()
 def delta_stats(
-    weight_MN: Tensor, base_MN: Tensor, scale_GK: Tensor, granularity: Granularity, fmt: Format = FP8_E4M3
+    weight_MN: Tensor,
+    base_MN: Tensor,
+    scale_GK: Tensor,
+    granularity: Granularity,
+    fmt: Format = FP8_E4M3,
+    zero_GK: Tensor | None = None,
 ) -> DeltaStats:
     """Sums of every group under each of its candidate scales, by the backend of the weight's device.
 
@@ -92,11 +106,13 @@ def delta_stats(
             are numbered row by row of the granularity's grid.
         granularity: Which elements share a scale.
         fmt: The format of the codes.
+        zero_GK: int8 zero points, for a format that has them.
 
     Returns:
         `DeltaStats` of shape (G, K): counts int64, sums float64.
     """
-    return choose(weight_MN.device).delta_stats(weight_MN, base_MN, scale_GK, granularity, fmt)
+    backend = choose(weight_MN.device)
+    return backend.delta_stats(weight_MN, base_MN, scale_GK, granularity, fmt, None, zero_GK)
 
 
 @functools.cache

@@ -23,6 +23,14 @@ import torch
 from torch import Tensor
 
 from daq_lightning.numerics.backends.library import Array, array, entry_point
+from daq_lightning.numerics.backends.structs import (
+    FormatStruct,
+    FoundStruct,
+    MatrixStruct,
+    PlanStruct,
+    SearchStruct,
+    SideStruct,
+)
 from daq_lightning.numerics.formats import SCALE_FORMATS, Format, Granularity
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.rounding.walk import Factor, RoundingTask, Walked
@@ -33,46 +41,6 @@ from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, se
 _CHUNK = 1 << 15  # elements of a unit of work
 _CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("bytes", ctypes.c_int64),
-    )
-
-
-class _Plan(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_int64) for name in ["m", "n", "cell_rows", "cell_cols", "chunk_rows", "chunk_cols"]
-    )
-
-
-class _Format(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_double) for name in ["max", "low", "reach", "min_normal"]),
-        *((name, ctypes.c_int64) for name in ["mantissa_bits", "storage"]),
-    )
-
-
-class _Side(ctypes.Structure):
-    _fields_ = tuple((name, Array) for name in ["order", "unit_upper", "diagonal"])
-
-
-class _Search(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ["metric", "scale_format", "n_coarse", "n_fine"]),
-        *((name, ctypes.c_double) for name in ["tau", "alpha_min", "alpha_max", "radius"]),
-        *((name, Array) for name in ["coarse", "steps"]),
-        ("reader", ctypes.c_int64),
-        ("global_scale", ctypes.c_double),
-    )
-
-
-class _Found(ctypes.Structure):
-    _fields_ = tuple((name, Array) for name in ["scale", "alpha", "counts", "totals", "codes"])
 
 
 def search(task: Task) -> SearchResult:
@@ -89,6 +57,7 @@ def delta_stats(
     granularity: Granularity,
     fmt: Format,
     reader_dtype: torch.dtype | None = None,
+    zero_GK: Tensor | None = None,
 ) -> DeltaStats:
     """See `daq_lightning.numerics.backends.delta_stats`."""
     plan, chunks = _plan(weight_MN, granularity)
@@ -96,12 +65,14 @@ def delta_stats(
     counts = torch.empty(6, groups, chunks, candidates, dtype=torch.int64, device=_CPU)
     totals = torch.empty(4, groups, chunks, candidates, dtype=torch.float64, device=_CPU)
     weight_MN, base_MN, scale_GK = _rows(weight_MN), _rows(base_MN), scale_GK.contiguous()
+    zero_GK = None if zero_GK is None else zero_GK.contiguous()
     _entry_point("delta_stats")(
         _matrix(weight_MN),
         _matrix(base_MN),
         plan,
         _format(fmt),
         array(scale_GK),
+        _zeros(zero_GK),
         candidates,
         _reader(reader_dtype),
         torch.get_num_threads(),
@@ -122,16 +93,20 @@ def absmax(weight_MN: Tensor, granularity: Granularity) -> Tensor:
     return absmax_GC.amax(1).reshape(grid)
 
 
-def quantize(weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Format) -> Tensor:
+def quantize(
+    weight_MN: Tensor, scale: Tensor, granularity: Granularity, fmt: Format, zero: Tensor | None = None
+) -> Tensor:
     """The codes of `daq_lightning.numerics.quantize.quantize`, bit for bit, for finite weights."""
     plan, _ = _plan(weight_MN, granularity)
     codes_MN = torch.empty(weight_MN.shape, dtype=torch.uint8, device=_CPU)
     weight_MN, scale = _rows(weight_MN), scale.contiguous()
+    zero = None if zero is None else zero.contiguous()
     _entry_point("quantize")(
         _matrix(weight_MN),
         plan,
         _format(fmt),
         array(scale),
+        _zeros(zero),
         torch.get_num_threads(),
         array(codes_MN),
     )
@@ -161,14 +136,16 @@ def walk(task: RoundingTask) -> Walked:
     codes_MN = torch.empty(task.shape, dtype=torch.uint8, device=_CPU)
     losses = torch.empty(3, dtype=torch.float64, device=_CPU)
     weight_MN, scale = _rows(task.weight), task.scale.contiguous()
+    zero = None if task.zero is None else task.zero.contiguous()
     inputs, outputs = _side(task.inputs, task.shape[1]), _side(task.outputs, task.shape[0])
     _entry_point("walk")(
         _matrix(weight_MN),
         plan,
         _format(task.format),
         array(scale),
-        _Side(*map(array, inputs)),
-        _Side(*map(array, outputs)),
+        _zeros(zero),
+        SideStruct(*map(array, inputs)),
+        SideStruct(*map(array, outputs)),
         torch.get_num_threads(),
         array(codes_MN),
         array(losses),
@@ -193,11 +170,12 @@ def _search_in_cache(task: Task) -> SearchResult:
     counts = torch.empty(6, sides, groups, dtype=torch.int64, device=_CPU)
     totals = torch.empty(4, sides, groups, dtype=torch.float64, device=_CPU)
     codes_MN = torch.empty(task.shape, dtype=torch.uint8, device=_CPU)
+    zero_G = torch.empty(groups, dtype=torch.int8, device=_CPU) if task.format.zero_point else None
     weight_MN, base_MN = _rows(task.weight), _rows(task.base)
     coarse_K, steps_K = coarse(task.search), fine_steps(task.search)
     if task.own_grid:
         coarse_K, steps_K = neighbour_steps(task.search, task.scale_format).double(), steps_K[:0]
-    stages = _Search(
+    stages = SearchStruct(
         metric=METRICS.index(task.search.metric),
         scale_format=SCALE_FORMATS.index(task.scale_format),
         n_coarse=len(coarse_K),
@@ -211,12 +189,13 @@ def _search_in_cache(task: Task) -> SearchResult:
         reader=_reader(task.reader_dtype),
         global_scale=1.0 if task.global_scale is None else float(task.global_scale),
     )
-    found = _Found(
+    found = FoundStruct(
         scale=array(scale_G),
         alpha=array(alpha_G),
         counts=array(counts),
         totals=array(totals),
         codes=array(codes_MN),
+        zero=_zeros(zero_G),
     )
     _entry_point("search")(
         _matrix(weight_MN),
@@ -236,17 +215,19 @@ def _search_in_cache(task: Task) -> SearchResult:
         absmax_stats=stats[1],
         dequantized_stats=None if task.reader_dtype is None else stats[2],
         global_scale=task.global_scale,
+        zero=None if zero_G is None else zero_G.reshape(grid),
     )
 
 
-def _plan(weight_MN: Tensor, granularity: Granularity) -> tuple[_Plan, int]:
+def _plan(weight_MN: Tensor, granularity: Granularity) -> tuple[PlanStruct, int]:
     """How the library cuts the weight, and how many chunks a group has."""
     m, n = weight_MN.shape
     rows, cols = granularity.cell((m, n))
     rows, cols = min(rows, m), min(cols, n)  # blocks may be larger than the weight
     chunk_cols = min(cols, _CHUNK)
     chunk_rows = min(rows, max(1, _CHUNK // chunk_cols))
-    return _Plan(m, n, rows, cols, chunk_rows, chunk_cols), -(-rows // chunk_rows) * -(-cols // chunk_cols)
+    plan = PlanStruct(m, n, rows, cols, chunk_rows, chunk_cols)
+    return plan, -(-rows // chunk_rows) * -(-cols // chunk_cols)
 
 
 def _rows(weight_MN: Tensor) -> Tensor:
@@ -268,26 +249,34 @@ def _reader(dtype: torch.dtype | None) -> int:
     return _DTYPES[torch.float32 if dtype is None else dtype]
 
 
-def _format(fmt: Format) -> _Format:
+def _format(fmt: Format) -> FormatStruct:
     own = fmt.dtype.is_floating_point and torch.finfo(fmt.dtype).max == fmt.max
     storage = 0 if own else 1 if fmt.dtype.is_floating_point else 2  # a Storage in src/common.h
-    return _Format(fmt.max, fmt.low, fmt.reached, fmt.min_normal, fmt.mantissa_bits, storage)
+    more = int(fmt.zero_point)  # code - zero has a bit more
+    normal, mantissa_bits = fmt.min_normal * 2**more, fmt.mantissa_bits + more
+    return FormatStruct(fmt.max, fmt.low, fmt.reached, normal, mantissa_bits, storage)
 
 
-def _matrix(weight_MN: Tensor) -> _Matrix:
+def _zeros(zero: Tensor | None) -> Array:
+    """Zero points, or none at all; the caller holds them."""
+    return Array(None, 0) if zero is None else array(zero)
+
+
+def _matrix(weight_MN: Tensor) -> MatrixStruct:
     size = weight_MN.untyped_storage().nbytes() - weight_MN.storage_offset() * weight_MN.itemsize
-    return _Matrix(weight_MN.data_ptr(), _DTYPES[weight_MN.dtype], weight_MN.stride(0), size)
+    return MatrixStruct(weight_MN.data_ptr(), _DTYPES[weight_MN.dtype], weight_MN.stride(0), size)
 
 
 @functools.cache
 def _entry_point(name: str) -> Callable[..., None]:
     integer = ctypes.c_int64
+    of_weight, of_both = [MatrixStruct, PlanStruct], [MatrixStruct, MatrixStruct, PlanStruct]
     arguments = {
         "unit_upper": [Array, Array, integer, integer, integer, Array, Array],
-        "walk": [_Matrix, _Plan, _Format, Array, _Side, _Side, integer, Array, Array],
-        "absmax": [_Matrix, _Plan, integer, Array],
-        "quantize": [_Matrix, _Plan, _Format, Array, integer, Array],
-        "delta_stats": [_Matrix, _Matrix, _Plan, _Format, Array, integer, integer, integer, Array, Array],
-        "search": [_Matrix, _Matrix, _Plan, _Format, _Search, integer, _Found],
+        "walk": [*of_weight, FormatStruct, Array, Array, SideStruct, SideStruct, integer, Array, Array],
+        "absmax": [*of_weight, integer, Array],
+        "quantize": [*of_weight, FormatStruct, Array, Array, integer, Array],
+        "delta_stats": [*of_both, FormatStruct, Array, Array, integer, integer, integer, Array, Array],
+        "search": [*of_both, FormatStruct, SearchStruct, integer, FoundStruct],
     }
     return entry_point(name, arguments[name])

@@ -79,7 +79,8 @@ class Cut(NamedTuple):
 
 
 def search(task: Task) -> SearchResult:
-    """See `daq_lightning.numerics.backends.Backend`: in one kernel where each group fits the cache."""
+    """See `daq_lightning.numerics.backends.Backend`: in one kernel where each group fits the cache.
+    Formats with zero points go step by step, by the reference."""
     found = _search_in_cache(task) if fits_cache(task) else None
     if found is not None:
         return found
@@ -93,8 +94,11 @@ def delta_stats(
     granularity: Granularity,
     fmt: Format,
     reader_dtype: torch.dtype | None = None,
+    zero_GK: Tensor | None = None,
 ) -> DeltaStats:
-    """See `daq_lightning.numerics.backends.delta_stats`."""
+    """See `daq_lightning.numerics.backends.delta_stats`; with zero points, by the reference."""
+    if zero_GK is not None:
+        return reference.delta_stats(weight_MN, base_MN, scale_GK, granularity, fmt, reader_dtype, zero_GK)
     shape_MN, device = (weight_MN.shape[0], weight_MN.shape[1]), weight_MN.device
     cut = Cut.of(shape_MN, granularity)
     chunks, (groups, candidates) = cut.chunks, scale_GK.shape
@@ -147,7 +151,8 @@ def fits_cache(task: Task) -> bool:
     """Whether every group is searched by itself and fits the cache, and its candidates the registers."""
     candidates = max(1 + len(_candidates(task)[0]), len(_candidates(task)[1]))
     chunks = Cut.of(task.shape, task.granularity).chunks
-    return task.search.alpha_scope == "group" and chunks == 1 and candidates <= _CANDIDATES
+    in_one = task.search.alpha_scope == "group" and not task.format.zero_point
+    return in_one and chunks == 1 and candidates <= _CANDIDATES
 
 
 def _search_in_cache(task: Task) -> SearchResult | None:

@@ -34,13 +34,15 @@ def delta_stats(
     granularity: Granularity,
     fmt: Format,
     reader_dtype: torch.dtype | None = None,
+    zero_GK: Tensor | None = None,
 ) -> DeltaStats:
-    """See `daq_lightning.numerics.backends.delta_stats`."""
+    """See `daq_lightning.numerics.backends.delta_stats`; int8 zero points for a format that has them."""
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     parts = []
     for patch, groups in patches(shape_MN, granularity, _PIECE):
         weight_GE, base_GE = to_groups(weight_MN[patch], granularity), to_groups(base_MN[patch], granularity)
-        parts.append(_patch_stats(weight_GE, base_GE, scale_GK[groups], fmt, reader_dtype))
+        zero = None if zero_GK is None else zero_GK[groups]
+        parts.append(_patch_stats(weight_GE, base_GE, scale_GK[groups], fmt, reader_dtype, zero))
     stats = DeltaStats(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     # the zeros that fill up a ragged block count as elements with equal signs, and nowhere else
     fill_G1 = (stats.n - group_sizes(shape_MN, granularity, weight_MN.device)[:, None])[:, :1]
@@ -48,7 +50,12 @@ def delta_stats(
 
 
 def _patch_stats(
-    weight_GE: Tensor, base_GE: Tensor, scale_GK: Tensor, fmt: Format, reader_dtype: torch.dtype | None
+    weight_GE: Tensor,
+    base_GE: Tensor,
+    scale_GK: Tensor,
+    fmt: Format,
+    reader_dtype: torch.dtype | None,
+    zero_GK: Tensor | None,
 ) -> DeltaStats:
     groups = weight_GE.shape[0]
     step = max(1, _PIECE // groups)
@@ -57,9 +64,11 @@ def _patch_stats(
         weight = weight_GE[:, start : start + step].float()
         base = base_GE[:, start : start + step].float()
         columns = []
-        for scale_G in scale_GK.unbind(1):
-            codes = encode(weight * scale_G.reciprocal()[:, None], fmt)
-            seen = codes.float() * scale_G[:, None]
+        for k, scale_G in enumerate(scale_GK.unbind(1)):
+            zero_G1 = None if zero_GK is None else zero_GK[:, k, None].float()
+            codes = encode(weight * scale_G.reciprocal()[:, None], fmt, zero_G1).float()
+            codes = codes if zero_G1 is None else codes - zero_G1
+            seen = codes * scale_G[:, None]
             seen = seen if reader_dtype is None else seen.to(reader_dtype).float()
             columns.append(sums(weight, base, seen))
         piece = DeltaStats(*(torch.stack(fields, 1) for fields in zip(*columns, strict=True)))

@@ -37,8 +37,10 @@ class Format:
         mantissa_bits: Explicit bits of the significand.
         lowest: Smallest value; None stands for -max.
         reach: What plain quantization maps the largest magnitude of a group to; None stands for max. Integers
-            reach half a step beyond their largest.
+            reach half a step beyond their largest. With zero points: what it maps the range to.
         bits: Of a code in a file.
+        zero_point: Whether each group has a code that stands for 0, of integers only: the weight is ``(code -
+            zero) * scale``, and plain quantization maps the group's smallest and largest weight to the ends.
     """
 
     dtype_name: str
@@ -48,6 +50,7 @@ class Format:
     lowest: float | None = None
     reach: float | None = None
     bits: int = 8
+    zero_point: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

@@ -31,6 +31,7 @@ def walk(task: RoundingTask) -> Walked:
     (columns, groups_N, a_in, d_in), (rows, groups_M, a_out, d_out) = inputs, outputs
     weight_MN = _filled_weight(task, rows, columns)
     scale_MN = task.scale[groups_M][:, groups_N]
+    zero_MN = None if task.zero is None else task.zero[groups_M][:, groups_N].float()
     codes_MN = torch.empty_like(weight_MN, dtype=task.format.dtype)
     error_MN, moved_MN = torch.zeros_like(weight_MN), torch.zeros_like(weight_MN)
     loss = torch.zeros((), dtype=torch.float64, device=weight_MN.device)
@@ -44,6 +45,7 @@ def walk(task: RoundingTask) -> Walked:
             task,
             torch.stack([weight_MN[cut] for cut in cuts]),
             torch.stack([scale_MN[cut] for cut in cuts]),
+            None if zero_MN is None else torch.stack([zero_MN[cut] for cut in cuts]),
             torch.stack([a_in[j, j] for _, j in cuts]).triu(1),
             torch.stack([a_out[i, i] for i, _ in cuts]).triu(1),
             along,
@@ -62,6 +64,7 @@ def _walk_tiles(
     task: RoundingTask,
     weight_TBB: Tensor,
     scale_TBB: Tensor,
+    zero_TBB: Tensor | None,
     a_in_TBB: Tensor,
     a_out_TBB: Tensor,
     along_TBB: Tensor,
@@ -76,7 +79,8 @@ def _walk_tiles(
         j = diagonal - i
         weight_TD, along_TD, down_TD = weight_TBB[:, i, j], along_TBB[:, i, j], down_TBB[:, i, j]
         wanted_TD = weight_TD + (along_TD + down_TD)
-        code_TD, value_TD = nearest(wanted_TD, scale_TBB[:, i, j], task.format)
+        zero_TD = None if zero_TBB is None else zero_TBB[:, i, j]
+        code_TD, value_TD = nearest(wanted_TD, scale_TBB[:, i, j], task.format, zero_TD)
         error_TD = weight_TD - value_TD
         moved_TD = error_TD + along_TD
         codes_TBB.view(torch.uint8)[:, i, j] = code_TD.view(torch.uint8)

@@ -28,6 +28,7 @@ def walk(task: RoundingTask) -> Walked:
     (columns, groups_N, a_in, d_in), (rows, groups_M, a_out, d_out) = sides(task, torch.float64)
     weight_MN = task.weight.double()[rows][:, columns]
     scale_MN = task.scale[groups_M][:, groups_N]
+    zero_MN = None if task.zero is None else task.zero[groups_M][:, groups_N].float()
     error_MN, moved_MN = torch.zeros_like(weight_MN), torch.zeros_like(weight_MN)
     codes_MN = torch.empty_like(weight_MN, dtype=task.format.dtype)
     loss = weight_MN.new_zeros(())
@@ -36,7 +37,8 @@ def walk(task: RoundingTask) -> Walked:
             along = error_MN[i, :j] @ a_in[:j, j]
             down = moved_MN[:i, j] @ a_out[:i, i]
             wanted = weight_MN[i, j] + along + down
-            codes_MN[i, j], value = nearest(wanted, scale_MN[i, j], task.format)
+            zero = None if zero_MN is None else zero_MN[i, j]
+            codes_MN[i, j], value = nearest(wanted, scale_MN[i, j], task.format, zero)
             error_MN[i, j] = weight_MN[i, j] - value
             moved_MN[i, j] = error_MN[i, j] + along
             loss += d_out[i] * d_in[j] * (moved_MN[i, j] + down) ** 2
@@ -45,7 +47,7 @@ def walk(task: RoundingTask) -> Walked:
     return Walked(codes, float(loss), nearest_loss(task, torch.float64), 1.0)
 
 
-def nearest(wanted: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+def nearest(wanted: Tensor, scale: Tensor, fmt: Format, zero: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The code of the package's one rounding, and its value under the scale in float32."""
-    code = encode(wanted.float() * scale.reciprocal(), fmt)
-    return code, code.float() * scale
+    code = encode(wanted.float() * scale.reciprocal(), fmt, zero)
+    return code, (code.float() if zero is None else code - zero) * scale

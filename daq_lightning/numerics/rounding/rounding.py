@@ -62,6 +62,7 @@ def round_with_curvature(
     fmt: Format = FP8_E4M3,
     name: str = "weight",
     backend: Backend | None = None,
+    zero: Tensor | None = None,
 ) -> RoundingResult:
     """Rounds a weight along the curvature of its inputs, its outputs or both, at fixed scales.
 
@@ -75,6 +76,7 @@ def round_with_curvature(
         name: How error messages call the weight.
         backend: A module of `daq_lightning.numerics.backends`; None takes the fastest for the weight's
             device.
+        zero: int8, of the shape of the scale, for a format with zero points.
 
     Returns:
         `RoundingResult`. On the CPU the codes do not depend on the number of threads.
@@ -101,6 +103,11 @@ def round_with_curvature(
     check_scale(scale, (weight.shape[0], weight.shape[1]), granularity)
     _check_factor(inputs, weight, 1, name)
     _check_factor(outputs, weight, 0, name)
+    if (zero is not None) != fmt.zero_point or (zero is not None and zero.shape != scale.shape):
+        raise ValueError(
+            f"{name}: a zero point of the shape of the scale belongs to a format with zero points, and to no "
+            "other; take both from one result of search_scale."
+        )
     if scale.device != weight.device:
         raise ValueError(f"{name} is on {weight.device}, its scale on {scale.device}; move one with .to().")
     if scale.dtype != torch.float32 or not bool(((scale > 0) & scale.isfinite()).all()):
@@ -115,11 +122,12 @@ def round_with_curvature(
         format=fmt,
         inputs=inputs,
         outputs=outputs,
+        zero=zero,
     )
     walked = (backend or choose(weight.device)).walk(task)
     kept = not walked.loss < walked.nearest_loss * (1 - _UNSURE)
     return RoundingResult(
-        codes=quantize(weight, scale, granularity, fmt) if kept else walked.codes,
+        codes=quantize(weight, scale, granularity, fmt, zero) if kept else walked.codes,
         predicted_loss=walked.nearest_loss if kept else walked.loss,
         nearest_loss=walked.nearest_loss,
         nearest_measured=walked.nearest_measured,

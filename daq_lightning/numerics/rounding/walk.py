@@ -40,6 +40,7 @@ class RoundingTask:
         format: Of the codes.
         inputs: The curvature of the columns; None: the identity.
         outputs: The curvature of the rows; None: the identity.
+        zero: int8, of the shape of the scale, for a format with zero points.
     """
 
     weight: Tensor
@@ -48,6 +49,7 @@ class RoundingTask:
     format: Format
     inputs: Factor | None
     outputs: Factor | None
+    zero: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

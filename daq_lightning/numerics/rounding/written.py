@@ -32,6 +32,7 @@ def stats_of_codes(
     scale: Tensor,
     granularity: Granularity,
     reader_dtype: torch.dtype = torch.float32,
+    zero: Tensor | None = None,
 ) -> DeltaStats:
     """Sums over a weight, of shape (), as a reader sees its codes.
 
@@ -42,13 +43,15 @@ def stats_of_codes(
         scale: float32, shape ``granularity.grid((M, N))``.
         granularity: Which elements share a scale.
         reader_dtype: What the reader rounds products of code and scale to.
+        zero: int8, of the shape of the scale, of codes with zero points.
     """
     shape_MN = (weight_MN.shape[0], weight_MN.shape[1])
     cell_rows, _ = granularity.cell(shape_MN)
     total = DeltaStats.zero(weight_MN.device)
     for rows in bands(shape_MN, granularity, _BAND):
         groups = slice(rows.start // cell_rows, -(-rows.stop // cell_rows))
-        seen = dequantize(codes_MN[rows], scale[groups], granularity, reader_dtype).float()
+        zero_of_rows = None if zero is None else zero[groups]
+        seen = dequantize(codes_MN[rows], scale[groups], granularity, reader_dtype, zero_of_rows).float()
         # row by row first: a sum whose order does not depend on the number of threads
         total = total.add(sums(weight_MN[rows].float(), base_MN[rows].float(), seen).total())
     return total
@@ -70,22 +73,11 @@ def measured(
         granularity: Which elements share a scale.
         reader_dtype: What a reader dequantizes to.
     """
-    codes_MN = centered(result.codes, result.zero)
 
     def seen_in(dtype: torch.dtype) -> DeltaStats:
-        stats = stats_of_codes(weight_MN, base_MN, codes_MN, result.scale, granularity, dtype)
+        stats = stats_of_codes(
+            weight_MN, base_MN, result.codes, result.scale, granularity, dtype, result.zero
+        )
         return stats.map(lambda field: field[None])
 
     return dataclasses.replace(result, stats=seen_in(torch.float32), dequantized_stats=seen_in(reader_dtype))
-
-
-def centered(codes_MN: Tensor, zero: Tensor | None) -> Tensor:
-    """Codes less their zero points, which stand for groups of a row; themselves where there are none.
-
-    Example:
-        >>> centered(torch.tensor([[3, 1]], dtype=torch.int8), torch.tensor([[2]], dtype=torch.int8))
-        tensor([[ 1, -1]], dtype=torch.int8)
-    """
-    if zero is None:
-        return codes_MN
-    return codes_MN - zero.repeat_interleave(codes_MN.shape[1] // zero.shape[1], 1)

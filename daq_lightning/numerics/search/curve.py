@@ -14,9 +14,10 @@ from torch import Tensor
 from daq_lightning.numerics.backends import delta_stats
 from daq_lightning.numerics.formats import Format, PerChannel, ScaleFormat
 from daq_lightning.numerics.objectives import score
-from daq_lightning.numerics.quantize import round_scale
+from daq_lightning.numerics.quantize import round_scale, zero_of
 from daq_lightning.numerics.search.grid import coarse, fine
 from daq_lightning.numerics.search.settings import ScaleSearch
+from daq_lightning.numerics.tiling import extremes
 
 MOST_POINTS = 64
 
@@ -62,5 +63,9 @@ def objective_curve(
     """
     alpha_K = tried(search).to(plain_S1.device)
     scale_SK = round_scale((plain_S1.double() * alpha_K).float(), scale_format, global_scale)
-    stats_SK = delta_stats(weight_SE, base_SE, scale_SK, PerChannel(), fmt)
+    zero_SK = None
+    if fmt.zero_point:
+        smallest_S1, largest_S1 = extremes(weight_SE, PerChannel())
+        zero_SK = zero_of((smallest_S1.double() * alpha_K).float(), largest_S1, scale_SK, fmt)
+    stats_SK = delta_stats(weight_SE, base_SE, scale_SK, PerChannel(), fmt, zero_SK)
     return score(stats_SK.total(), search.metric, tau=search.tau)

@@ -88,7 +88,7 @@ def search_scale(
     if scale_format != "e4m3":
         global_scale = None
     elif global_scale is None:
-        global_scale = global_scale_of(backend.absmax(weight, PerTensor()), fmt)
+        global_scale = _global_scale([weight], backend, fmt)
     task = Task(
         weight=weight,
         base=base,
@@ -153,8 +153,7 @@ def search_batch(
     )
     global_scale = None
     if scale_format == "e4m3":
-        largest = [choose(weight.device).absmax(weight, PerTensor()) for weight in weights]
-        global_scale = global_scale_of(torch.cat(largest), fmt)
+        global_scale = _global_scale(weights, choose(weights[0].device), fmt)
     if seamless:
         try:
             stacked = search_scale(
@@ -186,6 +185,11 @@ def search_batch(
     ]
 
 
+def _global_scale(weights: Sequence[Tensor], backend: Backend, fmt: Format) -> Tensor:
+    largest = torch.cat([backend.absmax(weight, PerTensor()) for weight in weights])
+    return global_scale_of(2 * largest if fmt.zero_point else largest, fmt)  # a range may be twice as large
+
+
 def _unstack(result: SearchResult, count: int) -> list[SearchResult]:
     codes, scales, alphas = (tensor.chunk(count) for tensor in (result.codes, result.scale, result.alpha))
 
@@ -200,6 +204,7 @@ def _unstack(result: SearchResult, count: int) -> list[SearchResult]:
             stats=part(result.stats, i),
             absmax_stats=part(result.absmax_stats, i),
             dequantized_stats=None if result.dequantized_stats is None else part(result.dequantized_stats, i),
+            zero=None if result.zero is None else result.zero.chunk(count)[i],
             global_scale=result.global_scale,
         )
         for i in range(count)

@@ -98,6 +98,14 @@ struct Grid {
     Grid(double max, double min_normal, int64_t mantissa_bits)
         : Grid(Format{max, -max, max, min_normal, mantissa_bits, OWN}) {}
 
+    // Of codes less a zero point.
+    Grid less(int32_t zero) const {
+        Grid grid = *this;
+        grid.max -= (float)zero;
+        grid.low -= (float)zero;
+        return grid;
+    }
+
     float saturate(float x) const { return std::max(std::min(x, max), low); }
     int32_t magic(float x) const { return std::max(bits_of(x) & EXPONENT, min_normal) + to_magic; }
     float round(float x) const {
@@ -179,8 +187,8 @@ struct Check {
     void format(const Format& f) {
         int exponent;
         need(f.max > 0 && f.max <= 0x1p100 && f.mantissa_bits >= 1 && f.mantissa_bits <= 6, "the format");
-        need(f.min_normal >= 0x1p-100 && f.min_normal < f.max && std::frexp(f.min_normal, &exponent) == 0.5, "the format");
-        need(f.low < 0 && f.low >= -2 * f.max && f.reach >= f.max && f.reach <= 2 * f.max, "the format");
+        need(f.min_normal >= 0x1p-100 && f.min_normal < 2 * f.max && std::frexp(f.min_normal, &exponent) == 0.5, "the format");
+        need(f.low < 0 && f.low >= -2 * f.max && f.reach >= f.max && f.reach <= 3 * f.max, "the format");
         need(f.storage >= OWN && f.storage <= INTEGER, "the format");
         need(f.storage != INTEGER || (f.max <= 127 && f.low >= -128), "the format");
         need(f.storage != E4M3 || (f.max <= 448 && f.low >= -448), "the format");
@@ -191,6 +199,17 @@ struct Check {
     void array(const Array& a, int64_t count, const char* what) {
         need(count >= 0 && count <= 16 * MOST && a.bytes == count * (int64_t)sizeof(T), what);
         need(count == 0 || (a.data && (uintptr_t)a.data % alignof(T) == 0), what);
+    }
+
+    // Zero points, or none at all; codes of the format.
+    void zeros(const Array& a, int64_t count, const Format& f) {
+        if (!a.bytes) return;
+        need(f.storage == INTEGER, "zero points of this format");
+        array<int8_t>(a, count, "zero points");
+        for (int64_t i = 0; !problem && i < count; ++i) {
+            const double zero = ((const int8_t*)a.data)[i];
+            need(zero >= f.low && zero <= f.max, "zero points");
+        }
     }
 
     // Indices below K.
@@ -245,6 +264,10 @@ struct alignas(64) Piece {
     float w[SIZE], b[SIZE];
     int64_t count;
 
+    void extremes(float& smallest, float& largest) const {
+        for (int64_t i = 0; i < count; ++i) smallest = std::min(smallest, w[i]), largest = std::max(largest, w[i]);
+    }
+
     int32_t largest_bits() const {  // of |w|; those of NaN and infinity are the largest
         int32_t high = 0;
         for (int64_t i = 0; i < count; ++i) high = std::max(high, bits_of(w[i]) & MAGNITUDE);
@@ -286,10 +309,11 @@ inline uint8_t code_of(float x, const Grid& grid) {
 const Grid OF_E4M3{448, 0x1p-6, 3};
 
 // One row of codes, a few elements at a time.
-inline void encode(const float* w, int64_t count, float reciprocal, const Grid grid, uint8_t* codes) {
+inline void encode(const float* w, int64_t count, float reciprocal, const Grid grid, uint8_t* codes, int32_t zero = 0) {
     if (grid.storage == INTEGER) {
+        const Grid whole = grid.less(zero);
         for (int64_t i = 0; i < count; ++i)
-            codes[i] = (uint8_t)(int8_t)(int32_t)grid.round(grid.saturate(w[i] * reciprocal));
+            codes[i] = (uint8_t)((int32_t)whole.round(whole.saturate(w[i] * reciprocal)) + zero);
     } else if (grid.storage == E4M3) {
         const Grid stored = OF_E4M3;
         for (int64_t i = 0; i < count; ++i) {

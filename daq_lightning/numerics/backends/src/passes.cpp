@@ -9,8 +9,8 @@ extern "C" {
 uint64_t daq_sources() { return DAQ_SOURCES; }
 
 // counts: int64 [6, G, C, K] and totals: float64 [4, G, C, K], see write().
-const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Format format, Array scale_GK, int64_t K,
-                            int64_t reader, int64_t threads, Array counts, Array totals) {
+const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Format format, Array scale_GK, Array zero_GK,
+                            int64_t K, int64_t reader, int64_t threads, Array counts, Array totals) {
     Check check(plan, threads);
     check.format(format);
     const Grid grid(format);
@@ -21,12 +21,14 @@ const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Format format
     check.matrix(weight, "weight");
     check.matrix(base, "base");
     check.array<float>(scale_GK, some ? cover.groups() * K : 0, "scales");
+    check.zeros(zero_GK, some ? cover.groups() * K : 0, format);
     check.array<int64_t>(counts, some ? 6 * cover.items() * K : 0, "counts");
     check.array<double>(totals, some ? 4 * cover.items() * K : 0, "totals");
     return check.then([&] {
         parallel(cover.items(), threads, [&] {
             return [&, buffer = std::make_unique<CountedPiece>(), sums = std::vector<Sums>(K)](int64_t item) mutable {
                 const float* scale_K = (const float*)scale_GK.data + item / cover.chunks() * K;
+                const int8_t* zero_K = zero_GK.bytes ? (const int8_t*)zero_GK.data + item / cover.chunks() * K : nullptr;
                 CountedPiece* piece = buffer.get();
                 Fixed fixed;
                 Sums plain{};  // beside those of the reader; nobody asked for them
@@ -35,10 +37,11 @@ const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Format format
                     piece->prepare();
                     fixed.add(*piece);
                     for (int64_t k = 0; k < K; ++k) {
+                        const Grid less = zero_K ? grid.less(zero_K[k]) : grid;
                         if (reader)
-                            piece->add_read((Reader)reader, scale_K[k], grid, plain, sums[k]);
+                            piece->add_read((Reader)reader, scale_K[k], less, plain, sums[k]);
                         else
-                            piece->add(scale_K[k], grid, sums[k]);
+                            piece->add(scale_K[k], less, sums[k]);
                     }
                 });
                 int64_t* counts_K = (int64_t*)counts.data + item * K;
@@ -68,13 +71,15 @@ const char* daq_absmax(Matrix weight, Plan plan, int64_t threads, Array absmax) 
 }
 
 // codes: uint8 [M, N].
-const char* daq_quantize(Matrix weight, Plan plan, Format format, Array scale_G, int64_t threads, Array codes) {
+const char* daq_quantize(Matrix weight, Plan plan, Format format, Array scale_G, Array zero_G, int64_t threads,
+                         Array codes) {
     Check check(plan, threads);
     check.format(format);
     const Grid grid(format);
     const Cover& cover = check.cover;
     check.matrix(weight, "weight");
     check.array<float>(scale_G, cover.groups(), "scales");
+    check.zeros(zero_G, cover.groups(), format);
     check.array<uint8_t>(codes, cover.M * cover.N, "codes");
     return check.then([&] {
         parallel(cover.M, threads, [&] {
@@ -83,9 +88,10 @@ const char* daq_quantize(Matrix weight, Plan plan, Format format, Array scale_G,
                 for (int64_t left = 0; left < cover.N; left += cover.cell_cols) {
                     const int64_t group = row / cover.cell_rows * cover.grid_cols() + left / cover.cell_cols;
                     const float reciprocal = 1.0f / ((const float*)scale_G.data)[group];
+                    const int32_t zero = zero_G.bytes ? ((const int8_t*)zero_G.data)[group] : 0;
                     uint8_t* out = (uint8_t*)codes.data + row * cover.N + left;
                     each(piece, {row, left, 1, std::min(cover.cell_cols, cover.N - left)}, weight, nullptr, [&] {
-                        encode(piece->w, piece->count, reciprocal, grid, out);
+                        encode(piece->w, piece->count, reciprocal, grid, out, zero);
                         out += piece->count;
                     });
                 }

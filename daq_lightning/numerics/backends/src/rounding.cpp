@@ -75,6 +75,7 @@ struct alignas(64) Tile {
     float down[BLOCK * BLOCK];   // C, by columns
     float a_in[BLOCK * BLOCK], a_out[BLOCK * BLOCK];
     float w[BLOCK * BLOCK], scale[BLOCK * BLOCK], reciprocal[BLOCK * BLOCK];
+    int8_t zero[BLOCK * BLOCK] = {};
 };
 
 // sums += factor * row from `start` to the end of its cell; before `start` the row is zero.
@@ -88,6 +89,7 @@ struct Walk {
     const Cover& cover;
     const Grid grid;
     const float* scale_G;
+    const int8_t* zero_G;  // null for none
     const OpenSide &in, &out;
     uint8_t* codes;
     const Left<float> errors;              // w, which e replaces: rows of the weight, columns as depth
@@ -95,9 +97,9 @@ struct Walk {
     std::vector<double> losses;            // of blocks
     std::vector<std::atomic<bool>> ready;  // blocks
 
-    Walk(const Matrix& weight, const Cover& cover, const Grid& grid, const float* scale_G, const OpenSide& in,
-         const OpenSide& out, uint8_t* codes)
-        : weight(weight), cover(cover), grid(grid), scale_G(scale_G), in(in), out(out), codes(codes),
+    Walk(const Matrix& weight, const Cover& cover, const Grid& grid, const float* scale_G, const int8_t* zero_G,
+         const OpenSide& in, const OpenSide& out, uint8_t* codes)
+        : weight(weight), cover(cover), grid(grid), scale_G(scale_G), zero_G(zero_G), in(in), out(out), codes(codes),
           errors(cover.M, cover.N),
           moved(out.upper ? cover.N : 0, cover.M),
           losses(in.blocks * out.blocks), ready(in.blocks * out.blocks) {}
@@ -107,12 +109,14 @@ struct Walk {
         parallel(cover.M, threads, [&] {
             return [&, of_row = std::vector<float>(cover.N)](int64_t i) mutable {
                 const int64_t row = out.order[i];
-                const float* scales = scale_G + row / cover.cell_rows * cover.grid_cols();
+                const int64_t first_group = row / cover.cell_rows * cover.grid_cols();
                 read(weight, row, 0, cover.N, of_row.data());
                 for (int64_t first = 0; of_nearest && first < cover.N; first += cover.cell_cols) {
-                    const float s = scales[first / cover.cell_cols], reciprocal = 1.0f / s;
+                    const int64_t group = first_group + first / cover.cell_cols;
+                    const Grid less = grid.less(zero_G ? zero_G[group] : 0);
+                    const float s = scale_G[group], reciprocal = 1.0f / s;
                     for (int64_t col = first; col < std::min(first + cover.cell_cols, cover.N); ++col)
-                        of_row[col] -= grid.round(grid.saturate(of_row[col] * reciprocal)) * s;
+                        of_row[col] -= less.round(less.saturate(of_row[col] * reciprocal)) * s;
                 }
                 for (int64_t j = 0; j < cover.N; ++j) *errors.at(i, j) = of_row[in.order[j]];
             };
@@ -216,6 +220,7 @@ struct Walk {
                 tile.w[i * BLOCK + j] = *errors.at(top + i, left + j);
                 tile.scale[i * BLOCK + j] = scale_G[of_row + group[j]];
             }
+            for (int64_t j = 0; zero_G && j < cols; ++j) tile.zero[i * BLOCK + j] = zero_G[of_row + group[j]];
             for (int64_t j = 0; j < cols; ++j) tile.reciprocal[i * BLOCK + j] = 1.0f / tile.scale[i * BLOCK + j];
         }
     }
@@ -225,7 +230,8 @@ struct Walk {
         const int64_t here = i * BLOCK + j;
         const float w = tile.w[here], along = tile.along[here], down = tile.down[j * BLOCK + i];
         const float scaled = (w + (along + down)) * tile.reciprocal[here];
-        const float error = w - grid.round(grid.saturate(scaled)) * tile.scale[here], both = error + along;
+        const Grid less = grid.less(tile.zero[here]);
+        const float error = w - less.round(less.saturate(scaled)) * tile.scale[here], both = error + along;
         tile.w[here] = scaled;
         if (in.upper) {
             *errors.at(top + i, left + j) = error;
@@ -244,6 +250,8 @@ struct Walk {
         uint8_t of_row[BLOCK];
         for (int64_t i = 0; i < rows; ++i) {
             encode(tile.w + i * BLOCK, cols, 1.0f, grid, of_row);
+            for (int64_t j = 0; zero_G && j < cols; ++j)
+                encode(tile.w + i * BLOCK + j, 1, 1.0f, grid, of_row + j, tile.zero[i * BLOCK + j]);
             uint8_t* to = codes + out.order[top + i] * cover.N;
             for (int64_t j = 0; j < cols; ++j) to[in.order[left + j]] = of_row[j];
         }
@@ -256,13 +264,14 @@ extern "C" {
 
 // codes: uint8 [M, N]; losses: float64 [3]: of the codes, of nearest rounding or a part of it, and which part: a
 // part suffices where it is larger than all of the first.
-const char* daq_walk(Matrix weight, Plan plan, Format format, Array scale_G, Side inputs, Side outputs, int64_t threads,
-                     Array codes, Array losses) {
+const char* daq_walk(Matrix weight, Plan plan, Format format, Array scale_G, Array zero_G, Side inputs, Side outputs,
+                     int64_t threads, Array codes, Array losses) {
     Check check(plan, threads);
     check.format(format);
     const Cover& cover = check.cover;
     check.matrix(weight, "weight");
     check.array<float>(scale_G, cover.groups(), "scales");
+    check.zeros(zero_G, cover.groups(), format);
     check.array<uint8_t>(codes, cover.M * cover.N, "codes");
     check.array<double>(losses, 3, "losses");
     const int64_t sizes[2] = {cover.N, cover.M};
@@ -276,7 +285,8 @@ const char* daq_walk(Matrix weight, Plan plan, Format format, Array scale_G, Sid
     }
     return check.then([&] {
         const OpenSide in(inputs, cover.N, threads), out(outputs, cover.M, threads);
-        Walk walk(weight, cover, Grid(format), (const float*)scale_G.data, in, out, (uint8_t*)codes.data);
+        const int8_t* zeros = zero_G.bytes ? (const int8_t*)zero_G.data : nullptr;
+        Walk walk(weight, cover, Grid(format), (const float*)scale_G.data, zeros, in, out, (uint8_t*)codes.data);
         walk.fill(false, threads);
         std::vector<std::pair<int64_t, int64_t>> blocks;
         for (int64_t diagonal = 0; diagonal < in.blocks + out.blocks - 1; ++diagonal)

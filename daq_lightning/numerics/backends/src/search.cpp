@@ -28,6 +28,7 @@ struct Found {
     Array counts;  // int64 [6, S, G]: of the scale found, of absmax, of the scale found as the reader sees it
     Array totals;  // float64 [4, S, G]; S is 3, or 2 without a reader; see write()
     Array codes;   // uint8 [M, N]
+    Array zero;    // int8 [G] of a format with zero points, else nothing
 };
 }
 
@@ -76,53 +77,85 @@ struct Contest {
     std::vector<double> neighbours;  // and what a stage needs, kept for the next
     std::vector<Sums> sums_K;
     std::vector<float> scale_K;
+    std::vector<int32_t> zero_K;
+    std::vector<Grid> grid_K;
     Fixed fixed;
     int64_t filled;
-    float absmax;  // the absmax scale
+    float absmax;  // the plain scale
     double alpha, best;
+    const bool zero_points;
+    float smallest, largest;  // of the group and 0
+    int32_t zero;             // of the best
 
-    Contest(const Search& s, const Grid& g, int64_t elements)
-        : search(s), grid(g), pieces(ceil_div(elements, Piece::SIZE) + 2) {}
+    Contest(const Search& s, const Grid& g, bool zero_points, int64_t elements)
+        : search(s), grid(g), pieces(ceil_div(elements, Piece::SIZE) + 2), zero_points(zero_points) {}
 
     // False if the group holds NaN or infinity.
     bool load(const Region& region, const Matrix& weight, const Matrix& base) {
         CountedPiece* piece = pieces.data();
         int32_t high = 0;
         fixed = Fixed();
+        smallest = largest = 0;
         each(piece, region, weight, &base, [&] {
             high = std::max(high, piece->largest_bits());
+            if (zero_points) piece->extremes(smallest, largest);
             piece->prepare();
             fixed.add(*piece++);
         });
         filled = piece - pieces.data();
-        absmax = high ? float_of(high) / grid.reach : 1.0f / (float)search.global_scale;
-        if (high >= EXPONENT) return false;
+        absmax = high ? (zero_points ? largest - smallest : float_of(high)) / grid.reach : 1.0f / (float)search.global_scale;
+        if (high >= EXPONENT) absmax = float_of(high);
+        if (high >= EXPONENT || bits_of(absmax) >= EXPONENT) return false;
         if (high) absmax = round_scale(absmax, search);
         return true;
+    }
+
+    // Of the scale of an alpha; see zero_of in ../../quantize.py.
+    int32_t zero_of(double a) const {
+        if (!zero_points || smallest == largest) return 0;
+        const float codes = std::nearbyint(-(float)((double)smallest * a) / scale(a)) + grid.low;
+        return (int32_t)std::max(std::min(codes, grid.max), grid.low);
     }
 
     float scale(double a) const { return round_scale((float)((double)absmax * a), search); }
 
     template <Wanted wanted>
-    Sums sums(float s) const {
+    Sums sums(float s, int32_t zero) const {
         Sums total{};
-        for (int64_t i = 0; i < filled; ++i) pieces[i].template add<wanted>(s, grid, total);
+        const Grid less = grid.less(zero);
+        for (int64_t i = 0; i < filled; ++i) pieces[i].template add<wanted>(s, less, total);
         return total;
     }
 
     void sums_read(float s, Sums& total, Sums& read) const {
         total = read = Sums{};
-        for (int64_t i = 0; i < filled; ++i) pieces[i].add_read((Reader)search.reader, s, grid, total, read);
+        for (int64_t i = 0; i < filled; ++i) pieces[i].add_read((Reader)search.reader, s, grid.less(zero), total, read);
     }
 
     // Candidates against the incumbent: a strictly better score wins; of equal candidates the one nearest to
     // alpha 1, of two as near the larger.
     void stage(const double* alpha_K, int64_t K) {
+        zero_K.resize(K);
+        for (int64_t k = 0; k < K; ++k) zero_K[k] = zero_of(alpha_K[k]);
+        stage_with_zeros(alpha_K, K);
+    }
+
+    // The zero points beside that of the best alpha.
+    void stage_of_zeros() {
+        const double alpha_K[2] = {alpha, alpha};
+        zero_K = {std::min(zero + 1, (int32_t)grid.max), std::max(zero - 1, (int32_t)grid.low)};
+        stage_with_zeros(alpha_K, 2);
+    }
+
+    void stage_with_zeros(const double* alpha_K, int64_t K) {
         sums_K.assign(K, Sums{});
         scale_K.resize(K);
+        grid_K.assign(K, grid);
         for (int64_t k = 0; k < K; ++k) scale_K[k] = scale(alpha_K[k]);
+        for (int64_t k = 0; zero_points && k < K; ++k) grid_K[k] = grid.less(zero_K[k]);
         for (int64_t i = 0; i < filled; ++i)
-            for (int64_t k = 0; k < K; ++k) pieces[i].template add<wanted_by(metric)>(scale_K[k], grid, sums_K[k]);
+            for (int64_t k = 0; k < K; ++k)
+                pieces[i].template add<wanted_by(metric)>(scale_K[k], grid_K[k], sums_K[k]);
         int64_t winner = -1;
         double value = 0, distance = 0;
         for (int64_t k = 0; k < K; ++k) {
@@ -130,7 +163,7 @@ struct Contest {
             const double far = std::fabs(alpha_K[k] - 1) + (alpha_K[k] < 1 ? 1e-9 : 0.0);
             if (winner < 0 || v > value || (v == value && far < distance)) winner = k, value = v, distance = far;
         }
-        if (K && value > best) best = value, alpha = alpha_K[winner];
+        if (K && value > best) best = value, alpha = alpha_K[winner], zero = zero_K[winner];
     }
 
     // Over the scales that can be stored beside the plain one; see neighbours in ../../search/grid.py.
@@ -149,9 +182,14 @@ struct Contest {
 
     void run(const Sums& of_absmax) {
         alpha = 1;
+        zero = zero_of(1);
         if (!fixed.changed) return;  // no evidence
         best = score<metric>(fixed, of_absmax, search.tau);
-        if (search.scale_format >= POWER) return stage_of_neighbours();
+        search.scale_format >= POWER ? stage_of_neighbours() : coarse_and_fine();
+        if (zero_points) stage_of_zeros();
+    }
+
+    void coarse_and_fine() {
         stage((const double*)search.coarse.data, search.K);
         if (!search.n_fine) return;
         const double low = std::max(alpha - search.radius, search.alpha_min);
@@ -167,7 +205,7 @@ struct Contest {
         for (int64_t i = 0; i < filled; ++i)
             for (int64_t done = 0; done < pieces[i].count;) {
                 const int64_t run = std::min(region.cols - col, pieces[i].count - done);
-                encode(pieces[i].w + done, run, 1.0f / s, grid, row + col);
+                encode(pieces[i].w + done, run, 1.0f / s, grid, row + col, zero);
                 done += run;
                 col += run;
                 if (col == region.cols) col = 0, row += N;
@@ -198,23 +236,25 @@ void search_all(const Matrix& weight, const Matrix& base, const Cover& cover, co
             for (int64_t side = 0; side < sides; ++side) write_side(side, Fixed(), Sums{});
             return;
         }
-        const Sums of_absmax = contest.template sums<ALL>(contest.scale(1));
+        const int32_t plain_zero = contest.zero_of(1);
+        const Sums of_absmax = contest.template sums<ALL>(contest.scale(1), plain_zero);
         contest.run(of_absmax);
         const float scale = contest.scale(contest.alpha);
         Sums of_best = of_absmax, as_read;
         if (search.reader)
             contest.sums_read(scale, of_best, as_read);
-        else if (contest.alpha != 1)
-            of_best = contest.template sums<ALL>(scale);
+        else if (contest.alpha != 1 || contest.zero != plain_zero)
+            of_best = contest.template sums<ALL>(scale, contest.zero);
         write_side(0, contest.fixed, of_best);
         write_side(1, contest.fixed, of_absmax);
         if (search.reader) write_side(2, contest.fixed, as_read);
         contest.write_codes(region, scale, cover.N, (uint8_t*)found.codes.data);
         scale_G[g] = scale;
         alpha_G[g] = contest.alpha;
+        if (found.zero.bytes) ((int8_t*)found.zero.data)[g] = (int8_t)contest.zero;
     };
     parallel(ceil_div(G, run), threads, [&] {
-        return [&, contest = Contest<metric>(search, grid, elements), counts_P = std::vector<int64_t>(6 * part),
+        return [&, contest = Contest<metric>(search, grid, found.zero.bytes > 0, elements), counts_P = std::vector<int64_t>(6 * part),
                 totals_P = std::vector<double>(4 * part)](int64_t item) mutable {
             const int64_t first = item * run, count = std::min(run, G - first);
             for (int64_t i = 0; i < count; ++i)
@@ -255,6 +295,8 @@ const char* daq_search(Matrix weight, Matrix base, Plan plan, Format format, Sea
     check.array<int64_t>(found.counts, 6 * sides * G, "counts");
     check.array<double>(found.totals, 4 * sides * G, "totals");
     check.array<uint8_t>(found.codes, cover.M * cover.N, "codes");
+    if (found.zero.bytes) check.array<int8_t>(found.zero, G, "zero points");
+    check.need(!found.zero.bytes || format.storage == INTEGER, "zero points of this format");
     return check.then([&] {
         switch ((Metric)search.metric) {
             case SIGN: return search_all<SIGN>(weight, base, cover, grid, search, threads, found);
