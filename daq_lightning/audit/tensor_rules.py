@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def check_parts(stored: Stored) -> Iterator[str]:
     """A weight has exactly the tensors of its layout, in their dtypes and shapes."""
-    others = _other_numbers(stored)
+    numbers = _other_numbers(stored)
     for name, found in stored.found.items():
         shape = stored.shape(name)
         expected = stored.layout.stored(TensorSpec(name=name, dtype=torch.float32, shape=(*shape, 1, 1)[:2]))
@@ -38,7 +38,7 @@ def check_parts(stored: Stored) -> Iterator[str]:
             continue
         for part, spec in expected.items():
             entry = stored.raw.entries[spec.name]
-            same = entry.dtype == spec.dtype or (part == SCALE and entry.dtype in others)
+            same = entry.dtype == spec.dtype or (part == SCALE and entry.dtype in numbers)
             if not same or entry.shape != spec.shape:
                 yield f"{spec.name} is {entry.dtype} {entry.shape}, expected {spec.dtype} {spec.shape}"
     for name in stored.names:

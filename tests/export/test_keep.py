@@ -237,6 +237,8 @@ def test_statistics_of_a_run_move_no_weight_that_did_not_change(made, tmp_path):
     report = run(job, tmp_path / "out")
     methods = {tensor.name: tensor.rounding.method for tensor in report.tensors}
     assert (methods[Q], methods[DOWN], methods[GATE]) == ("curvature", "curvature", "nearest")
+    [gate] = [tensor for tensor in report.tensors if tensor.name == GATE]
+    assert "did not change" in gate.rounding.reason
     before, after = stored(base), stored(tmp_path / "out")
     assert before[f"{GATE}_packed"] == after[f"{GATE}_packed"]
 
