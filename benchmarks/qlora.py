@@ -1,6 +1,6 @@
 """Does an adapter survive the merge into its quantized base? A byte LM, in the format and scales of its base.
 
-    python -m benchmarks.qlora --out outputs/qlora            three formats, three seeds: about ten minutes
+    python -m benchmarks.qlora --out outputs/qlora            three formats, three seeds: a quarter of an hour
     python -m benchmarks.qlora --out /tmp/qlora --quick       to see that it runs
 
 A base of 2 M weights is quantized at plain scales; LoRA of rank 8 is trained on top of the dequantized base,
