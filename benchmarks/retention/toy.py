@@ -35,7 +35,7 @@ def make_toy(folder: Path, base_kind: BaseKind, seed: int, quick: bool) -> Subje
     base_steps, tune_steps, style, other = (16, 12, 8, 4) if quick else (450, 75, 48, 24)
     passages = standard_library_text()
     seen, unseen = "".join(passages[400:]), "".join(passages[:400])
-    base = _base(folder, base_kind, windows(seen, base_steps * BATCH, BASE_SEED))
+    base = make_base(folder, base_kind, windows(seen, base_steps * BATCH, BASE_SEED))
     data = windows(in_title_case(seen), tune_steps * BATCH, seed + 1)
     post = folder / f"toy-{base_kind}-{seed}"
     if not post.exists():
@@ -59,7 +59,8 @@ def make_toy(folder: Path, base_kind: BaseKind, seed: int, quick: bool) -> Subje
     )
 
 
-def _base(folder: Path, base_kind: BaseKind, data: Tensor) -> Path:
+def make_base(folder: Path, base_kind: BaseKind, data: Tensor) -> Path:
+    """The base, trained where it is not in the folder yet; for "fp8" it is an FP8 checkpoint itself."""
     plain, fp8 = folder / "toy-base", folder / "toy-base-fp8"
     if not plain.exists():
         torch.manual_seed(BASE_SEED)

@@ -12,31 +12,25 @@ for them, unless weights alone are asked for. Base and post run in the dtype of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from daq_lightning.audit.served_cache import ServedCache
+from daq_lightning.audit.served_model import ServedModel
 from daq_lightning.checkpoint.folder import config_dtype
-from daq_lightning.checkpoint.layouts import Layouts, read_layouts
+from daq_lightning.checkpoint.layouts import read_layouts
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.spill import Spill
 from daq_lightning.checkpoint.tensor_file import CheckpointError
-from daq_lightning.model.activations import holds_experts, served_activations
-from daq_lightning.model.architecture import Architecture
-from daq_lightning.model.from_folder import FolderModel
-from daq_lightning.model.halves import Halves
-from daq_lightning.model.outline import owner_of
 from daq_lightning.model.tokens import text_field
 from daq_lightning.report.model_figures import model_metrics
+from daq_lightning.report.recovery import figures_of_recovery, sum_of_losses
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
-    from daq_lightning.checkpoint.schemes import Scheme
 
 _PIECE = 2**24
 """Logits of one model that are in memory at a time: 32 MiB in 16 bit."""
@@ -49,7 +43,8 @@ class Evaluation:
     """What was found.
 
     Attributes:
-        figures: The figures of `model_metrics`, by their names, over all tokens; NaN where nothing counted.
+        figures: The figures of `model_metrics` and of `recovery`, by name, over all tokens; NaN where nothing
+            counted.
         tokens: Tokens that were predicted.
         changed: Of these, tokens whose top training changed; None without a base.
         windows: Pieces of text that were read by themselves.
@@ -102,23 +97,24 @@ def evaluate(
     dtype, reference_dtype = _dtype_of(models["export"]), _dtype_of(models["post"])
     roles = [role for role in _LOGITS if role in models]
     count = sum(len(window) - 1 for window in windows)
-    heads: dict[str, _Served] = {}
+    heads: dict[str, ServedModel] = {}
     with Spill() as spill, _Bar(progress, count * (len(roles) + 1)) as bar:
         for role in roles:
             bar.says(f"read by {role}")
             if role == "export":
                 served = None if weights_only else layouts
-                model = _Served(models[role], dtype, device, served)
+                model = ServedModel(models[role], dtype, device, served)
             else:
-                model = _Served(models[role], reference_dtype, device)
+                model = ServedModel(models[role], reference_dtype, device)
             model.try_on(windows[0])
             for rows_RH in _hidden_states(model, windows, batch_size):
                 spill.append(role, rows_RH)
                 bar.adds(len(rows_RH))
             model.drop_body()
             heads[role] = model
-        metrics = _compare(heads, spill, windows, bar)
+        metrics, base_loss = _compare(heads, spill, windows, bar)
     figures = {name: float(value) for name, value in metrics.compute().items()}
+    figures |= figures_of_recovery(figures, base_loss)
     return Evaluation(
         figures=figures,
         tokens=count,
@@ -133,83 +129,7 @@ def evaluate(
     )
 
 
-class _Served:
-    """The model of a folder.
-
-    Args:
-        files: The folder.
-        dtype: What it runs in.
-        device: Where.
-        layouts: In which its quantized modules see their input, while keys and values are cached as the
-            folder says; None leaves both as they are.
-
-    Attributes:
-        cache: The layers whose keys and values are cached in FP8.
-        unseen: Quantized modules whose input cannot be quantized.
-    """
-
-    def __init__(
-        self,
-        files: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        layouts: Layouts | None = None,
-    ) -> None:
-        model = FolderModel(files.path, len(files.raw)).load(files, dtype).to(device)
-        self._halves = Halves(model, str(files.path))
-        self._modules: list[tuple[nn.Module, Scheme]] = []
-        self.cache = None if layouts is None else ServedCache(model, files)
-        self.unseen: tuple[str, ...] = ()
-        if layouts is not None:
-            self._modules, self.unseen = _quantized_modules(model, files, layouts)
-
-    def try_on(self, tokens: Sequence[int]) -> None:
-        """Raises `CheckpointError` if the model does not work in halves."""
-        with self._as_served():
-            self.vocabulary = self._halves.try_on(tokens)
-
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        with self._as_served():
-            return self._halves.hidden(tokens_BT)
-
-    def logits(self, hidden_RH: Tensor) -> Tensor:
-        with self._as_served():
-            return self._halves.logits(hidden_RH)
-
-    def drop_body(self) -> None:
-        self._halves.drop_body()
-        if self.cache is not None:
-            self.cache.drop()
-        left = set(map(id, self._halves.model.modules()))
-        self._modules = [(module, scheme) for module, scheme in self._modules if id(module) in left]
-
-    @contextmanager
-    def _as_served(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(served_activations(self._modules))
-            if self.cache is not None:
-                stack.enter_context(self.cache.rounding())
-            yield
-
-
-def _quantized_modules(
-    model: nn.Module, files: Checkpoint, layouts: Layouts
-) -> tuple[list[tuple[nn.Module, Scheme]], tuple[str, ...]]:
-    """The modules whose servers quantize their input, and the names of those where it cannot be done."""
-    codes = [name for name in files if files.stored(name) is not None]
-    keys = Architecture(model).keys_of(codes)
-    schemes: dict[str, Scheme] = {}
-    for name in codes:
-        layout = layouts.of(name.removesuffix(".weight"), keys[name].removesuffix(".weight"))
-        if layout is not None and layout.scheme.quantized_activations:
-            schemes.setdefault(owner_of(keys[name]), layout.scheme)
-    modules = {name: model.get_submodule(name) for name in schemes}
-    fit = {name for name, one in modules.items() if isinstance(one, nn.Linear) or holds_experts(one)}
-    seen = [(modules[name], schemes[name]) for name in modules if name in fit]
-    return seen, tuple(name for name in modules if name not in fit)
-
-
-def _hidden_states(model: _Served, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Tensor]:
+def _hidden_states(model: ServedModel, windows: Sequence[Sequence[int]], batch_size: int) -> Iterator[Tensor]:
     """The hidden states of all tokens but the last of each window, in order.
 
     Shorter windows are filled up behind their end, which their tokens do not see.
@@ -224,9 +144,9 @@ def _hidden_states(model: _Served, windows: Sequence[Sequence[int]], batch_size:
 
 
 def _compare(
-    heads: Mapping[str, _Served], spill: Spill, windows: Sequence[Sequence[int]], bar: _Bar
-) -> MetricCollection:
-    """The metrics of all tokens that are predicted, a piece at a time."""
+    heads: Mapping[str, ServedModel], spill: Spill, windows: Sequence[Sequence[int]], bar: _Bar
+) -> tuple[MetricCollection, float | None]:
+    """The metrics of all tokens that are predicted, a piece at a time, and the base's mean loss of them."""
     sizes = {role: head.vocabulary for role, head in heads.items()}
     if len(set(sizes.values())) > 1:
         raise _different_vocabularies(sizes)
@@ -234,6 +154,7 @@ def _compare(
     target_R = torch.tensor(targets, dtype=torch.int64, device="cpu")
     metrics, step = model_metrics(base="base" in heads, sync=False), max(1, _PIECE // sizes["export"])
     bar.says("compared")
+    losses = 0.0
     for start in range(0, len(target_R), step):
         stop = min(start + step, len(target_R))
         logits = {_LOGITS[role]: head.logits(spill.read(role, start, stop)) for role, head in heads.items()}
@@ -241,8 +162,9 @@ def _compare(
             logits = {name: part.cpu() for name, part in logits.items()}
         metrics.to(logits["logits"].device)
         metrics.update(**logits, target=target_R[start:stop])
+        losses += sum_of_losses(logits.get("base_logits"), target_R[start:stop])
         bar.adds(stop - start)
-    return metrics
+    return metrics, losses / len(target_R) if "base" in heads else None
 
 
 def _check_vocabularies(models: Mapping[str, Checkpoint], windows: Sequence[Sequence[int]]) -> None:

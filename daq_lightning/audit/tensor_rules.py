@@ -12,7 +12,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.found import FP8, SUFFIXES
 from daq_lightning.checkpoint.layouts.int32 import unpack_rows
 from daq_lightning.checkpoint.layouts.parts import CODES, GLOBAL_SCALE, SCALE, SHAPE, ZERO
-from daq_lightning.checkpoint.layouts.scales import ExponentScales
+from daq_lightning.checkpoint.layouts.scales import ExponentScales, NumberScales
 from daq_lightning.checkpoint.tensor_file import TensorSpec
 from daq_lightning.numerics.formats import PerBlock
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 def check_parts(stored: Stored) -> Iterator[str]:
     """A weight has exactly the tensors of its layout, in their dtypes and shapes."""
+    numbers = _other_numbers(stored)
     for name, found in stored.found.items():
         shape = stored.shape(name)
         layout = stored.layout(name)
@@ -39,9 +40,11 @@ def check_parts(stored: Stored) -> Iterator[str]:
             needed = ", ".join(spec.name for part, spec in expected.items() if part != CODES)
             yield f"{name} has {' and '.join(others) or 'no scale'}, expected exactly {needed}"
             continue
-        for spec in expected.values():
+        for part, spec in expected.items():
             entry = stored.raw.entries[spec.name]
-            if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
+            number = part == SCALE and isinstance(layout.scales, NumberScales)
+            same = entry.dtype == spec.dtype or (number and entry.dtype in numbers)
+            if not same or entry.shape != spec.shape:
                 yield f"{spec.name} is {entry.dtype} {entry.shape}, expected {spec.dtype} {spec.shape}"
     for name in stored.names:
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(".weight" + suffix)), None)
@@ -50,6 +53,17 @@ def check_parts(stored: Stored) -> Iterator[str]:
             holds = stored.entry(weight).dtype if weight in stored.names else "nothing"
             what = "scale" if SUFFIXES[suffix] in (SCALE, GLOBAL_SCALE) else SUFFIXES[suffix]
             yield f"{name} is the {what} of nothing: {weight} holds {holds}"
+
+
+def _other_numbers(stored: Stored) -> frozenset[torch.dtype]:
+    """The dtype in which another maker has written all scales, where readers of the container cast them."""
+    names: list[str] = []
+    for weight, parts in stored.found.items():
+        layout = stored.layout(weight)
+        if layout is not None and isinstance(layout.scales, NumberScales) and layout.container != "fp8":
+            names += parts.get(SCALE, ())
+    found = {stored.raw.entries[name].dtype for name in names}
+    return frozenset(found & {torch.float32, torch.bfloat16, torch.float16} if len(found) == 1 else ())
 
 
 def check_scale_values(stored: Stored) -> Iterator[str]:

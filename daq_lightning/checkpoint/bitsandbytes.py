@@ -1,6 +1,7 @@
 """Weights of four bits as bitsandbytes stores them (NF4 and FP4, for QLoRA): read, never written.
 
-    X.weight                              uint8: two codes a byte, the first in the upper four bits
+    X.weight                              uint8: two codes a byte, the first in the upper four bits; the same
+                                          bytes under another dtype where weights were sharded in training
     X.weight.quant_map                    float32 (16): what a code stands for
     X.weight.absmax                       float32, one per block of the flattened weight; or uint8, nested:
     X.weight.nested_absmax, .nested_quant_map                       absmax = map[code] * nested + offset
@@ -59,7 +60,8 @@ class FourBitWeight:
             read: Gives the tensor of a name.
             dtype: Of the result.
         """
-        packed, values = read(self.parts[_CODES]).flatten(), read(self.parts[_MAP]).float()
+        packed = read(self.parts[_CODES]).contiguous().flatten().view(torch.uint8)
+        values = read(self.parts[_MAP]).float()
         absmax, count = self._absmax(read), math.prod(self.shape)
         weight = torch.empty(count, dtype=dtype, device=packed.device)
         step = max(1, _BAND // self.block) * self.block
@@ -131,6 +133,8 @@ def _weight(name: str, states: list[str], entries: Mapping[str, TensorSpec], rea
     for part, (dtype, size) in wanted.items():
         entry = entries.get(parts[part])
         fits = entry is not None and (entry.dtype, math.prod(entry.shape)) == (dtype, size)
+        if part == _CODES and entry is not None:
+            fits = entry.nbytes == size
         check(fits, f"{parts[part]} does not hold {size} numbers of {str(dtype).removeprefix('torch.')}")
     return FourBitWeight(
         name=name,

@@ -21,7 +21,7 @@ Source of the names and of what they mean: compressed-tensors 0.20, `quant_schem
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 from daq_lightning.numerics.formats import Format, Granularity, PerBlock, PerChannel, ScaleFormat
@@ -41,8 +41,10 @@ SchemeName: TypeAlias = Literal[
     "W4A16_ASYM",
     "NVFP4A16",
     "MXFP4A16",
+    "keep",
 ]
-"""A scheme, or "auto": FP8_BLOCK where all sizes allow it, else FP8_DYNAMIC."""
+"""A scheme; "auto": FP8_BLOCK where all sizes allow it, else FP8_DYNAMIC; or "keep": that of a quantized
+base."""
 Container: TypeAlias = Literal["fp8", "compressed-tensors"]
 
 
@@ -102,6 +104,18 @@ class Scheme:
         if not isinstance(granularity, PerBlock) or granularity.rows != 1:
             return None
         return granularity.cols
+
+    def in_groups(self, size: int | None) -> Scheme:
+        """The same with other groups, of integers of four bits, whose groups have any size; None for its own.
+
+        Raises:
+            ValueError: A scheme whose groups have one size.
+        """
+        if size in (None, self.group):
+            return self
+        if self.format not in (INT4, INT4_ASYM) or size < 1:
+            raise ValueError(f"{self.name} has groups of {self.group} weights, got {size}.")
+        return replace(self, granularity=PerBlock(1, size))
 
 
 _FP8, _INT4, _FP4 = "FP8 (E4M3)", "4-bit integers", "FP4 (E2M1)"

@@ -36,7 +36,8 @@ def quantize(options: Namespace) -> int:
     from daq_lightning.export.job import prepare
     from daq_lightning.export.kv_text import calibrated_on, check_text
     from daq_lightning.export.mixed import within_budget
-    from daq_lightning.export.run import check_device, run, search_scales
+    from daq_lightning.export.run import check_device, run
+    from daq_lightning.export.scales import search_scales
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.export.source import Source
     from daq_lightning.model.hub import is_repository

@@ -221,6 +221,11 @@ def _retention(figures: Mapping[str, float], changed: int) -> list[str]:
             )
         )
     return [
+        _row(
+            "recovery",
+            _number(figures["recovery"]),
+            f"of what training gained on this text: perplexity of the base {figures['base_perplexity']:.4f}",
+        ),
         *rows,
         _row(
             "disturbed",

@@ -15,6 +15,7 @@ from daq_lightning.numerics.objectives import DeltaStats, as_searched
 from daq_lightning.numerics.rounding.written import stats_of_codes
 from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ALPHA_STATISTICS, Side, TensorReport, alpha_statistics
+from daq_lightning.report.recovery import note_on_merge
 from daq_lightning.report.rounding import notes_on_rounding
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def batch_reports(
         chosen: Their codes and scales.
         samples: What was looked at of each more closely, if anything.
     """
-    sides = [_sides(job, pair, one.result) for pair, one in zip(batch, chosen, strict=True)]
+    sides = [_sides(job, pair, one) for pair, one in zip(batch, chosen, strict=True)]
     parts: list[Tensor] = []
     for one, of_tensor, looked in zip(chosen, sides, samples, strict=True):
         parts += [alpha_statistics(one.result.alpha), *(stats.packed() for stats in of_tensor.values())]
@@ -58,6 +59,7 @@ def batch_reports(
                 searched=sums["searched"],
                 absmax=sums["absmax"],
                 root=sums.get("root"),
+                plain=sums.get("plain"),
                 dequantized=sums["dequantized"] if fits else None,
                 rounding=one.rounding,
                 without_base=job.without_base.get(pair.plan.spec.name, ""),
@@ -68,8 +70,9 @@ def batch_reports(
     return reports
 
 
-def _sides(job: Job, pair: Pair, result: SearchResult) -> dict[Side, DeltaStats]:
+def _sides(job: Job, pair: Pair, chosen: Chosen) -> dict[Side, DeltaStats]:
     """The sums of one tensor, on its device."""
+    result = chosen.result
     assert result.dequantized_stats is not None
     sides: dict[Side, DeltaStats] = {
         "searched": result.stats.total(),
@@ -79,6 +82,8 @@ def _sides(job: Job, pair: Pair, result: SearchResult) -> dict[Side, DeltaStats]
     root = _since_root(job, pair, result)
     if root is not None:
         sides["root"] = root
+    if chosen.plain is not None:
+        sides["plain"] = chosen.plain.total()
     return sides
 
 
@@ -91,7 +96,7 @@ def _since_root(job: Job, pair: Pair, result: SearchResult) -> DeltaStats | None
     if root.shape != pair.weight.shape:
         return None
     layout, weight = pair.plan.layout, as_searched(pair.weight)
-    if job.settings.by_curvature:
+    if job.settings.by_curvature or job.kept is not None:
         return stats_of_codes(weight, root, result.codes, result.scale, layout.granularity, zero=result.zero)
     scale_G1 = result.scale.reshape(-1, 1)
     zero_G1 = None if result.zero is None else result.zero.reshape(-1, 1)
@@ -108,6 +113,9 @@ def notes_of(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
         notes.append(
             f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?"
         )
+    if job.kept is not None and measured:
+        merged = note_on_merge(list(reports.values()), job.kept.layout.scheme.name)
+        notes += [merged] if merged else []
     notes += [f"{name}: plain absmax scale, because {problem}." for name, problem in job.without_base.items()]
     notes += [
         f"{name}: to a reader that dequantizes to {str(job.plan.dtype).removeprefix('torch.')} some of its "
@@ -141,5 +149,4 @@ def config_of(job: Job) -> dict[str, Any]:
             result["dtype"] = str(job.plan.dtype).removeprefix("torch.")
         return result
 
-    quantization = job.plan.layouts.quantization_config(job.plan.ignore)
-    return with_dtype(job.source.config, True) | {"quantization_config": quantization}
+    return with_dtype(job.source.config, True) | {"quantization_config": job.quantization_config}

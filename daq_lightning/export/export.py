@@ -19,7 +19,8 @@ from daq_lightning.export.job import prepare
 from daq_lightning.export.kv_text import calibrated_on, check_text
 from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.ranks import ALONE, Ranks
-from daq_lightning.export.run import check_device, run, search_scales
+from daq_lightning.export.run import check_device, run
+from daq_lightning.export.scales import search_scales
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.model.hub import local_folder, push_folder
@@ -72,6 +73,8 @@ def export_checkpoint(
         scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel,
             16-bit activations), or "auto": blocks where all sizes are multiples of 128, else channels. Or
             "MXFP8", "W8A8", "W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16": see docs/formats.md.
+            "keep": format and scales of `base`, a quantized folder, so that an adapter trained on it comes
+            through: see docs/qlora.md.
         search: Objective and candidates of the scale search; None takes the defaults of `ScaleSearch`.
         rounding: "nearest"; "curvature" for codes whose errors cancel where `calibrate` shows, or else the
             update says, that the model is sensitive, at plain scales unless `search` is other than the

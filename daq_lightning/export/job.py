@@ -19,9 +19,11 @@ from torch import Tensor
 
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.checkpoint.tensor_file import CheckpointError, spec_in
+from daq_lightning.checkpoint.tensor_file import CheckpointError
+from daq_lightning.export.kept import KeptFormat
 from daq_lightning.export.kv_cache import CacheScales, constant_scales, in_container, with_cache
 from daq_lightning.export.lineage import ancestors, make_lineage
+from daq_lightning.export.match import match_base
 from daq_lightning.export.plan import ExportPlan, plan_export
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.rungs import Placed
@@ -55,6 +57,7 @@ class Job:
         calibration: What it is going to be collected from, where no run has; see `run`.
         cache: The scales of cached keys and values; None without, and until they are found.
         placement: Which weights the budget put on which rung; None without one, or before it is measured.
+        kept: The format of the base, where that is kept.
     """
 
     source: Source
@@ -70,6 +73,14 @@ class Job:
     calibration: Calibration | None = None
     cache: CacheScales | None = None
     placement: Placement | None = field(default=None, repr=False)
+    kept: KeptFormat | None = field(default=None, repr=False)
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """What config.json says of the quantized weights."""
+        if self.kept is not None:
+            return self.kept.quantization_config
+        return self.plan.layouts.quantization_config(self.plan.ignore)
 
     def parts(self) -> dict[str, str]:
         """All that decides what is written, in words."""
@@ -111,13 +122,15 @@ class Job:
         """
         placement = None if settings.budget is None else self.placement
         placed = None if placement is None else placed_by(placement)
-        plan = plan_of(self.source, settings, placed)
+        kept = (self.kept or KeptFormat.of(self.base)) if settings.scheme == "keep" else None
+        plan = plan_of(self.source, settings, placed, kept)
         quantized = {tensor.spec.name for tensor in plan.quantized}
         return dataclasses.replace(
             self,
             settings=settings,
             plan=plan,
             placement=None if placement is None else placement.of(plan.placed),
+            kept=kept,
             base_names={name: base for name, base in self.base_names.items() if name in quantized},
             without_base={name: why for name, why in self.without_base.items() if name in quantized},
         )
@@ -168,7 +181,8 @@ def prepare(
         chain_from: Whether training began with the parent's "weights" or its "deployed" ones; None begins a
             chain.
         ranks: The processes that will share the work; all of them call this.
-        curvature: What codes are chosen along; may be filled later. Without it, `rounding="auto"` is nearest.
+        curvature: What codes are chosen along; may be filled later. Without it, `rounding="auto"` is nearest,
+            unless the format of the base is kept.
         calibration: What it is collected from by `run`, in its place.
 
     Raises:
@@ -176,10 +190,12 @@ def prepare(
             says, or an adapter that is to be rounded along its own update.
     """
     given = plan
+    keeps = settings.scheme == "keep"
     if settings.rounding == "auto":
-        chosen: RoundingChoice = "nearest" if curvature is None else "curvature"
+        chosen: RoundingChoice = "nearest" if curvature is None and not keeps else "curvature"
         settings = dataclasses.replace(settings, rounding=chosen)
-    if settings.by_curvature and curvature is None and calibration is None and source.low_rank:
+    by_update = settings.by_curvature and curvature is None and calibration is None
+    if by_update and source.low_rank and not keeps:
         raise CheckpointError(
             "rounding='curvature' has only the update to go by here, and this one is an adapter's: its few "
             "directions say nothing of all others, and codes chosen along them are worse than nearest. Give "
@@ -187,12 +203,15 @@ def prepare(
             "rounding='nearest'."
         )
 
-    def settle() -> tuple[ExportPlan, Mapping[str, Tensor], dict[str, str], dict[str, str]]:
-        plan = given or plan_of(source, settings)
+    def settle() -> tuple[
+        ExportPlan, KeptFormat | None, Mapping[str, Tensor], dict[str, str], dict[str, str]
+    ]:
+        kept = KeptFormat.of(base) if keeps else None
+        plan = given or plan_of(source, settings, kept=kept)
         known = described(base, [tensor.spec.name for tensor in plan.quantized])
-        return (plan, known, *_match_base(plan, known, source, settings))
+        return (plan, kept, known, *match_base(plan, known, source, settings))
 
-    plan, bases, base_names, without_base = ranks.together(settle)
+    plan, kept, bases, base_names, without_base = ranks.together(settle)
     names = [tensor.spec.name for tensor in plan.quantized]
     known = lineage_of(bases) if lineage is None else lineage
     lineage, root = make_lineage(known, bases, names, parent=parent, chain_from=chain_from, ranks=ranks)
@@ -208,15 +227,29 @@ def prepare(
         curvature=curvature,
         calibration=calibration,
         cache=constant_scales(plan, settings),
+        kept=kept,
     )
     ranks.check_equal("The plan of the export", job.parts)
     return job
 
 
 def plan_of(
-    source: Source, settings: ExportSettings, placed: Mapping[str, Placed] | None = None
+    source: Source,
+    settings: ExportSettings,
+    placed: Mapping[str, Placed] | None = None,
+    kept: KeptFormat | None = None,
 ) -> ExportPlan:
-    """The plan of weights and cache; errors are those of `plan_export`, `in_container` and `with_cache`."""
+    """The plan of weights and cache; errors are those of `plan_export`, `in_container` and `with_cache`.
+
+    Args:
+        source: The fine-tuned model.
+        settings: What the user chose.
+        placed: The rungs of weights, as a budget places them.
+        kept: The format of a base, where that is kept.
+    """
+    if kept is not None:
+        own = kept.settings(source, settings)
+        return kept.applied(plan_export(source.specs, source.outline, own, layout=kept.layout))
     chosen = in_container(source.specs, source.outline, settings)
     return with_cache(plan_export(source.specs, source.outline, chosen, placed), source.outline, settings)
 
@@ -239,43 +272,6 @@ def parts_of(plan: ExportPlan, settings: ExportSettings) -> dict[str, str]:
 def placed_by(placement: Placement) -> dict[str, Placed]:
     """The rung of each weight of a placement."""
     return {name: Placed(group.rung, group.reason) for group in placement.groups for name in group.names}
-
-
-def _match_base(
-    plan: ExportPlan, base: Mapping[str, Tensor], source: Source, settings: ExportSettings
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Weight name -> base name for every quantized weight, and why the others have none."""
-    by_identity: dict[tuple[str, str], str] = {}
-    if isinstance(base, Checkpoint) and any(tensor.spec.name not in base for tensor in plan.quantized):
-        by_identity = {_identity(name, key): name for name, key in source.keys_of(base).items()}
-    names, problems = {}, {}
-    for tensor in plan.quantized:
-        name = tensor.spec.name
-        base_name = name if name in base else by_identity.get(_identity(name, tensor.key), name)
-        if base_name not in base:
-            problems[name] = "the base has no such weight"
-            continue
-        shape = spec_in(base, base_name).shape
-        if shape != tensor.spec.shape:
-            problems[name] = f"the base has shape {shape}, the weight {tensor.spec.shape}"
-        else:
-            names[name] = base_name
-    if problems and settings.missing_base == "error":
-        listed = "; ".join(f"{name}: {problem}" for name, problem in list(problems.items())[:_LISTED])
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        where = f" {base.path}" if isinstance(base, Checkpoint) else ""
-        raise CheckpointError(
-            f"The base{where} does not fit {len(problems)} of {len(plan.quantized)} weights: {listed}{more}. "
-            "Pass the model that this one was trained from, or missing_base='absmax' to quantize those "
-            "weights without a search."
-        )
-    return names, problems
-
-
-def _identity(name: str, key: str) -> tuple[str, str]:
-    """What a tensor is, whatever its checkpoint's prefix: memory name, and which slice of a stack."""
-    _, found, expert = name.rpartition(".experts.")
-    return key, expert if found else ""
 
 
 def lineage_of(base: Mapping[str, Tensor]) -> Lineage:

@@ -119,8 +119,8 @@ def with_cache(plan: ExportPlan, outline: Outline, settings: ExportSettings) -> 
         )
     return dataclasses.replace(
         plan,
-        tensors=(*plan.tensors, *scales),
-        layout=dataclasses.replace(plan.layout, kv_cache=True),
+        tensors=(*map(_in_cached, plan.tensors), *scales),
+        rungs=tuple(dataclasses.replace(layout, kv_cache=True) for layout in plan.rungs),
         notes=(*plan.notes, *_notes(outline, modules, plan, settings)),
     )
 
@@ -258,6 +258,13 @@ def _planned(other: TensorPlan, name: str, key: str) -> TensorPlan:
         reason="scale of the KV cache",
         together="",
     )
+
+
+def _in_cached(tensor: TensorPlan) -> TensorPlan:
+    """A tensor in a layout that speaks of the cache."""
+    if tensor.form is None:
+        return tensor
+    return dataclasses.replace(tensor, form=dataclasses.replace(tensor.form, kv_cache=True))
 
 
 def _is_scale(tensor: TensorPlan) -> bool:

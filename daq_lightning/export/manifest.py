@@ -42,7 +42,7 @@ def make_manifest(job: Job, prints: Mapping[str, TensorPrints], folder: Path, ou
     return Manifest(
         scheme=plan.layouts.scheme,
         dtype=str(plan.dtype).removeprefix("torch."),
-        quantization_config=plan.layouts.quantization_config(plan.ignore),
+        quantization_config=job.quantization_config,
         settings={
             "search": dataclasses.asdict(job.settings.scale_search),
             "rounding": job.settings.rounding,

@@ -172,6 +172,7 @@ def plan_export(
     outline: Outline,
     settings: ExportSettings,
     placed: Mapping[str, Placed] | None = None,
+    layout: Layout | None = None,
 ) -> ExportPlan:
     """Decides what happens to every tensor.
 
@@ -180,6 +181,7 @@ def plan_export(
         outline: Says which role each tensor has, and its name in memory.
         settings: What the user chose.
         placed: The rungs of weights, as a budget places them; None for the lowest that takes each.
+        layout: That of a base which is kept; None for the one that the settings mean.
 
     Raises:
         CheckpointError: Nothing to quantize, sizes that the scheme cannot hold, experts of several shapes, an
@@ -203,7 +205,11 @@ def plan_export(
     check_fused({spec.name for spec in chosen}, roles)
     check_experts(chosen, specs, keys, roles)
     schemes, notes = rungs_of(settings, chosen)
-    rungs = [make_layout(name, container=held, scale_format=kept) for name, held, kept in schemes]
+    rungs = (
+        [layout]
+        if layout is not None
+        else [make_layout(name, container=held, scale_format=kept) for name, held, kept in schemes]
+    )
     forms = {one.scheme.name: one for one in rungs}
     dtype, masters = kept_dtype(specs)
     placed = lowest(settings, rungs, chosen, dtype) if placed is None else placed

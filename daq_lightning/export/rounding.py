@@ -4,6 +4,9 @@
     the update D                     where there are none: D^T D and D D^T, inputs summed over the batch
     neither                          the scale search and nearest rounding, with the reason
 
+The update of an adapter is enough where the format of a base is kept: its scales and codes are those of the
+base, nearest codes would lose most of the update, and these let it through.
+
 Weights of a batch share their input, and so its factor. What is known of one weight, and the factors of two
 sides, are all that is held at a time.
 
@@ -25,7 +28,7 @@ from daq_lightning.numerics.rounding.rounding import round_with_curvature
 from daq_lightning.numerics.rounding.settings import RoundingSettings
 from daq_lightning.numerics.rounding.statistics import Statistics
 from daq_lightning.numerics.rounding.walk import Factor
-from daq_lightning.numerics.rounding.written import stats_of_codes
+from daq_lightning.numerics.rounding.written import measured
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.report.rounding import Rounding
 
@@ -43,10 +46,12 @@ class Chosen(NamedTuple):
     Attributes:
         result: They, with the sums of exactly these; per group, or of the whole weight as one group.
         rounding: How they were chosen; None in an export that rounds to nearest.
+        plain: Sums of the plain merge, where the format of a base is kept.
     """
 
     result: SearchResult
     rounding: Rounding | None
+    plain: DeltaStats | None = None
 
 
 Search: TypeAlias = Callable[["Sequence[Pair]", ScaleSearch], "list[SearchResult]"]
@@ -63,16 +68,24 @@ def choose_codes(job: Job, batch: Batch, search: Search) -> list[Chosen]:
     Raises:
         ValueError: NaN or Inf in a weight, by name.
     """
+    plain = job.kept is not None
     if not job.settings.by_curvature:
-        return [Chosen(result, None) for result in search(batch, job.settings.search)]
+        results = search(batch, job.settings.search)
+        return [Chosen(result, None, result.stats if plain else None) for result in results]
     sides = _Sides(job, batch)
 
     def choose(pair: Pair, result: SearchResult) -> Chosen:
-        curved = sides.of(pair, _known(job, pair))
+        known = _known(job, pair)
+        curved = sides.of(pair, known)
         if isinstance(curved, _Curved):
-            return _rounded(job, pair, result, curved)
+            chosen = _rounded(job, pair, result, curved)
+            if plain and known is not _UPDATE and chosen.result is result:
+                # one weight without its update may cost little, all of them cost the update
+                curved = sides.of(pair, _UPDATE)
+                chosen = _rounded(job, pair, result, curved) if isinstance(curved, _Curved) else chosen
+            return chosen._replace(plain=result.stats if plain else None)
         [result] = search([pair], job.settings.search)
-        return Chosen(result, Rounding(method="nearest", reason=curved))
+        return Chosen(result, Rounding(method="nearest", reason=curved), result.stats if plain else None)
 
     results = search(batch, job.settings.scale_search)
     return [choose(pair, result) for pair, result in zip(batch, results, strict=True)]
@@ -84,13 +97,15 @@ def _base(pair: Pair) -> Tensor:
 
 def _known(job: Job, pair: Pair) -> Statistics | str:
     """What a weight is rounded along, or why there is nothing."""
+    if job.kept is not None and job.kept.unchanged(pair.plan.spec.name, as_searched(pair.weight)):
+        return "they did not change, and keep the codes of the base"
     collected = None if job.curvature is None else job.curvature.get(pair.plan.spec.name)
     if collected is not None and collected.tokens:
         return collected
     none_came = "no token reached it while statistics were collected, and " * (job.curvature is not None)
     if pair.base is None:
         return f"{none_came}it has no base"
-    if job.source.low_rank:
+    if job.source.low_rank and job.kept is None:
         return f"{none_came}the update of an adapter does not say where the model is sensitive"
     if torch.equal(_base(pair), as_searched(pair.weight)):
         return f"{none_came}it did not change"
@@ -140,23 +155,17 @@ def _rounded(job: Job, pair: Pair, result: SearchResult, curved: _Curved) -> Cho
     )
     if found.kept_nearest:
         return Chosen(result, about)
-
-    def seen_in(dtype: torch.dtype) -> DeltaStats:
-        stats = stats_of_codes(
-            weight, _base(pair), found.codes, result.scale, layout.granularity, dtype, result.zero
-        )
-        return stats.map(lambda field: field[None])
-
-    dequantized = seen_in(job.plan.dtype)
-    changed = {"codes": found.codes, "stats": seen_in(torch.float32), "dequantized_stats": dequantized}
-    return Chosen(dataclasses.replace(result, **changed), about)
+    chosen = dataclasses.replace(result, codes=found.codes)
+    return Chosen(measured(chosen, weight, _base(pair), layout.granularity, job.plan.dtype), about)
 
 
 class _Sides:
     """The factors of the weights of a batch; that of their inputs is kept for the next weight."""
 
     def __init__(self, job: Job, batch: Batch) -> None:
-        self._low_rank, self._batch = job.source.low_rank, batch
+        # an adapter's few directions are worse than none, but on a grid that would take the update away
+        self._low_rank, self._kept = job.source.low_rank and job.kept is None, job.kept is not None
+        self._batch = batch
         self._made_of: tuple[Tensor | None, int, RoundingSettings] | None = None
         self._inputs: Factor | None = None
 
@@ -169,6 +178,8 @@ class _Sides:
             outputs=statistics.outputs is not None,
             low_rank=self._low_rank,
         )
+        if self._kept:
+            settings = dataclasses.replace(settings, update=RoundingSettings.update)
         # the update is named where it stands beside what was collected, or in for it
         alone = statistics is _UPDATE or self._low_rank
         source = statistics.source if alone else f"{statistics.source} and update"

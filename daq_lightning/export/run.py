@@ -34,11 +34,10 @@ from daq_lightning.export.manifest import make_manifest
 from daq_lightning.export.ranks import ALONE, Agreement, RankLostError, Ranks
 from daq_lightning.export.rounding import choose_codes
 from daq_lightning.export.sampled import curve_names, look
+from daq_lightning.export.scales import search_scales
 from daq_lightning.export.stream import Pair, stream
 from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import Work, open_on_all, share_out
-from daq_lightning.numerics.objectives import as_searched
-from daq_lightning.numerics.search.search import search_batch
 from daq_lightning.numerics.search.stages import SearchResult
 from daq_lightning.report.figures import ExportReport
 from daq_lightning.report.html import page
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
     from daq_lightning.checkpoint.tensor_file import TensorSpec
     from daq_lightning.export.job import Job
     from daq_lightning.export.plan import TensorPlan
-    from daq_lightning.numerics.search.settings import ScaleSearch
 
 
 def run(
@@ -260,31 +258,6 @@ def _publish(
     writer.add_text(CARD, make_card(job, report, bool(recipe)))
     writer.write_json(MANIFEST, make_manifest(job, prints, writer.folder, out).to_dict())
     writer.publish()
-
-
-def search_scales(job: Job, batch: Sequence[Pair], search: ScaleSearch) -> list[SearchResult]:
-    """The scales of weights in one layout; without a base, a weight searched against itself keeps its absmax
-    scale.
-
-    Args:
-        job: What is exported.
-        batch: Some of it, all in the layout of the first.
-        search: Objective and candidates.
-
-    Raises:
-        ValueError: NaN or Inf in a weight, by name.
-    """
-    layout = batch[0].plan.layout
-    return search_batch(
-        [as_searched(pair.weight) for pair in batch],
-        [as_searched(pair.weight if pair.base is None else pair.base) for pair in batch],
-        layout.granularity,
-        search,
-        scale_format=layout.scale_format,
-        fmt=layout.scheme.format,
-        names=[pair.plan.spec.name for pair in batch],
-        reader_dtype=job.plan.dtype,
-    )
 
 
 def _check_finite(tensor: Tensor, name: str) -> None:

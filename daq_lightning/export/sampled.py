@@ -74,8 +74,9 @@ def curve_names(job: Job) -> frozenset[str]:
     """The weights whose objective is recorded: of every projection in turn, and evenly over the depth.
 
     None of codes along a curvature: a curve over alpha is of nearest rounding, which is not what is written.
+    None of a base's own scales, which are not searched.
     """
-    if job.settings.by_curvature or len(tried(job.settings.search)) < _LEAST_POINTS:
+    if job.settings.by_curvature or job.kept is not None or len(tried(job.settings.search)) < _LEAST_POINTS:
         return frozenset()
     by_projection: dict[str, list[str]] = {}
     for tensor in job.plan.quantized:

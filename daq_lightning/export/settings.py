@@ -23,7 +23,8 @@ class ExportSettings:
             row, powers of two. "W8A8": int8, a row. "W4A16": int4, 128 of a row, activations in 16 bit, as
             in all that follow. "W4A16_ASYM": the same with zero points. "NVFP4A16": E2M1, 16 of a row.
             "MXFP4A16": E2M1, 32 of a row, powers of two. "auto": FP8_BLOCK if all sizes are multiples of
-            128, else FP8_DYNAMIC.
+            128, else FP8_DYNAMIC. "keep": format, scales and unquantized modules of the base, a quantized
+            folder such as the one that an adapter was trained on.
         search: Objective and candidates of the scale search.
         rounding: How codes are chosen once scales are fixed. "nearest": each by itself. "curvature": so that
             their errors cancel where the model is sensitive to them, at plain scales unless a search other
@@ -65,7 +66,9 @@ class ExportSettings:
         check_ladder(self.scheme, self.ladder, self.budget)
         if isinstance(self.budget, int):  # as a recipe says it
             object.__setattr__(self, "budget", f"{self.budget} B")
-        if self.scheme != "auto":
+        if self.scheme == "keep":
+            self._check_kept()
+        elif self.scheme != "auto":
             choose_scheme(self.scheme, self.container, self.scale_format)
         if self.missing_base not in ("error", "absmax"):
             raise ValueError(f"Unknown missing_base {self.missing_base!r}: expected 'error' or 'absmax'.")
@@ -82,6 +85,23 @@ class ExportSettings:
             )
         if self.max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes must be at least 1, got {self.max_shard_bytes}.")
+
+    def _check_kept(self) -> None:
+        """Raises ValueError for choices that the base has made already."""
+        chosen = {
+            "container": self.container is not None,
+            "scale_format": self.scale_format is not None,
+            "ignore": bool(self.ignore),
+            "metric or search": self.search != ScaleSearch(),
+            "kv_cache": self.kv_cache is not None,
+            "budget": self.budget is not None,
+        }
+        given = [name for name, is_given in chosen.items() if is_given]
+        if given:
+            raise ValueError(
+                f"scheme='keep' takes format, scales, cache and unquantized modules from the base: leave "
+                f"{', '.join(given)} out, or name a scheme."
+            )
 
     @property
     def by_curvature(self) -> bool:

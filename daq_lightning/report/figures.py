@@ -35,7 +35,8 @@ from daq_lightning.report.sampled import AlphaCurve, ByStep
 from daq_lightning.report.shape import FLOAT_SUMS, check_report
 from daq_lightning.report.validation import Validation, validation_from_dict, validation_to_dict
 
-Side: TypeAlias = Literal["searched", "dequantized", "absmax", "root"]
+Side: TypeAlias = Literal["searched", "dequantized", "absmax", "plain", "root"]
+_SIDES: tuple[Side, ...] = ("searched", "dequantized", "absmax", "plain", "root")
 _READ_AS = {
     "searched": "float32 product of code and scale, as {family} kernels compute (vLLM, SGLang)",
     "dequantized": "that product rounded to {dtype}, as transformers dequantizes",
@@ -55,6 +56,7 @@ class TensorReport:
         alpha: Over its groups: min, mean, max, and the share of groups whose alpha is not 1 ("moved").
         searched: Sums over the tensor under the written scales.
         absmax: Sums under plain absmax scales.
+        plain: Sums of a plain merge, nearest codes at the scales of a base whose format is kept; else None.
         root: Sums of the written scales against the first base of a chain, if the tensor is part of one.
         dequantized: Sums of the written scales for a reader that dequantizes to 16 bit; None where its dtype
             does not hold all values, and in reports of a version that did not look at it.
@@ -73,6 +75,7 @@ class TensorReport:
     alpha: Mapping[str, float]
     searched: DeltaStats
     absmax: DeltaStats
+    plain: DeltaStats | None = None
     root: DeltaStats | None = None
     dequantized: DeltaStats | None = None
     rounding: Rounding | None = None
@@ -82,11 +85,7 @@ class TensorReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in `daq_report.json`, under its name."""
-        sides = {
-            side: _with_sums(stats)
-            for side in ("searched", "dequantized", "absmax", "root")
-            if (stats := getattr(self, side)) is not None
-        }
+        sides = {side: _with_sums(stats) for side in _SIDES if (stats := getattr(self, side)) is not None}
         return {
             "scheme": self.scheme,
             "shape": list(self.shape),
@@ -108,14 +107,11 @@ class TensorReport:
             dtype=entry["dtype"],
             scheme=entry["scheme"],
             alpha=entry["alpha"],
-            searched=_stats_from(entry["searched"]["sums"]),
-            absmax=_stats_from(entry["absmax"]["sums"]),
-            root=_stats_from(entry["root"]["sums"]) if "root" in entry else None,
-            dequantized=_stats_from(entry["dequantized"]["sums"]) if "dequantized" in entry else None,
             rounding=Rounding.from_dict(entry["rounding"]) if "rounding" in entry else None,
             without_base=entry.get("without_base", ""),
             by_step=ByStep.from_dict(entry["by_step"]) if "by_step" in entry else None,
             curve=AlphaCurve.from_dict(entry["curve"]) if "curve" in entry else None,
+            **{side: _stats_from(entry[side]["sums"]) for side in _SIDES if side in entry},
         )
 
 
@@ -160,8 +156,7 @@ class ExportReport:
         return figures(self.totals(side))
 
     def _sides(self) -> list[Side]:
-        sides: tuple[Side, ...] = ("searched", "dequantized", "absmax", "root")
-        return [side for side in sides if all(getattr(tensor, side) is not None for tensor in self.tensors)]
+        return [side for side in _SIDES if all(getattr(tensor, side) is not None for tensor in self.tensors)]
 
     def _read_as(self, side: str) -> str:
         return _READ_AS[side].format(dtype=self.dtype, family=family_of(self.scheme))
@@ -222,16 +217,16 @@ class ExportReport:
 
     def summary(self) -> str:
         """At most fifteen lines for a person: where it is, what was kept, how it validates, what to know."""
-        count = len(self.tensors)
+        count, known = len(self.tensors), self._sides()
+        scales = "plain scales" if self.plain else f"search for {self.search.get('metric', '?')}"
         lines = [
             f"{family_of(self.scheme)} export: {self.path}",
             f"  {count} weights as {self.scheme}, {len(self.kept)} tensors kept; "
-            + ("plain scales" if self.plain else f"search for {self.search.get('metric', '?')}"),
+            + ("scales of the base" if "plain" in known else scales),
             f"  {'':12}{'sign rate':>10}{'cosine':>10}{'gain':>10}{'mse':>12}{'lost':>9}",
         ]
-        sides: tuple[Side, ...] = ("absmax", "searched", "dequantized")
-        for side in sides:
-            if side not in self._sides():
+        for side in ("absmax", "plain", "searched", "dequantized"):
+            if side not in known:
                 continue
             values = self.metrics(side)
             direction = f"{values['sign_rate']:>10.4f}{values['cosine']:>10.4f}{values['gain']:>10.4f}"

@@ -67,7 +67,11 @@ def check_report(content: Mapping[str, Any], file: Path, sums_of: Sequence[str])
         )
         check("by_step" not in entry or _is_by_step(entry["by_step"]), f"counts in by_step of {name}")
         check("curve" not in entry or _is_curve(entry["curve"]), f"scores over alpha in curve of {name}")
-        for side in ("searched", "absmax", *(side for side in ("dequantized", "root") if side in entry)):
+        for side in (
+            "searched",
+            "absmax",
+            *(side for side in ("dequantized", "plain", "root") if side in entry),
+        ):
             sums = entry[side].get("sums") if isinstance(entry.get(side), dict) else None
             listed = ", ".join(sums_of)
             check(

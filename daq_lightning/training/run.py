@@ -23,11 +23,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from daq_lightning.checkpoint.destination import check_inputs
 from daq_lightning.checkpoint.manifest import Lineage
 from daq_lightning.checkpoint.writer import plan_shards
-from daq_lightning.export.job import Job, parts_of, plan_of, prepare
+from daq_lightning.export.job import Job, parts_of, prepare
 from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.plan import ExportPlan
 from daq_lightning.export.ranks import ALONE, Ranks
-from daq_lightning.export.run import run, search_scales
+from daq_lightning.export.run import run
+from daq_lightning.export.scales import search_scales
 from daq_lightning.export.source import Source
 from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import deal, dealt
@@ -50,7 +51,7 @@ from daq_lightning.training.references import Base, BaseRequest
 from daq_lightning.training.resume import own_state, reference_of
 from daq_lightning.training.run_settings import RunSettings
 from daq_lightning.training.schedule import Kept
-from daq_lightning.training.source import source_of
+from daq_lightning.training.source import planned, source_of, training_of
 from daq_lightning.training.survival import survival_in
 
 
@@ -227,12 +228,9 @@ class Run:
 
     def _write(self, model: LiveModel, state: Mapping[str, Any] | None, checkpoint: Path | None) -> None:
         trainer, settings = self._trainer, self._settings
-        training: dict[str, Any] = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
-        if checkpoint is not None:
-            training["checkpoint"] = str(checkpoint.absolute())
         model.gather_adapters()
         curvature = None if self.collector is None else self.collector.curvature(self._owners, self.ranks)
-        known = (training, curvature)
+        known = (training_of(trainer, checkpoint), curvature)
         job = self.ranks.together(lambda: self._job.after_training(source_of(trainer, model), *known))
         job = calibrated(job, trainer, model, state, self.ranks)
         with contextlib.ExitStack() as stack:
@@ -281,7 +279,7 @@ class Run:
             if self._judge is not None:
                 check_swappable(model)
         source = source_of(self._trainer, model)
-        return name, model, source, plan_of(source, self._settings.choices)
+        return name, model, source, planned(source, self._settings)
 
     def _model(self, state: Mapping[str, Any] | None) -> LiveModel:
         """The model as it is, or with the weights of a saved state."""

@@ -119,6 +119,8 @@ def expected_figures(b, p, q, windows):
         "perplexity": np.exp(nll.mean()),
         "reference_perplexity": np.exp(nll_ref.mean()),
         "perplexity_ratio": np.exp((nll - nll_ref).mean()),
+        "base_perplexity": np.exp(-b[at, target].mean()),
+        "recovery": (-b[at, target].mean() - nll.mean()) / (-b[at, target].mean() - nll_ref.mean()),
         "delta_p_mean": delta_p.mean(),
         "delta_p_rms": np.sqrt((delta_p**2).mean()),
         "same_top": (top_q == top_p).mean(),

@@ -132,6 +132,9 @@ def test_the_config_of_another_scheme_is_found(exported, tmp_path):
 
     folder = shutil.copytree(exported("W4A16"), tmp_path / "size")
     edit_json(folder, "config.json", lambda config: weights(config).update(group_size=64))
+    assert failed(folder) == {"one scale per weight", "report"}
+    folder = shutil.copytree(exported("W4A16"), tmp_path / "strategy")
+    edit_json(folder, "config.json", lambda config: weights(config).update(strategy="tensor"))
     assert failed(folder) == {"config.json", "report"}
     folder = shutil.copytree(exported("W4A16"), tmp_path / "zero")
     edit_json(folder, "config.json", lambda config: weights(config).update(symmetric=False))

@@ -52,6 +52,23 @@ def test_such_a_folder_is_a_base_and_is_exported_from(tmp_path):
     assert all(bool(tensor.searched.n_changed) for tensor in report.tensors)
 
 
+def test_codes_may_be_stored_under_another_dtype(tmp_path):
+    """As `bnb_4bit_quant_storage` has it for sharded training: the same bytes."""
+
+    def recast(tensors):
+        tensors["nf4_plain.weight"] = tensors["nf4_plain.weight"].flatten().view(torch.bfloat16)[:, None]
+
+    checkpoint = load_checkpoint(folder_of(tmp_path, recast))
+    assert torch.equal(checkpoint["nf4_plain.weight"], MADE["expected.nf4_plain.weight"])
+
+
+def test_its_format_is_not_kept(tmp_path):
+    (tmp_path / "base").mkdir()
+    base = load_checkpoint(folder_of(tmp_path / "base"))
+    with pytest.raises(CheckpointError, match="a format to train on and not one to serve: name a scheme"):
+        export_checkpoint(dict(base), base, tmp_path / "out", scheme="keep")
+
+
 def state_of(**changes):
     said = json.loads(bytes(MADE[STATE].tolist())) | changes
     return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)

@@ -28,7 +28,7 @@ from daq_lightning.cli import main
 from daq_lightning.export.job import prepare
 from daq_lightning.export.losses import losses_of, rows_of
 from daq_lightning.export.mixed import within_budget
-from daq_lightning.export.run import search_scales
+from daq_lightning.export.scales import search_scales
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.export.stream import Pair

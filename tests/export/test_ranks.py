@@ -23,7 +23,8 @@ from daq_lightning.checkpoint.writer import plan_shards
 from daq_lightning.export.job import prepare
 from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.ranks import ALONE, Agreement, Ranks
-from daq_lightning.export.run import run, search_scales
+from daq_lightning.export.run import run
+from daq_lightning.export.scales import search_scales
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.export.work import deal, share_out

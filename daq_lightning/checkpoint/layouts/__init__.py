@@ -32,11 +32,16 @@ _READERS: Mapping[Container, Callable[[Mapping[str, Any]], Sequence[Described]]]
 
 
 def make_layout(
-    name: str, *, container: Container | None = None, scale_format: ScaleFormat | None = None
+    name: str,
+    *,
+    container: Container | None = None,
+    scale_format: ScaleFormat | None = None,
+    group: int | None = None,
 ) -> Layout:
-    """The layout of a scheme; arguments and errors are those of `choose_scheme`."""
+    """The layout of a scheme; arguments and errors are those of `choose_scheme`, but for `group`: how many
+    neighbours in a row share a scale, None for the scheme's own."""
     scheme, container, scale_format = choose_scheme(name, container, scale_format)
-    return _LAYOUTS[container](scheme=scheme, scale_format=scale_format)
+    return _LAYOUTS[container](scheme=scheme.in_groups(group), scale_format=scale_format)
 
 
 def listed_modules(quantization: Mapping[str, Any]) -> list[str]:
@@ -68,7 +73,12 @@ def read_layouts(quantization: Mapping[str, Any]) -> Layouts:
         )
     groups = [
         (
-            make_layout(one.scheme, container=method, scale_format="ue8m0" if one.powers_of_two else None),
+            make_layout(
+                one.scheme,
+                container=method,
+                scale_format="ue8m0" if one.powers_of_two else None,
+                group=one.group,
+            ),
             one.targets,
         )
         for one in _READERS[method](quantization)

@@ -22,6 +22,7 @@ Source: compressed-tensors 0.20, `QuantizationConfig` and `quant_scheme`; vLLM, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -63,7 +64,8 @@ class CompressedTensorsLayout(Layout):
             return ExponentScales()
         if self.scheme.scale_format == "e4m3":
             return E4M3Scales()
-        return NumberScales(torch.bfloat16 if _is_integer(self.scheme.format) else torch.float32)
+        usual = torch.bfloat16 if _is_integer(self.scheme.format) else torch.float32
+        return NumberScales(self.scale_dtype or usual)
 
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """See `Layout.quantization_config`."""
@@ -120,9 +122,15 @@ def _described(group: Mapping[str, Any], known: Sequence[Scheme]) -> Described:
         raise CheckpointError(f"a config group should have a list of names in targets, got {targets!r:.80}")
     said = _said(weights) if isinstance(weights, Mapping) else {}
     activations = bool(group.get("input_activations"))
+    size = said.get("group_size")
     for scheme in known:
-        if _said(_weights(scheme)) == said and scheme.quantized_activations == activations:
+        if scheme.quantized_activations != activations:
+            continue
+        if _said(_weights(scheme)) == said:
             return Described(scheme=scheme.name, targets=tuple(targets))
+        with contextlib.suppress(ValueError):
+            if isinstance(size, int) and _said(_weights(scheme.in_groups(size))) == said:
+                return Described(scheme=scheme.name, targets=tuple(targets), group=size)
     names = ", ".join(scheme.name for scheme in known)
     raise CheckpointError(
         f"weights {'with' if activations else 'without'} quantized activations should be described as those "

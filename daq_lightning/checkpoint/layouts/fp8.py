@@ -40,7 +40,7 @@ class Fp8Layout(Layout):
     @property
     def scales(self) -> Scales:
         """float32, as `X.weight_scale_inv`."""
-        return NumberScales(torch.float32, "_scale_inv")
+        return NumberScales(self.scale_dtype or torch.float32, "_scale_inv")
 
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """See `Layout.quantization_config`; vLLM matches full names only, no patterns."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.layouts.parts import SCALE, Codes, Part, Scales, Unpacked
@@ -26,11 +27,13 @@ class Described:
         scheme: The field's name.
         powers_of_two: Whether scales are.
         targets: The modules it is for, as compressed-tensors names them; empty for all.
+        group: How many neighbours in a row share a scale; None for the scheme's own.
     """
 
     scheme: str
     powers_of_two: bool = False
     targets: tuple[str, ...] = ()
+    group: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +44,14 @@ class Layout(ABC):
         scheme: What is quantized how.
         scale_format: What the readers keep of a scale.
         kv_cache: Whether keys and values are cached in FP8, of which only compressed-tensors can speak.
+        scale_dtype: Of scales that are numbers, in the file; None for the usual one.
     """
 
     container: ClassVar[Container]
     scheme: Scheme
     scale_format: ScaleFormat
     kv_cache: bool = False
+    scale_dtype: torch.dtype | None = None
 
     @property
     def granularity(self) -> Granularity:

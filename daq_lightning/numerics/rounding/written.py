@@ -7,6 +7,9 @@ Legend: M out, N in.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,9 @@ from daq_lightning.numerics.formats import Granularity
 from daq_lightning.numerics.objectives import DeltaStats, sums
 from daq_lightning.numerics.quantize import dequantize
 from daq_lightning.numerics.tiling import bands
+
+if TYPE_CHECKING:
+    from daq_lightning.numerics.search.stages import SearchResult
 
 _BAND = 1 << 20  # elements that are held in float64 at a time
 
@@ -49,3 +55,29 @@ def stats_of_codes(
         # row by row first: a sum whose order does not depend on the number of threads
         total = total.add(sums(weight_MN[rows].float(), base_MN[rows].float(), seen).total())
     return total
+
+
+def measured(
+    result: SearchResult,
+    weight_MN: Tensor,
+    base_MN: Tensor,
+    granularity: Granularity,
+    reader_dtype: torch.dtype,
+) -> SearchResult:
+    """A result with the sums of its codes and scales, of the whole weight as one group.
+
+    Args:
+        result: Codes, scales and zero points.
+        weight_MN: The fine-tuned weight.
+        base_MN: The weight before fine-tuning.
+        granularity: Which elements share a scale.
+        reader_dtype: What a reader dequantizes to.
+    """
+
+    def seen_in(dtype: torch.dtype) -> DeltaStats:
+        stats = stats_of_codes(
+            weight_MN, base_MN, result.codes, result.scale, granularity, dtype, result.zero
+        )
+        return stats.map(lambda field: field[None])
+
+    return dataclasses.replace(result, stats=seen_in(torch.float32), dequantized_stats=seen_in(reader_dtype))
