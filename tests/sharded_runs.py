@@ -260,7 +260,7 @@ def without_checkpoints(folder: Path, kind: str) -> None:
 
 def failing(folder: Path, kind: str) -> None:
     """The first export fails on rank 1 alone; the run goes on, and the second is made."""
-    from daq_lightning.export import run as module
+    from daq_lightning.export import scales as module
 
     original, calls = module.search_batch, []
 

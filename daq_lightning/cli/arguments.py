@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from daq_lightning import __version__
@@ -19,6 +18,8 @@ from daq_lightning.numerics.search.settings import ScaleSearch
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+_COLUMNS = 80
 
 
 def make_parser() -> ArgumentParser:
@@ -246,7 +247,9 @@ def _add_setting(group: Any, settings: type, name: str) -> None:
     ]
     option, words = f"--{name.replace('_', '-')}", _help_of(settings, name)
     if allowed:
-        group.add_argument(option, choices=allowed, default=field.default, help=words)
+        listed = f"{{{','.join(map(str, allowed))}}}"
+        short = "NAME" if len(f"  {option} {listed}") > _COLUMNS else None  # the words say which there are
+        group.add_argument(option, choices=allowed, default=field.default, help=words, metavar=short)
     else:
         group.add_argument(option, type=kind, default=field.default, help=words, metavar=name[0].upper())
 
@@ -291,10 +294,3 @@ def normalized(argv: list[str]) -> list[str]:
 def _dashed(option: str) -> str:
     name, equals, value = option.partition("=")
     return name.replace("_", "-") + equals + value
-
-
-def in_options(message: str) -> str:
-    """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
-    names = "scheme|rounding|calibrate|container|scale_format|kv_cache|kv_text|missing_base|parent|chain_from"
-    named = rf"\b({names}|budget|device)='([^']*)'"
-    return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)

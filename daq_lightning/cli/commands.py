@@ -78,13 +78,13 @@ def quantize(options: Namespace) -> int:
             budget=options.budget,
             ladder=tuple(options.ladder),
         )
+        check_text(options.kv_cache, options.kv_text)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     if options.calibrate is None and options.calibrate_sha256 is not None:
         raise UsageError("--calibrate-sha256 is that of a text, but --calibrate is missing.")
     if options.push_to_hub is not None and not is_repository(options.push_to_hub):
         raise UsageError(f"--push-to-hub expects ORG/NAME, got {options.push_to_hub}.")
-    check_text(options.kv_cache, options.kv_text)
     device = device_of_rank(options.device)
     with all_ranks() as ranks:
 

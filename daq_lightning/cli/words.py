@@ -5,6 +5,7 @@ A paragraph that begins with two spaces is shown as it stands; others are filled
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 DONE, REFUSED, USAGE, PROBLEMS, MISTAKE, INTERRUPTED, NO_READER = 0, 1, 2, 3, 70, 130, 141
@@ -65,3 +66,10 @@ def about() -> str:
     for code, meaning in EXIT_CODES.items():
         lines += textwrap.wrap(meaning, 76, initial_indent=f"  {code:>3}  ", subsequent_indent=" " * 7)
     return ABOUT + "\n".join(lines)
+
+
+def in_options(message: str) -> str:
+    """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
+    names = "scheme|rounding|calibrate|container|scale_format|kv_cache|kv_text|missing_base|parent|chain_from"
+    named = rf"\b({names}|budget|device)='([^']*)'"
+    return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)

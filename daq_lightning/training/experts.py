@@ -83,7 +83,8 @@ def places_of(model: LiveModel, names: Iterable[str]) -> tuple[dict[str, Place],
             continue
         if key not in rows:
             stack = getattr(module, leaf)
-            probe = torch.arange(stack.shape[0] * stack.shape[1], device="cpu").reshape(*stack.shape[:2], 1)
+            count = stack.shape[0] * stack.shape[1]
+            probe = torch.arange(count, dtype=torch.int64, device="cpu").reshape(*stack.shape[:2], 1)
             parts = model.architecture.split(key, probe)
             rows[key] = {part: _rows(lines, stack.shape[1]) for part, lines in parts.items()}
         expert, where = rows[key][name]

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from daq_lightning.checkpoint.destination import check_inputs
 from daq_lightning.checkpoint.manifest import Lineage
 from daq_lightning.checkpoint.writer import plan_shards
-from daq_lightning.export.job import Job, parts_of, prepare
+from daq_lightning.export.job import Job, parts_of, plan_of, prepare
 from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.plan import ExportPlan
 from daq_lightning.export.ranks import ALONE, Ranks
@@ -51,7 +51,7 @@ from daq_lightning.training.references import Base, BaseRequest
 from daq_lightning.training.resume import own_state, reference_of
 from daq_lightning.training.run_settings import RunSettings
 from daq_lightning.training.schedule import Kept
-from daq_lightning.training.source import planned, source_of, training_of
+from daq_lightning.training.source import kept_of, source_of, training_of
 from daq_lightning.training.survival import survival_in
 
 
@@ -279,7 +279,7 @@ class Run:
             if self._judge is not None:
                 check_swappable(model)
         source = source_of(self._trainer, model)
-        return name, model, source, planned(source, self._settings)
+        return name, model, source, plan_of(source, self._settings.choices, kept=kept_of(self._settings))
 
     def _model(self, state: Mapping[str, Any] | None) -> LiveModel:
         """The model as it is, or with the weights of a saved state."""

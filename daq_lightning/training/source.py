@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 
 from daq_lightning.checkpoint.reader import Checkpoint
-from daq_lightning.export.job import plan_of
 from daq_lightning.export.kept import KeptFormat
 from daq_lightning.export.source import Source
 from daq_lightning.model.live import LiveModel
 
 if TYPE_CHECKING:
-    from daq_lightning.export.plan import ExportPlan
     from daq_lightning.training.run_settings import RunSettings
 
 
@@ -44,15 +42,6 @@ def training_of(trainer: Trainer, checkpoint: Path | None) -> dict[str, Any]:
     """Where in a run weights come from, for the manifest."""
     where: dict[str, Any] = {"global_step": trainer.global_step, "epoch": trainer.current_epoch}
     return where if checkpoint is None else where | {"checkpoint": str(checkpoint.absolute())}
-
-
-def planned(source: Source, settings: RunSettings) -> ExportPlan:
-    """What happens to each tensor of a run's model.
-
-    Raises:
-        CheckpointError: As for `plan_of`, or the base is no quantized folder, whose format is to be kept.
-    """
-    return plan_of(source, settings.choices, kept=kept_of(settings))
 
 
 def kept_of(settings: RunSettings) -> KeptFormat | None:

@@ -302,7 +302,7 @@ def test_a_base_that_is_not_quantized_or_no_folder_is_refused(plain, tmp_path, c
         "--scheme",
         "keep",
     ]
-    assert main(called) == 2
+    assert main(called) == 1
     assert "not quantized" in capsys.readouterr().err
 
 

@@ -226,7 +226,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_rest_is_resumed(pair, tmp
 
 def _leave_unfinished(pair: Path, out: Path, monkeypatch) -> Path:
     """An export that is cut off after some files."""
-    from daq_lightning.export import run as module
+    from daq_lightning.export import scales as module
 
     searched = []
     original = module.search_batch
@@ -300,7 +300,7 @@ def _scenario(name: str, pair: Path, out: Path) -> None:
     everyone = Ranks.all()
     rank = everyone.rank
     if name in ("error", "slow"):
-        from daq_lightning.export import run as module
+        from daq_lightning.export import scales as module
 
         original, count = module.search_batch, []
 

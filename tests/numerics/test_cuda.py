@@ -27,7 +27,8 @@ from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.formats.int4 import INT4
 from daq_lightning.numerics.formats.int8 import INT8
 from daq_lightning.numerics.objectives import METRICS, score
-from daq_lightning.numerics.quantize import absmax_scale, quantize, round_scale
+from daq_lightning.numerics.quantize import absmax_scale, quantize
+from daq_lightning.numerics.scales import round_scale
 from daq_lightning.numerics.search.search import search_scale
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.search.stages import Task

@@ -10,7 +10,8 @@ from daq_lightning.numerics.backends import delta_stats, reference
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.objectives import score
-from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize, round_scale
+from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
+from daq_lightning.numerics.scales import round_scale
 from daq_lightning.numerics.search.grid import coarse
 from daq_lightning.numerics.search.search import search_scale
 from daq_lightning.numerics.search.settings import ScaleSearch

@@ -25,7 +25,8 @@ from daq_lightning.numerics.formats import SCALE_FORMATS, PerBlock, PerChannel, 
 from daq_lightning.numerics.formats.fp4 import FP4_E2M1
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.objectives import METRICS, DeltaStats, measure, score
-from daq_lightning.numerics.quantize import absmax_scale, dequantize, global_scale_of, quantize, round_scale
+from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
+from daq_lightning.numerics.scales import global_scale_of, round_scale
 from daq_lightning.numerics.search.grid import neighbours
 from daq_lightning.numerics.search.search import search_batch, search_scale
 from daq_lightning.numerics.search.settings import ScaleSearch

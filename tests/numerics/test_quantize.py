@@ -10,7 +10,8 @@ import torch
 
 from daq_lightning.numerics.formats import SMALLEST_SCALE, PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
-from daq_lightning.numerics.quantize import absmax_scale, dequantize, encode, quantize, round_scale
+from daq_lightning.numerics.quantize import absmax_scale, dequantize, encode, quantize
+from daq_lightning.numerics.scales import round_scale
 
 SMALLEST_NORMAL = np.float32(2.0**-126)
 

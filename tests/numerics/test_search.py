@@ -11,7 +11,8 @@ import torch
 from daq_lightning.numerics.backends import reference
 from daq_lightning.numerics.formats import PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.objectives import METRICS, DeltaStats, measure, score
-from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize, round_scale
+from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
+from daq_lightning.numerics.scales import round_scale
 from daq_lightning.numerics.search.search import search_scale
 from daq_lightning.numerics.search.settings import WIDE_RANGE, ScaleSearch
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from daq_lightning.numerics.backends import delta_stats
 from daq_lightning.numerics.formats import Format, PerChannel, ScaleFormat
 from daq_lightning.numerics.objectives import score
-from daq_lightning.numerics.quantize import round_scale, zero_of
+from daq_lightning.numerics.scales import round_scale, zero_of
 from daq_lightning.numerics.search.grid import coarse, fine
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.tiling import extremes

@@ -22,7 +22,7 @@ from daq_lightning.numerics.backends import Backend, choose
 from daq_lightning.numerics.formats import Format, Granularity, PerTensor, ScaleFormat
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.objectives import DeltaStats
-from daq_lightning.numerics.quantize import check_scale_format, global_scale_of
+from daq_lightning.numerics.scales import check_scale_format, global_scale_of
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.search.stages import SearchResult, Task
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from daq_lightning.numerics.formats import Format, Granularity, ScaleFormat
 from daq_lightning.numerics.objectives import DeltaStats, score
-from daq_lightning.numerics.quantize import absmax_to_scale, round_scale, zero_of
+from daq_lightning.numerics.scales import absmax_to_scale, round_scale, zero_of
 from daq_lightning.numerics.search.grid import STEPS_AN_OCTAVE, coarse, fine, neighbour_steps, neighbours
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.tiling import bands, extremes
