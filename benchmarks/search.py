@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from daq_lightning.numerics.backends import choose, delta_stats, reference
+from daq_lightning.numerics.encode import encode
 from daq_lightning.numerics.formats import Format, Granularity, PerBlock, PerChannel, ScaleFormat
 from daq_lightning.numerics.formats.fp4 import FP4_E2M1
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.formats.int4 import INT4
 from daq_lightning.numerics.formats.int8 import INT8
-from daq_lightning.numerics.quantize import absmax_scale, encode, quantize
+from daq_lightning.numerics.quantize import absmax_scale, quantize
 from daq_lightning.numerics.search.search import search_scale
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.tiling import to_groups

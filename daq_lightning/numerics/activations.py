@@ -25,9 +25,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from daq_lightning.numerics.encode import encode
 from daq_lightning.numerics.formats import SMALLEST_SCALE, Format, ScaleFormat
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
-from daq_lightning.numerics.quantize import encode
 from daq_lightning.numerics.scales import round_scale
 
 _TOKEN_FLOOR = 1 / 512  # smallest absmax whose scale is followed

@@ -34,6 +34,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from daq_lightning.numerics.encode import encode
 from daq_lightning.numerics.formats import Format, Granularity, ScaleFormat
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.scales import absmax_to_scale, zero_of
@@ -194,20 +195,6 @@ def dequantize(
             codes -= scale_of_rows(zero, rows, shape_MN, granularity)
         weight_MN[rows] = (codes * scale_of_rows(factor, rows, shape_MN, granularity)).to(dtype)
     return weight_MN
-
-
-def encode(scaled: Tensor, fmt: Format = FP8_E4M3, zero: Tensor | None = None) -> Tensor:
-    """Rounds float32 values that are divided by their scale: saturates, then nearest, ties to even."""
-    if zero is not None:
-        return (scaled.clamp(fmt.low - zero, fmt.max - zero).round() + zero).to(fmt.dtype)
-    scaled = scaled.clamp(fmt.low, fmt.max)
-    if not fmt.dtype.is_floating_point:
-        return scaled.round().to(fmt.dtype)
-    if torch.finfo(fmt.dtype).max != fmt.max:  # codes of a coarser grid than that of their dtype
-        exponent = torch.frexp(scaled.abs().clamp(min=fmt.min_normal)).exponent - 1
-        step = torch.ldexp(torch.ones_like(scaled), exponent - fmt.mantissa_bits)
-        scaled = (scaled / step).round() * step
-    return scaled.to(fmt.dtype)
 
 
 def _row_bands(shape_MN: tuple[int, int]) -> list[slice]:

@@ -38,10 +38,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from daq_lightning.numerics.encode import encode
 from daq_lightning.numerics.formats import Granularity, ScaleFormat
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.objectives import DeltaStats, Metric, score
-from daq_lightning.numerics.quantize import encode
 from daq_lightning.numerics.tiling import bands, group_sizes, to_groups
 
 _LOWEST = -10  # levels l: below, codes are 0 under every scale of the octave

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from daq_lightning.numerics.encode import encode
 from daq_lightning.numerics.formats import SMALLEST_SCALE, PerBlock, PerChannel, PerTensor
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
-from daq_lightning.numerics.quantize import absmax_scale, dequantize, encode, quantize
+from daq_lightning.numerics.quantize import absmax_scale, dequantize, quantize
 from daq_lightning.numerics.scales import round_scale
 
 SMALLEST_NORMAL = np.float32(2.0**-126)
@@ -63,7 +64,7 @@ def test_the_scalar_definition_ml_dtypes_and_encode_agree_on_every_bfloat16():
     in_range = values.astype(np.float32)
     scalar = np.array([e4m3_scalar(float(value)) for value in in_range], np.float32)
     outside = e4m3_codes(in_range).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    ours = encode(torch_bfloat16(values).float())
+    ours = encode(torch_bfloat16(values).float(), FP8_E4M3)
     assert np.array_equal(outside, scalar)
     assert np.array_equal(as_bytes(ours), e4m3_codes(in_range))  # the signs of zeros too
 

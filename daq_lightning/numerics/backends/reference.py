@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from daq_lightning.numerics.encode import encode
 from daq_lightning.numerics.formats import Format, Granularity
 from daq_lightning.numerics.objectives import DeltaStats, sums
-from daq_lightning.numerics.quantize import absmax, encode, quantize
+from daq_lightning.numerics.quantize import absmax, quantize
 from daq_lightning.numerics.rounding import blocked, triangular
 from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, search_in_steps
 from daq_lightning.numerics.tiling import group_sizes, patches, to_groups

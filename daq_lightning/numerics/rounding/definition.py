@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from daq_lightning.numerics.encode import encode
 from daq_lightning.numerics.formats import Format
-from daq_lightning.numerics.quantize import encode
 from daq_lightning.numerics.rounding.loss import nearest_loss
 from daq_lightning.numerics.rounding.walk import RoundingTask, Walked, sides
 
