@@ -62,7 +62,8 @@ class Rows:
             of_setting = [getattr(setting, name) for name in _SETTING]
             values = [f"{figures.get(name, float('nan')):.6g}" for name in self._figures]
             writer.writerow([*key, *of_setting, f"{seconds:.2f}", *values])
-        self.found[key] = {"seconds": seconds} | figures
+        known = {name: figures.get(name, float("nan")) for name in self._figures}
+        self.found[key] = {"seconds": seconds} | known
 
     def of(self, model: str, base: str, setting: Setting) -> list[dict[str, float]]:
         """The rows of a setting, one for each `seed`."""
