@@ -116,7 +116,8 @@ def _measured(
     plan = dataclasses.replace(job.plan, tensors=tuple(job.plan.quantized))
     shards = plan_shards(plan.stored_together, job.settings.max_shard_bytes)
     work = share_out(plan, shards, ranks, together=False)
-    with contextlib.closing(stream(job, work, ranks, agreement, device=device, progress=progress)) as batches:
+    measured = stream(job, work, ranks, agreement, device=device, progress=progress, what="Measure")
+    with contextlib.closing(measured) as batches:
         for batch in batches:
             with agreement.attempt():
                 for pair in batch:

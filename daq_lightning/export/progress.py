@@ -13,28 +13,29 @@ _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 _Part = TypeVar("_Part")
 
 
-def with_progress(parts: Sequence[_Part], size: Callable[[_Part], int]) -> Iterator[_Part]:
+def with_progress(
+    parts: Sequence[_Part], size: Callable[[_Part], int], what: str = "Export"
+) -> Iterator[_Part]:
     """The parts of an export one after the other; each counts as done when the next is asked for.
 
     Args:
         parts: What is exported.
         size: Bytes that a part makes.
+        what: What is done, in a word.
     """
-    return _with_bar(parts, size) if sys.stderr.isatty() else _with_lines(parts, size)
+    return _with_bar(parts, size, what) if sys.stderr.isatty() else _with_lines(parts, size, what)
 
 
-def _with_bar(parts: Sequence[_Part], size: Callable[[_Part], int]) -> Iterator[_Part]:
+def _with_bar(parts: Sequence[_Part], size: Callable[[_Part], int], what: str) -> Iterator[_Part]:
     from tqdm import tqdm
 
-    with tqdm(
-        total=sum(map(size, parts)), unit="B", unit_scale=True, desc="Export", dynamic_ncols=True
-    ) as bar:
+    with tqdm(total=sum(map(size, parts)), unit="B", unit_scale=True, desc=what, dynamic_ncols=True) as bar:
         for part in parts:
             yield part
             bar.update(size(part))
 
 
-def _with_lines(parts: Sequence[_Part], size: Callable[[_Part], int]) -> Iterator[_Part]:
+def _with_lines(parts: Sequence[_Part], size: Callable[[_Part], int], what: str) -> Iterator[_Part]:
     total, done = sum(map(size, parts)), 0
     start = last = time.monotonic()
     for part in parts:
@@ -44,7 +45,7 @@ def _with_lines(parts: Sequence[_Part], size: Callable[[_Part], int]) -> Iterato
         if done == total or now - last > _LINE_SECONDS:
             last, rate = now, done / max(now - start, 1e-9)
             sys.stderr.write(
-                f"Export: {done / max(total, 1):.0%} of {size_text(total)}, {rate / 1e6:.3g} MB/s, "
+                f"{what}: {done / max(total, 1):.0%} of {size_text(total)}, {rate / 1e6:.3g} MB/s, "
                 f"{(total - done) / max(rate, 1e-9):.0f} s left\n"
             )
             sys.stderr.flush()

@@ -60,6 +60,7 @@ def stream(
     *,
     device: str | torch.device | None = None,
     progress: bool = False,
+    what: str = "Export",
 ) -> Generator[Batch, None, None]:
     """The tensors of a job that this rank exports, in batches.
 
@@ -73,9 +74,10 @@ def stream(
         agreement: Of the ranks; None makes one.
         device: Where pairs are moved to; None leaves each where it lies.
         progress: Whether to show how far all ranks are, on rank 0.
+        what: What is done, in a word, for that.
     """
     agreement = Agreement(ranks) if agreement is None else agreement
-    shown = with_progress(work.rounds, _size) if progress and ranks.rank == 0 else work.rounds
+    shown = with_progress(work.rounds, _size, what) if progress and ranks.rank == 0 else work.rounds
     with contextlib.closing(_ReadAhead(job, work, ranks)) as ahead:
         for turn in shown:
             pairs: list[Pair] = []
