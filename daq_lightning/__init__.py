@@ -1,4 +1,4 @@
-"""Delta-aware FP8 export for models fine-tuned with Lightning.
+"""Delta-aware FP8 and 4-bit export for models fine-tuned with Lightning.
 
 Quantization to FP8 rounds much of what fine-tuning changed away. This package searches each scale so that the
 direction of the change survives (arXiv 2603.22324), and writes checkpoints that vLLM, SGLang and transformers
