@@ -42,7 +42,6 @@ from daq_lightning import ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.export.job import prepare
 from daq_lightning.export.mixed import within_budget
-from daq_lightning.export.run import search_scales
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.numerics.divergence import compare_logits, kl_divergence_to_reference
@@ -97,7 +96,7 @@ class Study:
         settings = ExportSettings(scheme="W4A16", budget=f"{bits} bits", rounding="nearest", ladder=LADDER)
         known = self.curvature if curvature else None
         job = prepare(Source.of(self.post), Checkpoint(self.base), settings, curvature=known)
-        placement = within_budget(job, search_scales).placement
+        placement = within_budget(job).placement
         assert placement is not None
         return placement
 

@@ -54,8 +54,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     base, post = tiny_models.make_pair(folder, lambda: tiny_models.llama(num_hidden_layers=1), size=0.02)
     for path in (base, post):
-        (path / "tokenizer_config.json").unlink()
-        (path / "chat_template.jinja").unlink()
         text_models.save_tokenizer(path)
     post.rename(folder / "fine-tuned")
     text_models.write_text(folder / "held-out.txt")

@@ -11,7 +11,9 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] + '.' + m['content'] + '\n' }}{%
 
 
 def save_tokenizer(folder):
-    """Token 0 is anything unknown, the letters come after it."""
+    """Token 0 is anything unknown, the letters come after it; what is there of a tokenizer goes."""
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
     tokenizer = Tokenizer(
         models.WordLevel({"<unk>": 0} | {c: i for i, c in enumerate(LETTERS, 1)}, unk_token="<unk>")
     )

@@ -37,7 +37,6 @@ def quantize(options: Namespace) -> int:
     from daq_lightning.export.kv_text import calibrated_on, check_text
     from daq_lightning.export.mixed import within_budget
     from daq_lightning.export.run import check_device, run
-    from daq_lightning.export.scales import search_scales
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.export.source import Source
     from daq_lightning.model.hub import is_repository
@@ -109,7 +108,7 @@ def quantize(options: Namespace) -> int:
         )
         if options.out is not None and choices.budget is not None:  # before an hour of measuring
             ranks.first(lambda: _check_out(job, options))
-        job = within_budget(job, search_scales, device=device, progress=not options.quiet, ranks=ranks)
+        job = within_budget(job, device=device, progress=not options.quiet, ranks=ranks)
         if options.dry_run:
             return _show_plan(job, options) if ranks.rank == 0 else DONE
         job = calibrated_on(job, options.kv_text, device=device, ranks=ranks)

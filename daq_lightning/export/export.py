@@ -20,7 +20,6 @@ from daq_lightning.export.kv_text import calibrated_on, check_text
 from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import check_device, run
-from daq_lightning.export.scales import search_scales
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.model.hub import local_folder, push_folder
@@ -171,7 +170,7 @@ def export_checkpoint(
         place = Path(out).expanduser()
         if budget is not None:  # before anything is measured
             ranks.first(lambda: check_destination(place))
-        job = within_budget(job, search_scales, device=device, progress=progress, ranks=ranks)
+        job = within_budget(job, device=device, progress=progress, ranks=ranks)
         job = calibrated_on(job, text, device=device, ranks=ranks)
         report = run(job, place, device=device, progress=progress, ranks=ranks, resume=resume)
         if push_to_hub is not None:

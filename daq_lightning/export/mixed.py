@@ -20,6 +20,7 @@ from daq_lightning.checkpoint.writer import plan_shards
 from daq_lightning.export.losses import kind_of, losses_of, rows_of
 from daq_lightning.export.ranks import ALONE, Agreement, Ranks
 from daq_lightning.export.rungs import Options
+from daq_lightning.export.scales import search_scales
 from daq_lightning.export.stream import stream
 from daq_lightning.export.work import share_out
 from daq_lightning.numerics.knapsack import choose_options
@@ -28,12 +29,11 @@ from daq_lightning.report.placement import PlacedGroup, Placement
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.tensor_file import TensorSpec
     from daq_lightning.export.job import Job
-    from daq_lightning.export.losses import LossKind, SearchScales
+    from daq_lightning.export.losses import LossKind
 
 
 def within_budget(
     job: Job,
-    search: SearchScales,
     *,
     device: str | torch.device | None = None,
     progress: bool = False,
@@ -43,7 +43,6 @@ def within_budget(
 
     Args:
         job: What `prepare` settled, on the lowest rungs; all its weights are read once.
-        search: `daq_lightning.export.run.search_scales`.
         device: Where to measure; None where each weight lies.
         progress: Whether to show how far it is.
         ranks: The processes that share the work; all of them call this.
@@ -59,7 +58,7 @@ def within_budget(
     options = Options(job.settings, job.plan.rungs, chosen, job.plan.dtype)
     capacity = options.capacity()
     kind, why = kind_of(job, [spec.name for spec in chosen])
-    losses = _measured(job, options, kind, search, device, progress, ranks)
+    losses = _measured(job, options, kind, device, progress, ranks)
     groups = list(options.rungs)
     taken = choose_options(
         [list(options.sizes[group].values()) for group in groups],
@@ -104,7 +103,6 @@ def _measured(
     job: Job,
     options: Options,
     kind: LossKind,
-    search: SearchScales,
     device: str | torch.device | None,
     progress: bool,
     ranks: Ranks,
@@ -124,7 +122,7 @@ def _measured(
                     name = pair.plan.spec.name
                     if len(allowed[name]) > 1:
                         layouts = {rung: options.layouts[rung] for rung in allowed[name]}
-                        mine[name] = losses_of(job, pair, layouts, kind, search)
+                        mine[name] = losses_of(job, pair, layouts, kind, search_scales)
         agreement.end()
     every: Mapping[str, dict[str, float]] = ranks.union(mine)
     return {

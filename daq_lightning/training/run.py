@@ -28,7 +28,6 @@ from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.plan import ExportPlan
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import run
-from daq_lightning.export.scales import search_scales
 from daq_lightning.export.source import Source
 from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import deal, dealt
@@ -237,7 +236,7 @@ class Run:
             name = Path(settings.dirpath) / settings.schedule.name(trainer)
             out = self.ranks.first(lambda: stack.enter_context(free_name(name)))
             timings = Timings()
-            job = within_budget(job, search_scales, device=trainer.strategy.root_device, ranks=self.ranks)
+            job = within_budget(job, device=trainer.strategy.root_device, ranks=self.ranks)
             if self._judge is not None:
                 judge = self._judge(job=job, model=model, state=state, ranks=self.ranks)
                 report = export_judged(judge, lambda job, judge: self._run(job, out, timings, judge))

@@ -20,9 +20,6 @@ def folder(tmp_path_factory):
     """base, post and out with a tokenizer, and texts."""
     place = tmp_path_factory.mktemp("models")
     base, post = tiny_models.make_pair(place, tiny_models.llama, size=0.02)
-    for path in (base, post):  # theirs are no more than words
-        (path / "tokenizer_config.json").unlink()
-        (path / "chat_template.jinja").unlink()
     text_models.save_tokenizer(post)
     export_checkpoint(post, base, place / "out", search=ScaleSearch(n_coarse=2, n_fine=1))
     text_models.write_text(place / "text.txt")

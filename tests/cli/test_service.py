@@ -27,9 +27,6 @@ def made(tmp_path_factory):
     """base, post with a tokenizer, and exports of two stages."""
     folder = tmp_path_factory.mktemp("made")
     base, post = tiny_models.make_pair(folder, lambda: tiny_models.llama(num_hidden_layers=1), size=0.02)
-    for path in (base, post):
-        (path / "tokenizer_config.json").unlink()
-        (path / "chat_template.jinja").unlink()
     text_models.save_tokenizer(post)
     text_models.write_text(folder / "text.txt")
     search = ScaleSearch(n_coarse=2, n_fine=1)

@@ -66,7 +66,7 @@ def job_of(pair, curvature=None, **settings):
 
 
 def placed(job):
-    return within_budget(job, search_scales)
+    return within_budget(job)
 
 
 @pytest.fixture(scope="module")

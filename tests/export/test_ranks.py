@@ -24,7 +24,6 @@ from daq_lightning.export.job import prepare
 from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.ranks import ALONE, Agreement, Ranks
 from daq_lightning.export.run import run
-from daq_lightning.export.scales import search_scales
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.export.work import deal, share_out
@@ -131,7 +130,7 @@ def same_files(out: Path, expected: dict[str, bytes]) -> None:
 def test_ranks_share_the_measuring_of_a_budget(pair, tmp_path):
     for code, output in ranks("budget", pair, tmp_path / "out", 2):
         assert code == 0, output
-    alone = within_budget(job_of(pair, scheme="W4A16", budget="6 bits"), search_scales)
+    alone = within_budget(job_of(pair, scheme="W4A16", budget="6 bits"))
     run(alone, tmp_path / "alone")
     assert len(alone.plan.layouts.groups) == 2
     same_files(tmp_path / "out", folder_bytes(tmp_path / "alone"))
@@ -341,7 +340,7 @@ def _scenario(name: str, pair: Path, out: Path) -> None:
         settings = ExportSettings(search=QUICK, max_shard_bytes=limit, **changes)
         source, base = Source.from_folder(pair / "post"), load_checkpoint(pair / "base")
         job = prepare(source, base, settings, ranks=everyone)
-        job = within_budget(job, search_scales, ranks=everyone)
+        job = within_budget(job, ranks=everyone)
         place = out.parent / "elsewhere" / "out" if name == "unseen" and rank == 1 else out
         if name == "unseen":  # as on a node with a disk of its own
             place.parent.mkdir(exist_ok=True)
