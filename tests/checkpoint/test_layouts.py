@@ -2,6 +2,7 @@
 they were made from."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
 from daq_lightning.checkpoint.families import FAMILIES
-from daq_lightning.checkpoint.layouts import make_layout, read_layout
+from daq_lightning.checkpoint.layouts import make_layout, read_layout, read_layouts
 from daq_lightning.checkpoint.layouts.fp4 import pack_pairs, unpack_pairs
 from daq_lightning.checkpoint.layouts.int32 import pack_rows, unpack_rows
 from daq_lightning.checkpoint.layouts.scales import of_exponents
 from daq_lightning.checkpoint.schemes import SCHEMES, choose_scheme
-from daq_lightning.checkpoint.tensor_file import TensorSpec
+from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.numerics.quantize import dequantize
 
 SHAPE = (24, 256)
@@ -215,3 +216,9 @@ def test_every_scheme_has_a_family():
     assert list(FAMILIES) == list(SCHEMES)
     words = {"e4m3": "FP8", "int8": "INT8", "int4": "INT4", "e2m1": "FP4"}
     assert {name: words[scheme.code] for name, scheme in SCHEMES.items()} == FAMILIES
+
+
+@pytest.mark.parametrize("method", [None, 3, "gptq", [], {}])
+def test_a_method_that_is_none_of_the_containers_is_an_error_with_its_value(method):
+    with pytest.raises(CheckpointError, match=re.escape(f"got {method!r}")):
+        read_layouts({"quant_method": method})
