@@ -4,7 +4,6 @@ used."""
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,14 +76,6 @@ def check_report(content: Mapping[str, Any], file: Path, sums_of: Sequence[str])
             check(
                 isinstance(sums, dict) and _are_sums(sums, sums_of), f"the sums {listed} in {side} of {name}"
             )
-
-
-def only_numbers(validation: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    """Figures as JSON has them, which has no word for NaN."""
-    return {
-        name: {side: value if math.isfinite(value) else None for side, value in values.items()}
-        for name, values in validation.items()
-    }
 
 
 def _are_sums(sums: Mapping[str, Any], names: Sequence[str]) -> bool:

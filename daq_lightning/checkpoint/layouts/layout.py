@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.layouts.parts import SCALE, Codes, Part, Scales, Unpacked
+from daq_lightning.checkpoint.layouts.parts import Codes, Part, Scales, Unpacked
 from daq_lightning.checkpoint.tensor_file import TensorSpec
 
 if TYPE_CHECKING:
@@ -96,10 +96,6 @@ class Layout(ABC):
     def names(self, weight_name: str) -> dict[str, str]:
         """Part -> the name of its tensor."""
         return {part: weight_name + stored.suffix for part, stored in self._parts((1, 1)).items()}
-
-    def scale_name(self, weight_name: str) -> str:
-        """The name of the scale of a weight."""
-        return self.names(weight_name)[SCALE]
 
     def stored(self, weight: TensorSpec) -> dict[str, TensorSpec]:
         """What the file holds of a quantized weight: part -> the tensor, in file order."""
