@@ -71,8 +71,8 @@ def export_checkpoint(
             float32.
         scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel,
             16-bit activations), or "auto": blocks where all sizes are multiples of 128, else channels. Or
-            "MXFP8", "W8A8", "W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16": see docs/formats.md.
-            "keep": format and scales of `base`, a quantized folder, so that an adapter trained on it comes
+            "MXFP8", "W8A8", "W4A16", "W4A16_ASYM", these two with "_G32" for groups of 32, "NVFP4A16",
+            "MXFP4A16": see docs/formats.md. "keep": format and scales of `base`, a quantized folder, so that an adapter trained on it comes
             through: see docs/qlora.md.
         search: Objective and candidates of the scale search; None takes the defaults of `ScaleSearch`.
         rounding: "nearest"; "curvature" for codes whose errors cancel where `calibrate` shows, or else the

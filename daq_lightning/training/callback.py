@@ -53,8 +53,9 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
             `.ckpt`, file or folder. See `daq_lightning.training.base`.
         scheme: "FP8_BLOCK" (128 x 128), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel, 16-bit
             activations), or "auto": blocks where all sizes are multiples of 128, else channels. Or "MXFP8",
-            "W8A8", "W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16": see docs/formats.md. "keep": those of
-            `base`, a quantized folder that the model was read from: see docs/qlora.md.
+            "W8A8", "W4A16", "W4A16_ASYM", these two with "_G32", "NVFP4A16", "MXFP4A16": see
+            docs/formats.md. "keep": those of `base`, a quantized folder that the model was read from: see
+            docs/qlora.md.
         metric: What the scale search maximizes: "hybrid", "cosine", "sign" or "mse".
         alpha_range: Range of the multiples of the absmax scale that are tried.
         search: All settings of the search, instead of these two.
