@@ -22,6 +22,7 @@ correlation with the KL of one group alone in W4A16, both per byte.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -96,7 +97,7 @@ class Study:
         settings = ExportSettings(scheme="W4A16", budget=f"{bits} bits", rounding="nearest", ladder=LADDER)
         known = self.curvature if curvature else None
         job = prepare(Source.of(self.post), Checkpoint(self.base), settings, curvature=known)
-        placement = within_budget(job).placement
+        placement = within_budget(job, stack=contextlib.ExitStack()).placement
         assert placement is not None
         return placement
 

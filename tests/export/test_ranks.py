@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def same_files(out: Path, expected: dict[str, bytes]) -> None:
 def test_ranks_share_the_measuring_of_a_budget(pair, tmp_path):
     for code, output in ranks("budget", pair, tmp_path / "out", 2):
         assert code == 0, output
-    alone = within_budget(job_of(pair, scheme="W4A16", budget="6 bits"))
+    alone = within_budget(job_of(pair, scheme="W4A16", budget="6 bits"), stack=ExitStack())
     run(alone, tmp_path / "alone")
     assert len(alone.plan.layouts.groups) == 2
     same_files(tmp_path / "out", folder_bytes(tmp_path / "alone"))
@@ -340,7 +341,7 @@ def _scenario(name: str, pair: Path, out: Path) -> None:
         settings = ExportSettings(search=QUICK, max_shard_bytes=limit, **changes)
         source, base = Source.from_folder(pair / "post"), load_checkpoint(pair / "base")
         job = prepare(source, base, settings, ranks=everyone)
-        job = within_budget(job, ranks=everyone)
+        job = within_budget(job, stack=ExitStack(), ranks=everyone)
         place = out.parent / "elsewhere" / "out" if name == "unseen" and rank == 1 else out
         if name == "unseen":  # as on a node with a disk of its own
             place.parent.mkdir(exist_ok=True)

@@ -14,7 +14,6 @@ from test_validate import Validated, held_out
 from daq_lightning import CheckpointError, DeltaAwareQuantization, ExportReport, load_checkpoint
 from daq_lightning.audit.verify import verify_checkpoint
 from daq_lightning.training import judge
-from daq_lightning.training.collecting import settled
 from daq_lightning.training.strategies import check_judging
 
 
@@ -75,15 +74,8 @@ def test_a_budget_that_is_none_or_cannot_be_met_is_refused_before_training(tmp_p
     assert module.steps == 0
 
 
-def test_several_ranks_cannot_deal_what_they_collected_anew(tmp_path):
-    settings = quantization(tmp_path, rounding="curvature")._settings
-    strategy = SimpleNamespace()
-    trainer = SimpleNamespace(world_size=2, strategy=strategy, lightning_module=None, enable_validation=False)
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patched:
-        patched.setattr("daq_lightning.training.collecting.why_not_observed", lambda *_, **__: "")
-        with pytest.raises(MisconfigurationException, match="budget deals the weights to the ranks anew"):
-            settled(settings, trainer)  # type: ignore[arg-type]
+def test_several_ranks_cannot_deal_a_base_in_memory_anew(tmp_path):
+    trainer = SimpleNamespace(world_size=2, enable_validation=False)
     held = quantization(tmp_path, base="memory")._settings
     with pytest.raises(MisconfigurationException, match="a budget deals the weights to the ranks anew"):
         check_judging(trainer, held)  # type: ignore[arg-type]
