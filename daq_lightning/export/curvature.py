@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from daq_lightning.export.work import Work
 
 Collect: TypeAlias = Callable[[Mapping[str, int], Ranks], Curvature]
-"""Name of each weight -> the rank that exports it; the ranks -> what was collected of the weights of this one.
-A collective."""
+"""Name of each weight -> the rank that exports it; the ranks -> what was collected of those of this one. A
+collective."""
 
 
 def with_curvature(

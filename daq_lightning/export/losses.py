@@ -2,7 +2,8 @@
 
 Each weight is measured in every way that its statistics allow; all are compared by the best that all have.
 
-    curvature    tr(E^T H_out E H_in) / tokens       E = what is written - weight; statistics of the run
+    curvature    c tr(E^T H_out E H_in) / tokens     E = what is written - weight; statistics of the run;
+                                                     c = `Statistics.dependence`
     inputs       tr(E H_in E^T) / tokens             where no gradient was collected
     update       |E|^2 / |D|^2                       D = weight - base
                  |E|^2 / |W|^2                       a weight that has no base or did not change
@@ -153,4 +154,5 @@ def _losses(pair: Pair, error_RN: Tensor, rows: Sequence[slice], known: Statisti
         weighted_RN = outputs_MM @ error_RN
     else:
         weighted_RN = _seen(outputs_MM.diagonal(), rows)[:, None] * error_RN
-    return Losses(update, inputs, share * float((weighted_RN * seen_RN).sum(dtype=torch.float64)))
+    whole = float((weighted_RN * seen_RN).sum(dtype=torch.float64))
+    return Losses(update, inputs, share * known.dependence * whole)

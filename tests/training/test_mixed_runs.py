@@ -23,7 +23,7 @@ def quantization(folder, **changes):
 
 
 def test_a_run_places_weights_by_its_own_curvature(tmp_path):
-    callback = quantization(tmp_path)
+    callback = quantization(tmp_path, ladder=["W4A16", "FP8A16", "16"])
     fit(tmp_path, callback)
     report = ExportReport.load(callback.exports[-1])
     placement = report.placement
@@ -31,6 +31,7 @@ def test_a_run_places_weights_by_its_own_curvature(tmp_path):
     assert placement.measure == "curvature"
     assert all(loss > 0 for group in placement.groups for rung, loss in group.losses.items() if rung != "16")
     assert {group.rung for group in placement.groups} >= {"W4A16", "FP8A16"}
+    assert {tuple(group.losses) for group in placement.groups} == {("W4A16", "FP8A16", "16")}
     assert placement.size <= placement.capacity
     assert verify_checkpoint(callback.exports[-1]) == []
     assert all(tensor.rounding is not None for tensor in report.tensors)
@@ -68,6 +69,10 @@ def test_only_quantized_modules_see_quantized_activations_in_validation(tmp_path
 def test_a_budget_that_is_none_or_cannot_be_met_is_refused_before_training(tmp_path):
     with pytest.raises(MisconfigurationException, match="mean bits"):
         quantization(tmp_path, budget="much")
+    with pytest.raises(MisconfigurationException, match="a list of schemes"):
+        quantization(tmp_path, ladder="W4A16")
+    with pytest.raises(MisconfigurationException, match="'16' last"):
+        quantization(tmp_path, ladder=["16", "W4A16"])
     callback, module = quantization(tmp_path, budget="4 bits"), Validated()
     with pytest.raises(CheckpointError, match="below the least that the rungs"):
         fit(tmp_path, callback, module=module)
