@@ -253,7 +253,7 @@ def plan_of(
     """
     if kept is not None:
         own = kept.settings(source, settings)
-        return kept.applied(plan_export(source.specs, source.outline, own, layout=kept.layout))
+        return kept.applied(plan_export(source.specs, source.outline, own, kept=kept.layouts))
     chosen = in_container(source.specs, source.outline, settings)
     return with_cache(plan_export(source.specs, source.outline, chosen, placed), source.outline, settings)
 

@@ -3,6 +3,7 @@
     auto        FP8_BLOCK if all sizes are multiples of 128, else FP8_DYNAMIC
     groups      a row is cut into whole groups, or the scheme is refused, with the weights by name
     a budget    each weight has a rung of a ladder, what servers fuse the same one
+    keep        each weight has the layout that it has in the base
 
 Readers compute garbage from sizes that do not fit, or refuse them; see `daq_lightning.checkpoint.readers`.
 """
@@ -10,21 +11,71 @@ Readers compute garbage from sizes that do not fit, or refuse them; see `daq_lig
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from daq_lightning.checkpoint.layouts import Layout, make_layout
 from daq_lightning.checkpoint.readers import check_readable, notes_on_mixed, notes_on_readers
 from daq_lightning.checkpoint.schemes import FULL, LADDERS, SCHEMES
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
+from daq_lightning.export.rungs import Placed, lowest
 from daq_lightning.export.sizes import check_sizes, odd_sizes
 from daq_lightning.numerics.formats import PerBlock
 
 if TYPE_CHECKING:
-    from daq_lightning.checkpoint.layouts import Layout
+    import torch
+
     from daq_lightning.checkpoint.schemes import Container
-    from daq_lightning.export.rungs import Placed
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.model.outline import Role
     from daq_lightning.numerics.formats import ScaleFormat
+
+
+class Forms(NamedTuple):
+    """What each weight is stored as.
+
+    Attributes:
+        rungs: All layouts that weights may have, the lowest first.
+        placed: Name -> rung, of the weights to quantize.
+        layouts: Name -> layout, of those that are not kept in 16 bit.
+        notes: What the user should know of the choice.
+    """
+
+    rungs: list[Layout]
+    placed: Mapping[str, Placed]
+    layouts: Mapping[str, Layout]
+    notes: list[str]
+
+
+def forms_of(
+    settings: ExportSettings,
+    chosen: Sequence[TensorSpec],
+    dtype: torch.dtype,
+    placed: Mapping[str, Placed] | None,
+    kept: Mapping[str, Layout] | None,
+) -> Forms:
+    """What each weight is stored as.
+
+    Args:
+        settings: What the user chose.
+        chosen: The weights to quantize.
+        dtype: Of those that are kept in 16 bit.
+        placed: The rungs of weights, as a budget places them; None for the lowest that takes each.
+        kept: The layouts of a base which is kept; None for those that the settings mean.
+
+    Raises:
+        CheckpointError: As for `rungs_of` and `lowest`.
+    """
+    if kept is not None:
+        layouts = {spec.name: kept[spec.name] for spec in chosen}
+        placed = {name: Placed(layout.scheme.name) for name, layout in layouts.items()}
+        rungs = sorted(dict.fromkeys(layouts.values()), key=lambda layout: layout.scheme.format.bits)
+        return Forms(rungs, placed, layouts, [])
+    schemes, notes = rungs_of(settings, chosen)
+    rungs = [make_layout(name, container=held, scale_format=scale) for name, held, scale in schemes]
+    placed = lowest(settings, rungs, chosen, dtype) if placed is None else placed
+    named = {layout.scheme.name: layout for layout in rungs}
+    layouts = {spec.name: named[one.rung] for spec in chosen if (one := placed[spec.name]).rung != FULL}
+    return Forms(rungs, placed, layouts, notes)
 
 
 def rungs_of(
@@ -73,30 +124,28 @@ def _scheme_of(
 
 
 def check_layouts(
-    rungs: Sequence[Layout],
-    placed: Mapping[str, Placed],
+    forms: Forms,
     chosen: Sequence[TensorSpec],
     roles: Mapping[str, Role],
 ) -> list[str]:
     """What the user should know of the readers of the layouts.
 
     Args:
-        rungs: The layouts of the export.
-        placed: Name -> rung, of the weights to quantize.
-        chosen: These weights.
+        forms: What each weight is stored as.
+        chosen: The weights to quantize.
         roles: Name -> role, of all tensors.
 
     Raises:
         CheckpointError: Sizes that a scheme cannot hold, or readers that do not load it.
     """
     notes: list[str] = []
-    on = {layout.scheme.name: [spec for spec in chosen if placed[spec.name].rung == layout.scheme.name]
-          for layout in rungs}  # fmt: skip
-    for layout in rungs:
-        if on[layout.scheme.name]:
-            notes += _check_layout(layout, on[layout.scheme.name], roles)
-    used = [name for name, specs in on.items() if specs]
-    experts = {placed[spec.name].rung for spec in chosen if roles[spec.name] == "expert"}
+    used: list[str] = []
+    for layout in forms.rungs:
+        specs = [spec for spec in chosen if forms.layouts.get(spec.name) == layout]
+        if specs:
+            notes += _check_layout(layout, specs, roles)
+            used.append(layout.scheme.name)
+    experts = {forms.placed[spec.name].rung for spec in chosen if roles[spec.name] == "expert"}
     return list(dict.fromkeys(notes + notes_on_mixed(used, sorted(experts))))
 
 

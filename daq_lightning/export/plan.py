@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from daq_lightning.checkpoint.layouts import Layout, Layouts, make_layout
+from daq_lightning.checkpoint.layouts import Layout, Layouts
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.schemes import FULL
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.ignore import ignored_by
-from daq_lightning.export.layout_choice import check_layouts, rungs_of
+from daq_lightning.export.layout_choice import check_layouts, forms_of
 from daq_lightning.export.progress import size_text
-from daq_lightning.export.rungs import Placed, lowest
 from daq_lightning.export.sizes import kept_dtype
 from daq_lightning.export.targets import layouts_of
 from daq_lightning.model.fusion import check_experts, check_fused, shared_input
 from daq_lightning.model.outline import Outline, Role, owner_of
 
 if TYPE_CHECKING:
+    from daq_lightning.export.rungs import Placed
     from daq_lightning.export.settings import ExportSettings
 
 _KEEP_REASON: Mapping[Role, str] = {
@@ -172,7 +172,7 @@ def plan_export(
     outline: Outline,
     settings: ExportSettings,
     placed: Mapping[str, Placed] | None = None,
-    layout: Layout | None = None,
+    kept: Mapping[str, Layout] | None = None,
 ) -> ExportPlan:
     """Decides what happens to every tensor.
 
@@ -181,7 +181,7 @@ def plan_export(
         outline: Says which role each tensor has, and its name in memory.
         settings: What the user chose.
         placed: The rungs of weights, as a budget places them; None for the lowest that takes each.
-        layout: That of a base which is kept; None for the one that the settings mean.
+        kept: Name -> layout, of a base which is kept; None for those that the settings mean.
 
     Raises:
         CheckpointError: Nothing to quantize, sizes that the scheme cannot hold, experts of several shapes, an
@@ -204,16 +204,10 @@ def plan_export(
         )
     check_fused({spec.name for spec in chosen}, roles)
     check_experts(chosen, specs, keys, roles)
-    schemes, notes = rungs_of(settings, chosen)
-    rungs = (
-        [layout]
-        if layout is not None
-        else [make_layout(name, container=held, scale_format=kept) for name, held, kept in schemes]
-    )
-    forms = {one.scheme.name: one for one in rungs}
     dtype, masters = kept_dtype(specs)
-    placed = lowest(settings, rungs, chosen, dtype) if placed is None else placed
-    notes += check_layouts(rungs, placed, chosen, roles)
+    forms = forms_of(settings, chosen, dtype, placed, kept)
+    placed = forms.placed
+    notes = [*forms.notes, *check_layouts(forms, chosen, roles)]
     doubles = sum(spec.dtype == torch.float64 for spec in chosen)
     if doubles:
         notes.append(f"{doubles} weights are float64: they were searched and measured as float32.")
@@ -221,9 +215,9 @@ def plan_export(
     reasons |= {name: one.reason for name, one in placed.items() if one.rung == FULL}
     shared = {spec.name: shared_input(spec.name) for spec in chosen}
     tensors = tuple(
-        _quantized(spec, keys[spec.name], roles[spec.name], forms[placed[spec.name].rung],
+        _quantized(spec, keys[spec.name], roles[spec.name], forms.layouts[spec.name],
                    placed[spec.name].reason, shared[spec.name] if settings.by_curvature else "")
-        if spec.name in shared and placed[spec.name].rung != FULL
+        if spec.name in forms.layouts
         else _kept(spec, keys, roles[spec.name], (dtype, masters), reasons.get(spec.name, ""))
         for spec in specs
     )  # fmt: skip
@@ -233,7 +227,7 @@ def plan_export(
         dtype=dtype,
         notes=tuple(notes),
         placed={spec.name: placed[spec.name] for spec in chosen},
-        rungs=tuple(rungs),
+        rungs=tuple(forms.rungs),
     )
 
 
