@@ -5,6 +5,7 @@ import tiny_models
 import torch
 from test_plan import ALL, layer, names, plan
 
+from daq_lightning import export_checkpoint, load_checkpoint
 from daq_lightning.checkpoint import readers
 from daq_lightning.checkpoint.layouts import make_layout
 from daq_lightning.checkpoint.schemes import SCHEMES
@@ -135,3 +136,36 @@ def test_experts_of_uneven_shape_are_refused():
     extra = [TensorSpec(name=name, dtype=torch.bfloat16, shape=(128, 256))]
     with pytest.raises(CheckpointError, match=r"experts\.1\.down_proj.*\(128, 256\).*ignore all of them"):
         plan(tiny_models.qwen3_moe, drop=[name], extra=extra, arguments={"scheme": "W4A16"})
+
+
+def of_shapes(**shapes):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"layers.0.{name.replace('__', '.')}.weight": torch.randn(shape, generator=generator).bfloat16()
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM_G32", "NVFP4A16", "MXFP8", "W8A8"])
+def test_experts_of_uneven_shape_without_a_config_are_refused_too_and_nothing_is_written(tmp_path, scheme):
+    uneven = of_shapes(mlp__experts__0__down_proj=(128, 128), mlp__experts__1__down_proj=(128, 256))
+    with pytest.raises(CheckpointError, match=r"experts\.1\.down_proj.*\(128, 256\).*ignore all of them"):
+        export_checkpoint(uneven, uneven, tmp_path / "out", scheme=scheme)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "choices", [{"scheme": "W4A16"}, {"scheme": "NVFP4A16", "budget": "6 bits"}], ids=str
+)
+def test_weights_of_no_one_or_three_dimensions_stay_as_they_are_and_are_listed(tmp_path, choices):
+    weights = of_shapes(o_proj=(128, 128), down_proj=(128, 256), gain=(), norm=(128,), conv=(8, 8, 128))
+    report = export_checkpoint(weights, weights, tmp_path / "out", **choices)
+    odd = {name for name, weight in weights.items() if weight.ndim != 2}
+    assert {tensor.name for tensor in report.tensors}.isdisjoint(odd)
+    assert odd <= set(report.kept)
+    stored = load_checkpoint(tmp_path / "out").raw
+    for name in odd:
+        assert torch.equal(stored[name], weights[name])
+    with pytest.raises(CheckpointError, match="no Linear weight to quantize"):
+        export_checkpoint({name: weights[name] for name in odd}, weights, tmp_path / "none", **choices)
+    assert not (tmp_path / "none").exists()
