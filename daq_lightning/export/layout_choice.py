@@ -11,71 +11,20 @@ Readers compute garbage from sizes that do not fit, or refuse them; see `daq_lig
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from daq_lightning.checkpoint.layouts import Layout, make_layout
 from daq_lightning.checkpoint.readers import check_readable, notes_on_mixed, notes_on_readers
 from daq_lightning.checkpoint.schemes import FULL, LADDERS, SCHEMES
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
-from daq_lightning.export.rungs import Placed, lowest
 from daq_lightning.export.sizes import check_sizes, odd_sizes
 from daq_lightning.numerics.formats import PerBlock
 
 if TYPE_CHECKING:
-    import torch
-
+    from daq_lightning.checkpoint.layouts import Layout
     from daq_lightning.checkpoint.schemes import Container
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.model.outline import Role
     from daq_lightning.numerics.formats import ScaleFormat
-
-
-class Forms(NamedTuple):
-    """What each weight is stored as.
-
-    Attributes:
-        rungs: All layouts that weights may have, the lowest first.
-        placed: Name -> rung, of the weights to quantize.
-        layouts: Name -> layout, of those that are not kept in 16 bit.
-        notes: What the user should know of the choice.
-    """
-
-    rungs: list[Layout]
-    placed: Mapping[str, Placed]
-    layouts: Mapping[str, Layout]
-    notes: list[str]
-
-
-def forms_of(
-    settings: ExportSettings,
-    chosen: Sequence[TensorSpec],
-    dtype: torch.dtype,
-    placed: Mapping[str, Placed] | None,
-    kept: Mapping[str, Layout] | None,
-) -> Forms:
-    """What each weight is stored as.
-
-    Args:
-        settings: What the user chose.
-        chosen: The weights to quantize.
-        dtype: Of those that are kept in 16 bit.
-        placed: The rungs of weights, as a budget places them; None for the lowest that takes each.
-        kept: The layouts of a base which is kept; None for those that the settings mean.
-
-    Raises:
-        CheckpointError: As for `rungs_of` and `lowest`.
-    """
-    if kept is not None:
-        layouts = {spec.name: kept[spec.name] for spec in chosen}
-        placed = {name: Placed(layout.scheme.name) for name, layout in layouts.items()}
-        rungs = sorted(dict.fromkeys(layouts.values()), key=lambda layout: layout.scheme.format.bits)
-        return Forms(rungs, placed, layouts, [])
-    schemes, notes = rungs_of(settings, chosen)
-    rungs = [make_layout(name, container=held, scale_format=scale) for name, held, scale in schemes]
-    placed = lowest(settings, rungs, chosen, dtype) if placed is None else placed
-    named = {layout.scheme.name: layout for layout in rungs}
-    layouts = {spec.name: named[one.rung] for spec in chosen if (one := placed[spec.name]).rung != FULL}
-    return Forms(rungs, placed, layouts, notes)
 
 
 def rungs_of(
@@ -124,14 +73,16 @@ def _scheme_of(
 
 
 def check_layouts(
-    forms: Forms,
+    rungs: Sequence[Layout],
+    layouts: Mapping[str, Layout],
     chosen: Sequence[TensorSpec],
     roles: Mapping[str, Role],
 ) -> list[str]:
     """What the user should know of the readers of the layouts.
 
     Args:
-        forms: What each weight is stored as.
+        rungs: The layouts of the export.
+        layouts: Name -> layout, of the weights that are not kept in 16 bit.
         chosen: The weights to quantize.
         roles: Name -> role, of all tensors.
 
@@ -140,12 +91,13 @@ def check_layouts(
     """
     notes: list[str] = []
     used: list[str] = []
-    for layout in forms.rungs:
-        specs = [spec for spec in chosen if forms.layouts.get(spec.name) == layout]
+    for layout in rungs:
+        specs = [spec for spec in chosen if layouts.get(spec.name) == layout]
         if specs:
             notes += _check_layout(layout, specs, roles)
             used.append(layout.scheme.name)
-    experts = {forms.placed[spec.name].rung for spec in chosen if roles[spec.name] == "expert"}
+    of_experts = [layouts.get(spec.name) for spec in chosen if roles[spec.name] == "expert"]
+    experts = {FULL if layout is None else layout.scheme.name for layout in of_experts}
     return list(dict.fromkeys(notes + notes_on_mixed(used, sorted(experts))))
 
 

@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from daq_lightning.checkpoint.layouts import Layout, Layouts
+from daq_lightning.checkpoint.layouts import Layout, Layouts, make_layout
 from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.schemes import FULL
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.ignore import ignored_by
-from daq_lightning.export.layout_choice import check_layouts, forms_of
+from daq_lightning.export.layout_choice import check_layouts, rungs_of
 from daq_lightning.export.progress import size_text
+from daq_lightning.export.rungs import Placed, lowest
 from daq_lightning.export.sizes import kept_dtype
 from daq_lightning.export.targets import layouts_of
 from daq_lightning.model.fusion import check_experts, check_fused, shared_input
 from daq_lightning.model.outline import Outline, Role, owner_of
 
 if TYPE_CHECKING:
-    from daq_lightning.export.rungs import Placed
     from daq_lightning.export.settings import ExportSettings
 
 _KEEP_REASON: Mapping[Role, str] = {
@@ -195,9 +195,8 @@ def plan_export(
         and spec.dtype.is_floating_point and min(spec.shape) > 0
     ]  # fmt: skip
     if not chosen:
-        conv1d = " Its Conv1D layers hold transposed weights, which no reader takes." * (
-            "conv1d" in roles.values()
-        )
+        transposed = " Its Conv1D layers hold transposed weights, which no reader takes."
+        conv1d = transposed * ("conv1d" in roles.values())
         raise CheckpointError(
             f"{outline.model} has no Linear weight to quantize among its {len(specs)} tensors "
             f"(output heads, routers and ignored modules are kept).{conv1d}"
@@ -205,9 +204,17 @@ def plan_export(
     check_fused({spec.name for spec in chosen}, roles)
     check_experts(chosen, specs, keys, roles)
     dtype, masters = kept_dtype(specs)
-    forms = forms_of(settings, chosen, dtype, placed, kept)
-    placed = forms.placed
-    notes = [*forms.notes, *check_layouts(forms, chosen, roles)]
+    if kept is None:
+        schemes, notes = rungs_of(settings, chosen)
+        rungs = [make_layout(name, container=held, scale_format=scale) for name, held, scale in schemes]
+        placed = lowest(settings, rungs, chosen, dtype) if placed is None else placed
+        named = {layout.scheme.name: layout for layout in rungs}
+        layouts = {spec.name: named[one.rung] for spec in chosen if (one := placed[spec.name]).rung != FULL}
+    else:
+        layouts, notes = {spec.name: kept[spec.name] for spec in chosen}, []
+        rungs = sorted(dict.fromkeys(layouts.values()), key=lambda layout: layout.scheme.format.bits)
+        placed = {name: Placed(layout.scheme.name) for name, layout in layouts.items()}
+    notes += check_layouts(rungs, layouts, chosen, roles)
     doubles = sum(spec.dtype == torch.float64 for spec in chosen)
     if doubles:
         notes.append(f"{doubles} weights are float64: they were searched and measured as float32.")
@@ -215,9 +222,9 @@ def plan_export(
     reasons |= {name: one.reason for name, one in placed.items() if one.rung == FULL}
     shared = {spec.name: shared_input(spec.name) for spec in chosen}
     tensors = tuple(
-        _quantized(spec, keys[spec.name], roles[spec.name], forms.layouts[spec.name],
+        _quantized(spec, keys[spec.name], roles[spec.name], layouts[spec.name],
                    placed[spec.name].reason, shared[spec.name] if settings.by_curvature else "")
-        if spec.name in forms.layouts
+        if spec.name in layouts
         else _kept(spec, keys, roles[spec.name], (dtype, masters), reasons.get(spec.name, ""))
         for spec in specs
     )  # fmt: skip
@@ -227,7 +234,7 @@ def plan_export(
         dtype=dtype,
         notes=tuple(notes),
         placed={spec.name: placed[spec.name] for spec in chosen},
-        rungs=tuple(forms.rungs),
+        rungs=tuple(rungs),
     )
 
 
