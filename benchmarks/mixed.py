@@ -3,8 +3,8 @@
     python -m benchmarks.mixed                              # three seeds; minutes on two cores
     python -m benchmarks.mixed --bits 4.5 6 --seeds 0       # fewer
 
-Every row is a model of the same bytes or fewer: weights of the ladder W4A16 -> FP8A16 -> 16 bit, placed by
-the export itself (`within_budget`), or by somebody who does not measure. A mixed model is put together from
+Every row is a model of the same bytes or fewer: weights of the ladder that W4A16 begins, placed by the export
+itself (`within_budget`), or by somebody who does not measure. A mixed model is put together from
 the weights of the uniform exports: each weight is quantized by itself, so they are its own, bit for bit. The
 figure is the mean KL to the unquantized model over held-out text, in the style that was taught and other.
 
@@ -13,7 +13,7 @@ figure is the mean KL to the unquantized model over held-out text, in the style 
     ...          what else was tried where there are no statistics: |E|^2; |E|^2 / n; the share of the update
                  that the hybrid objective misses, times |D|^2
     random       mean of eight; first, last: whole layers from one end
-    int4 gN      all weights in int4 with a scale for N: 4.5, 5 and 6 bits; NVFP4A16: 4.5 bits
+    int4 gN      all weights in int4 with a scale for N: 5 and 6 bits; W4A16_G32 and NVFP4A16: 4.5 bits
 
 `--alone` prints instead how well each of these ranks the groups of weights by what they cost: Spearman's
 correlation with the KL of one group alone in W4A16, both per byte.
@@ -22,6 +22,7 @@ correlation with the KL of one group alone in W4A16, both per byte.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -35,28 +36,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.retention.curvature import gather
 from benchmarks.retention.subjects import BaseKind, Subject
 from benchmarks.retention.toy import make_toy
 from daq_lightning import ScaleSearch, export_checkpoint, load_checkpoint
 from daq_lightning.checkpoint.reader import Checkpoint
+from daq_lightning.checkpoint.schemes import FULL, LADDERS
+from daq_lightning.export.collected import AllCollected, Collected
 from daq_lightning.export.job import prepare
 from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
+from daq_lightning.model.fusion import shared_input
+from daq_lightning.model.observer import Layer, Observer, Sums
 from daq_lightning.numerics.divergence import compare_logits, kl_divergence_to_reference
 from daq_lightning.numerics.formats import PerBlock
 from daq_lightning.numerics.formats.int4 import INT4
 from daq_lightning.numerics.knapsack import choose_options
 from daq_lightning.numerics.objectives import DeltaStats, cosine, sign_rate
 from daq_lightning.numerics.quantize import dequantize
-from daq_lightning.numerics.rounding.statistics import Statistics
+from daq_lightning.numerics.rounding.statistics import Curvature
 from daq_lightning.numerics.search.search import search_scale
 from daq_lightning.report.placement import Placement
 
-LADDER = ("W4A16", "FP8A16", "16")
+LADDER = LADDERS["W4A16"]
 RANDOM = 8
-GROUPS = {32: 4.5, 16: 5.0, 8: 6.0}
+GROUPS = {16: 5.0, 8: 6.0}
 """Sizes of groups of int4 -> bits a weight."""
 
 
@@ -67,21 +71,15 @@ class Study:
         self.subject: Subject = make_toy(folder, base, seed, quick)
         self.post = folder / f"toy-{base}-{seed}"
         self.base = folder / ("toy-base-fp8" if base == "fp8" else "toy-base")
-        self.subject.put(self.subject.post)
-        found = gather(self.subject.network, self.subject.quantized, self.subject.training).activations
-        tokens = sum(batch.targets.numel() for batch in self.subject.training)
-        self.curvature = {
-            name: Statistics(inputs=sides.inputs, outputs=sides.outputs, tokens=tokens, source="run")
-            for name, sides in found.items()
-        }
+        self.curvature = collected(self.subject)
         self.sums: dict[str, dict[str, DeltaStats]] = {}
         self.weights: dict[str, Mapping[str, Tensor]] = {"16": self.subject.post}
         with tempfile.TemporaryDirectory() as out:
-            for scheme in ("W4A16", "FP8A16", "NVFP4A16"):
+            for scheme in (*(rung for rung in LADDER if rung != FULL), "NVFP4A16"):
                 report = export_checkpoint(self.post, self.base, f"{out}/{scheme}", scheme=scheme)
                 self.sums[scheme] = {tensor.name: tensor.searched for tensor in report.tensors}
                 self.weights[scheme] = dict(load_checkpoint(report.path).items())
-        for size in GROUPS:
+        for size in GROUPS:  # those of 32 are W4A16_G32
             self.weights[f"int4 g{size}"] = in_groups(self.subject, PerBlock(1, size))
 
     def kl(self, weights: Mapping[str, Tensor]) -> float:
@@ -96,7 +94,7 @@ class Study:
         settings = ExportSettings(scheme="W4A16", budget=f"{bits} bits", rounding="nearest", ladder=LADDER)
         known = self.curvature if curvature else None
         job = prepare(Source.of(self.post), Checkpoint(self.base), settings, curvature=known)
-        placement = within_budget(job).placement
+        placement = within_budget(job, stack=contextlib.ExitStack()).placement
         assert placement is not None
         return placement
 
@@ -104,6 +102,27 @@ class Study:
         """KL of the model of a placement."""
         rungs = {name: group.rung for group in placement.groups for name in group.names}
         return self.kl({name: self.weights[rung][name] for name, rung in rungs.items()})
+
+
+def collected(subject: Subject) -> Curvature:
+    """What a run would collect of the last batches of training."""
+    subject.put(subject.post)
+    network, sums = subject.network, Sums()
+    layers = [
+        Layer(
+            name=name,
+            group=shared_input(name),
+            shape=tuple(subject.post[name].shape),
+            modules=(network.get_submodule(name.removesuffix(".weight")),),
+        )
+        for name in subject.quantized
+    ]
+    for batch in subject.training:
+        with Observer(layers, sums):
+            logits = network(**batch.inputs).logits.flatten(0, 1)
+            torch.nn.functional.cross_entropy(logits, batch.targets.flatten(), reduction="sum").backward()
+        network.zero_grad()
+    return AllCollected([Collected.of(sums)], "run")
 
 
 def in_groups(subject: Subject, groups: PerBlock) -> dict[str, Tensor]:
@@ -221,8 +240,8 @@ def main() -> None:
             for name, value in ranks_of(study).items():
                 table.setdefault(f"{name:18}", []).append(value)
             continue
-        for uniform in ("W4A16", "NVFP4A16", *(f"int4 g{size}" for size in GROUPS), "FP8A16"):
-            table.setdefault(f"{uniform:14}", []).append(study.kl(study.weights[uniform]))
+        for uniform, weights in study.weights.items():
+            table.setdefault(f"{uniform:14}", []).append(study.kl(weights))
         for bits in args.bits:
             for name, kl in rows_of(study, bits).items():
                 table.setdefault(f"{name:14}{bits:g}", []).append(kl)

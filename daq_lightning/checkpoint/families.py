@@ -12,6 +12,8 @@ FAMILIES: Mapping[str, str] = {
     "W8A8": "INT8",
     "W4A16": "INT4",
     "W4A16_ASYM": "INT4",
+    "W4A16_G32": "INT4",
+    "W4A16_ASYM_G32": "INT4",
     "NVFP4A16": "FP4",
     "MXFP4A16": "FP4",
 }

@@ -13,9 +13,13 @@ from pathlib import Path
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 
+_DEQUANTIZED = (
+    "transformers 5.23 loads {0} only dequantized: "
+    "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))."
+)
 TRANSFORMERS: Mapping[str, str] = {
-    "W4A16_ASYM": "transformers 5.23 loads W4A16_ASYM only dequantized: "
-    "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)).",
+    "W4A16_ASYM": _DEQUANTIZED.format("W4A16_ASYM"),
+    "W4A16_ASYM_G32": _DEQUANTIZED.format("W4A16_ASYM_G32"),
 }
 """Scheme -> what to know before loading a dense model in transformers; any other loads as it is."""
 
@@ -24,6 +28,8 @@ VLLM: Mapping[str, str] = {
     "W8A8": "vLLM 0.32 loads W8A8 on a CPU, and on a GPU (read in its code, not run).",
     "W4A16": "vLLM 0.32 loads W4A16 on a CPU, and on a GPU (read in its code, not run).",
     "W4A16_ASYM": "vLLM loads W4A16_ASYM on a GPU (read in its code, not run).",
+    "W4A16_G32": "vLLM loads W4A16 in groups of 32 on a GPU (read in its code, not run).",
+    "W4A16_ASYM_G32": "vLLM loads W4A16_ASYM in groups of 32 on a GPU (read in its code, not run).",
     "NVFP4A16": "vLLM loads NVFP4A16 on a GPU (read in its code, not run).",
     "MXFP4A16": "vLLM loads MXFP4A16 on a GPU (read in its code, not run).",
 }
@@ -46,7 +52,9 @@ EXPERTS: Mapping[str, str] = {
     "MXFP8": _NOT_EXPERTS,
     "W8A8": _NOT_EXPERTS,
     "W4A16_ASYM": _NOT_EXPERTS,
+    "W4A16_ASYM_G32": _NOT_EXPERTS,
     "W4A16": _EXPERTS_TOO,
+    "W4A16_G32": _EXPERTS_TOO,
     "MXFP4A16": _EXPERTS_TOO,
     "NVFP4A16": "transformers 5.23 reads the experts of NVFP4A16 without their global scale and computes "
     "garbage, without an error: serve this model with vLLM, which has code for it on a GPU (not run). W4A16 "
@@ -92,11 +100,12 @@ def notes_on_mixed(schemes: Sequence[str], of_experts: Sequence[str]) -> list[st
         f"{' and '.join(schemes)} in one checkpoint: transformers 5.23 loads it as it is, but not with "
         "dequantize=True, which takes one of the schemes for all weights."
     ]
-    if "W4A16_ASYM" in schemes:
-        told.append(
-            "transformers 5.23 loads W4A16_ASYM only dequantized, so not beside another scheme: serve this "
-            "model with vLLM, or use W4A16."
-        )
+    told += [
+        f"transformers 5.23 loads {scheme} only dequantized, so not beside another scheme: serve this model "
+        f"with vLLM, or use {scheme.replace('_ASYM', '')}."
+        for scheme in schemes
+        if scheme in TRANSFORMERS
+    ]
     if len(of_experts) > 1:
         told.append(
             "transformers 5.23 takes one scheme for the experts of all layers and computes garbage from "

@@ -9,13 +9,16 @@
 | W8A8 | int8 | one per channel | int8, dynamic per token | compressed-tensors |
 | W4A16 | int4 | one per 128 of a row | 16 bit | compressed-tensors |
 | W4A16_ASYM | int4 | one, and a zero point, per 128 of a row | 16 bit | compressed-tensors |
+| W4A16_G32, W4A16_ASYM_G32 | int4 | the same per 32 of a row | 16 bit | compressed-tensors |
 | NVFP4A16 | E2M1 | E4M3 per 16 of a row, one power of two a weight | 16 bit | compressed-tensors |
 | MXFP4A16 | E2M1 | power of two per 32 of a row | 16 bit | compressed-tensors |
 
 Per-tensor scales are not offered: vLLM requantizes fused projections to the largest one and undoes the
 search.
 
-Source of the names and of what they mean: compressed-tensors 0.20, `quant_scheme`.
+Source of the names and of what they mean: compressed-tensors 0.20, `quant_scheme`. It has no name for int4 in
+groups of 32, which llm-compressor and vLLM know as W4A16 with `group_size: 32`: "_G32" is ours, so that a
+ladder, a report and a list of fallbacks can say it.
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ SchemeName: TypeAlias = Literal[
     "W8A8",
     "W4A16",
     "W4A16_ASYM",
+    "W4A16_G32",
+    "W4A16_ASYM_G32",
     "NVFP4A16",
     "MXFP4A16",
     "keep",
@@ -166,6 +171,14 @@ SCHEMES: Mapping[str, Scheme] = {
             code="int4",
             granularity=PerBlock(1, 128),
         ),
+        Scheme(name="W4A16_G32", format=INT4, title=_INT4, code="int4", granularity=PerBlock(1, 32)),
+        Scheme(
+            name="W4A16_ASYM_G32",
+            format=INT4_ASYM,
+            title=_INT4,
+            code="int4",
+            granularity=PerBlock(1, 32),
+        ),
         Scheme(
             name="NVFP4A16",
             format=FP4_E2M1,
@@ -194,8 +207,10 @@ LADDERS: Mapping[str, tuple[str, ...]] = {
     "FP8A16": ("FP8A16", FULL),
     "MXFP8": ("MXFP8", FULL),
     "W8A8": ("W8A8", FULL),
-    "W4A16": ("W4A16", "FP8A16", FULL),
-    "W4A16_ASYM": ("W4A16_ASYM", "FP8A16", FULL),
+    "W4A16": ("W4A16", "W4A16_G32", "FP8A16", FULL),
+    "W4A16_ASYM": ("W4A16_ASYM", "W4A16_ASYM_G32", "FP8A16", FULL),
+    "W4A16_G32": ("W4A16_G32", "FP8A16", FULL),
+    "W4A16_ASYM_G32": ("W4A16_ASYM_G32", "FP8A16", FULL),
     "NVFP4A16": ("NVFP4A16", "FP8A16", FULL),
     "MXFP4A16": ("MXFP4A16", "FP8A16", FULL),
 }

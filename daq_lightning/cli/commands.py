@@ -5,6 +5,7 @@ A command imports what it needs itself: `chain` of a folder does not wait for th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -85,7 +86,7 @@ def quantize(options: Namespace) -> int:
     if options.push_to_hub is not None and not is_repository(options.push_to_hub):
         raise UsageError(f"--push-to-hub expects ORG/NAME, got {options.push_to_hub}.")
     device = device_of_rank(options.device)
-    with all_ranks() as ranks:
+    with all_ranks() as ranks, contextlib.ExitStack() as stack:
 
         def opened() -> tuple[Source, Checkpoint, Calibration | None]:
             check_device(device)
@@ -108,7 +109,7 @@ def quantize(options: Namespace) -> int:
         )
         if options.out is not None and choices.budget is not None:  # before an hour of measuring
             ranks.first(lambda: _check_out(job, options))
-        job = within_budget(job, device=device, progress=not options.quiet, ranks=ranks)
+        job = within_budget(job, stack=stack, device=device, progress=not options.quiet, ranks=ranks)
         if options.dry_run:
             return _show_plan(job, options) if ranks.rank == 0 else DONE
         job = calibrated_on(job, options.kv_text, device=device, ranks=ranks)

@@ -114,7 +114,7 @@ def notes_of(job: Job, reports: Mapping[str, TensorReport]) -> list[str]:
             f"no weight changed ({len(measured)} compared): is the base (--base) the model before training?"
         )
     if job.kept is not None and measured:
-        merged = note_on_merge(list(reports.values()), job.kept.layout.scheme.name)
+        merged = note_on_merge(list(reports.values()), job.plan.layouts.scheme)
         notes += [merged] if merged else []
     notes += [f"{name}: plain absmax scale, because {problem}." for name, problem in job.without_base.items()]
     notes += [

@@ -2,6 +2,7 @@
 
     inputs:a|b|c   the inputs that the layers a, b and c were given
     outputs:a      the gradients at the output of a
+    joint:a        the sizes of both, a matrix of one number
     experts:...    the sum of one of these over all experts of a layer
 
 An expert that few tokens reached takes that of all experts where it meets the rest of the model: for the
@@ -25,7 +26,7 @@ from daq_lightning.model.observer import Sums
 from daq_lightning.numerics.rounding.statistics import Statistics
 from daq_lightning.numerics.rounding.sums import KroneckerSum
 
-_INPUTS, _OUTPUTS, _EXPERTS = "inputs:", "outputs:", "experts:"
+_INPUTS, _OUTPUTS, _JOINT, _EXPERTS = "inputs:", "outputs:", "joint:", "experts:"
 _LAST = ("down_proj", "w2")
 FEW = 2
 """An expert has few tokens if they are less than the width of the model over this.
@@ -59,6 +60,7 @@ class Collected(NamedTuple):
         named |= {_OUTPUTS + name: one for name, one in sums.outputs.items()}
         if not named:
             return cls({}, {}, {})
+        named |= {_JOINT + name: one for name, one in sums.joint.items()}
         counts = _counts(list(named.values()))
         tensors = {name: one.total for name, one in named.items()}
         tokens = {name: count for name, (count, _) in zip(named, counts, strict=True)}
@@ -143,7 +145,8 @@ class AllCollected(Mapping[str, Statistics]):
                     self._of.setdefault(layer, (part, []))[1].append(name)
 
     def __getitem__(self, layer: str) -> Statistics:
-        part, names = self._of[layer]
+        part, every = self._of[layer]
+        names = [name for name in every if not name.startswith(_JOINT)]
         inputs = [name for name in names if name.startswith(_INPUTS) and part.tokens[name]]
         outputs = [name for name in names if name.startswith(_OUTPUTS) and part.tokens[name]]
         shared = any(_shared(part, side) for side in (inputs, outputs))
@@ -153,6 +156,7 @@ class AllCollected(Mapping[str, Statistics]):
             tokens=sum(part.tokens[name] for name in outputs or inputs),
             source=(part.source or self._source) + ", one side of all experts" * shared,
             left_out=sum(part.left_out[name] for name in names),
+            joint=None if shared or names == every else float(part.tensors[_JOINT + layer]),
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -175,7 +179,7 @@ def _of_experts(name: str) -> str | None:
         >>> _of_experts("inputs:mlp.experts.3.down_proj.weight")
     """
     last = name.removesuffix(".weight").endswith(_LAST)
-    if ".experts." not in name or name.startswith(_OUTPUTS) is not last:
+    if ".experts." not in name or name.startswith(_JOINT) or name.startswith(_OUTPUTS) is not last:
         return None
     return _EXPERTS + re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -71,9 +72,9 @@ def export_checkpoint(
             float32.
         scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel,
             16-bit activations), or "auto": blocks where all sizes are multiples of 128, else channels. Or
-            "MXFP8", "W8A8", "W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16": see docs/formats.md.
-            "keep": format and scales of `base`, a quantized folder, so that an adapter trained on it comes
-            through: see docs/qlora.md.
+            "MXFP8", "W8A8", "W4A16", "W4A16_ASYM", these two with "_G32" for groups of 32, "NVFP4A16",
+            "MXFP4A16": see docs/formats.md. "keep": format and scales of `base`, a quantized folder, so that
+            an adapter trained on it comes through: see docs/qlora.md.
         search: Objective and candidates of the scale search; None takes the defaults of `ScaleSearch`.
         rounding: "nearest"; "curvature" for codes whose errors cancel where `calibrate` shows, or else the
             update says, that the model is sensitive, at plain scales unless `search` is other than the
@@ -170,9 +171,10 @@ def export_checkpoint(
         place = Path(out).expanduser()
         if budget is not None:  # before anything is measured
             ranks.first(lambda: check_destination(place))
-        job = within_budget(job, device=device, progress=progress, ranks=ranks)
-        job = calibrated_on(job, text, device=device, ranks=ranks)
-        report = run(job, place, device=device, progress=progress, ranks=ranks, resume=resume)
+        with contextlib.ExitStack() as stack:
+            job = within_budget(job, stack=stack, device=device, progress=progress, ranks=ranks)
+            job = calibrated_on(job, text, device=device, ranks=ranks)
+            report = run(job, place, device=device, progress=progress, ranks=ranks, resume=resume)
         if push_to_hub is not None:
             ranks.first(lambda: push_folder(place, push_to_hub, private=private))
         return report

@@ -35,6 +35,7 @@ from daq_lightning.report.placement import Placement
 
 if TYPE_CHECKING:
     from daq_lightning.export.calibration import Calibration
+    from daq_lightning.export.curvature import Collect
 
 _LISTED = 5
 
@@ -53,8 +54,10 @@ class Job:
         lineage: Its place in a chain of exports.
         root: The base of the chain's first stage: what is kept of the change since then is reported too.
         training: Step, epoch and checkpoint of the run that made the weights.
-        curvature: What was collected of the weights' curvature; None where nothing collects it.
-        calibration: What it is going to be collected from, where no run has; see `run`.
+        curvature: What was collected of the weights' curvature, of those at hand; None where nothing collects
+            it.
+        collected: Gives that of the weights that a rank exports; None where no run collects it. A collective.
+        calibration: What it is going to be collected from, where no run has.
         cache: The scales of cached keys and values; None without, and until they are found.
         placement: Which weights the budget put on which rung; None without one, or before it is measured.
         kept: The format of the base, where that is kept.
@@ -70,6 +73,7 @@ class Job:
     root: Mapping[str, Tensor] | None = field(repr=False)
     training: Mapping[str, Any] = field(default_factory=dict)
     curvature: Curvature | None = field(default=None, repr=False)
+    collected: Collect | None = field(default=None, repr=False)
     calibration: Calibration | None = None
     cache: CacheScales | None = None
     placement: Placement | None = field(default=None, repr=False)
@@ -140,7 +144,7 @@ class Job:
         return dataclasses.replace(self, placement=placement).planned_as(self.settings)
 
     def after_training(
-        self, source: Source, training: Mapping[str, Any], curvature: Curvature | None = None
+        self, source: Source, training: Mapping[str, Any], collected: Collect | None = None
     ) -> Job:
         """The same export with the weights of another step of the run, and what was collected until then.
 
@@ -153,7 +157,7 @@ class Job:
                 f"The model has other tensors than when training began: {', '.join(changed[:_LISTED])} "
                 "appeared, went or changed dtype or shape. Add layers and cast the model before `fit`."
             )
-        return dataclasses.replace(self, source=source, training=training, curvature=curvature)
+        return dataclasses.replace(self, source=source, training=training, collected=collected)
 
 
 def prepare(
@@ -249,7 +253,7 @@ def plan_of(
     """
     if kept is not None:
         own = kept.settings(source, settings)
-        return kept.applied(plan_export(source.specs, source.outline, own, layout=kept.layout))
+        return kept.applied(plan_export(source.specs, source.outline, own, kept=kept.layouts))
     chosen = in_container(source.specs, source.outline, settings)
     return with_cache(plan_export(source.specs, source.outline, chosen, placed), source.outline, settings)
 

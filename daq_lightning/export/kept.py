@@ -1,6 +1,6 @@
 """The format of a quantized base, which an export of scheme "keep" takes over: an adapter's on its own base.
 
-    container, scheme, group size     those of the base
+    container, scheme, group size     those of the base, of each weight its own
     scales, zero points               the base's own, to the bit
     codes                             the base's own where nothing changed; else chosen anew
     modules in 16 bit                 stay so; the quantization_config is the base's
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.layouts import Layout, listed_modules, read_layout
+from daq_lightning.checkpoint.layouts import Layout, Layouts, listed_modules, read_layouts
 from daq_lightning.checkpoint.layouts.parts import GLOBAL_SCALE, SCALE
 from daq_lightning.checkpoint.layouts.scales import NumberScales
 from daq_lightning.checkpoint.reader import Checkpoint
@@ -46,11 +46,11 @@ class KeptFormat:
 
     Attributes:
         checkpoint: The folder.
-        layout: Of all its quantized weights.
+        layouts: Name -> layout, of its quantized weights.
     """
 
     checkpoint: Checkpoint
-    layout: Layout
+    layouts: Mapping[str, Layout]
 
     @classmethod
     def of(cls, base: Mapping[str, Tensor]) -> KeptFormat:
@@ -77,20 +77,20 @@ class KeptFormat:
                 f"{_NAME_ONE}."
             )
         try:
-            layout = read_layout(base.raw.quantization)
+            found = read_layouts(base.raw.quantization)
+            layouts = {name: _layout_of(base, name, found) for name in base if base.stored(name) is not None}
         except ValueError as error:
-            raise CheckpointError(f"scheme='keep': {base.path}: {error} Or {_NAME_ONE}.") from error
-        if isinstance(layout.scales, NumberScales):
-            first = next(weight for name in base if (weight := base.stored(name)) is not None)
-            layout = dataclasses.replace(layout, scale_dtype=base.raw.entries[first.parts[SCALE]].dtype)
-        kept = cls(checkpoint=base, layout=layout)
+            raise CheckpointError(
+                f"scheme='keep': {base.path}: {str(error).rstrip('.')}. Or {_NAME_ONE}."
+            ) from error
+        kept = cls(checkpoint=base, layouts=layouts)
         kept._check()
         return kept
 
     @property
     def names(self) -> frozenset[str]:
         """The weights that the base quantizes."""
-        return frozenset(name for name in self.checkpoint if self.checkpoint.stored(name) is not None)
+        return frozenset(self.layouts)
 
     @property
     def quantization_config(self) -> dict[str, Any]:
@@ -111,11 +111,12 @@ class KeptFormat:
             if spec.name not in self.names
             and outline.role(outline.keys[spec.name], len(spec.shape)) in ("linear", "expert")
         ]
+        layout = next(iter(self.layouts.values()))  # of several, whichever: each weight has its own
         return dataclasses.replace(
             settings,
-            scheme=self.layout.scheme.name,  # type: ignore[arg-type]
-            container=self.layout.container,
-            scale_format=self.layout.scale_format,
+            scheme=layout.scheme.name,  # type: ignore[arg-type]
+            container=layout.container,
+            scale_format=layout.scale_format,
             ignore=tuple(others),
         )
 
@@ -156,16 +157,16 @@ class KeptFormat:
         Returns:
             A result as of a search: alpha is the multiple that the base's scales are of the absmax scales.
         """
-        name, weight, granularity = pair.plan.spec.name, as_searched(pair.weight), self.layout.granularity
+        name, weight, layout = pair.plan.spec.name, as_searched(pair.weight), pair.plan.layout
         own = self.checkpoint.unpacked(name)
         codes, scale = own.codes.to(weight.device), own.scale.to(weight.device)
         zero = None if own.zero is None else own.zero.to(weight.device)
         if not self.unchanged(name, weight):
-            codes = quantize(weight, scale, granularity, self.layout.scheme.format, zero)
+            codes = quantize(weight, scale, layout.granularity, layout.scheme.format, zero)
         alpha = scale.double() / plain.scale.double()
         result = dataclasses.replace(plain, codes=codes, scale=scale, zero=zero, alpha=alpha)
         base = weight if pair.base is None else as_searched(pair.base)
-        return measured(result, weight, base, granularity, reader_dtype)
+        return measured(result, weight, base, layout.granularity, reader_dtype)
 
     def unchanged(self, name: str, weight: Tensor) -> bool:
         """Whether a weight is still what the base holds, in the dtype that the base is read in."""
@@ -178,7 +179,7 @@ class KeptFormat:
             stored = base.stored(name)
             assert stored is not None
             held |= set(stored.parts.values())
-            expected = self.layout.stored(base.specs[name])
+            expected = self.layouts[name].stored(base.specs[name])
             found = {part: base.raw.entries[tensor] for part, tensor in stored.parts.items()}
             if {part: (spec.name, spec.dtype, spec.shape) for part, spec in expected.items()} != {
                 part: (entry.name, entry.dtype, entry.shape) for part, entry in found.items()
@@ -196,6 +197,17 @@ class KeptFormat:
                 f"({', '.join(lost[:_LISTED])}), which were calibrated before this fine-tuning and are not "
                 f"written again: {_NAME_ONE}."
             )
+
+
+def _layout_of(base: Checkpoint, name: str, layouts: Layouts) -> Layout:
+    """The layout of a weight, with the dtype that its scales have in the file."""
+    layout, stored = layouts.of(name.removesuffix(".weight")), base.stored(name)
+    if layout is None or stored is None:
+        raise CheckpointError(f"no config group is for {name}, which is quantized")
+    if not isinstance(layout.scales, NumberScales):
+        return layout
+    dtype = base.raw.entries[stored.parts[SCALE]].dtype if SCALE in stored.parts else None
+    return dataclasses.replace(layout, scale_dtype=dtype)
 
 
 def _explained(tensor: TensorPlan) -> TensorPlan:

@@ -3,6 +3,7 @@
     auto        FP8_BLOCK if all sizes are multiples of 128, else FP8_DYNAMIC
     groups      a row is cut into whole groups, or the scheme is refused, with the weights by name
     a budget    each weight has a rung of a ladder, what servers fuse the same one
+    keep        each weight has the layout that it has in the base
 
 Readers compute garbage from sizes that do not fit, or refuse them; see `daq_lightning.checkpoint.readers`.
 """
@@ -21,7 +22,6 @@ from daq_lightning.numerics.formats import PerBlock
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.layouts import Layout
     from daq_lightning.checkpoint.schemes import Container
-    from daq_lightning.export.rungs import Placed
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.model.outline import Role
     from daq_lightning.numerics.formats import ScaleFormat
@@ -74,7 +74,7 @@ def _scheme_of(
 
 def check_layouts(
     rungs: Sequence[Layout],
-    placed: Mapping[str, Placed],
+    layouts: Mapping[str, Layout],
     chosen: Sequence[TensorSpec],
     roles: Mapping[str, Role],
 ) -> list[str]:
@@ -82,21 +82,22 @@ def check_layouts(
 
     Args:
         rungs: The layouts of the export.
-        placed: Name -> rung, of the weights to quantize.
-        chosen: These weights.
+        layouts: Name -> layout, of the weights that are not kept in 16 bit.
+        chosen: The weights to quantize.
         roles: Name -> role, of all tensors.
 
     Raises:
         CheckpointError: Sizes that a scheme cannot hold, or readers that do not load it.
     """
     notes: list[str] = []
-    on = {layout.scheme.name: [spec for spec in chosen if placed[spec.name].rung == layout.scheme.name]
-          for layout in rungs}  # fmt: skip
+    used: list[str] = []
     for layout in rungs:
-        if on[layout.scheme.name]:
-            notes += _check_layout(layout, on[layout.scheme.name], roles)
-    used = [name for name, specs in on.items() if specs]
-    experts = {placed[spec.name].rung for spec in chosen if roles[spec.name] == "expert"}
+        specs = [spec for spec in chosen if layouts.get(spec.name) == layout]
+        if specs:
+            notes += _check_layout(layout, specs, roles)
+            used.append(layout.scheme.name)
+    of_experts = [layouts.get(spec.name) for spec in chosen if roles[spec.name] == "expert"]
+    experts = {FULL if layout is None else layout.scheme.name for layout in of_experts}
     return list(dict.fromkeys(notes + notes_on_mixed(used, sorted(experts))))
 
 

@@ -1,6 +1,9 @@
 """What a weight would lose on each rung of a ladder, for those that choose: one weight at a time.
 
-    curvature    tr(E^T H_out E H_in) / tokens       E = what is written - weight; statistics of the run
+Each weight is measured in every way that its statistics allow; all are compared by the best that all have.
+
+    curvature    c tr(E^T H_out E H_in) / tokens     E = what is written - weight; statistics of the run;
+                                                     c = `Statistics.dependence`
     inputs       tr(E H_in E^T) / tokens             where no gradient was collected
     update       |E|^2 / |D|^2                       D = weight - base
                  |E|^2 / |W|^2                       a weight that has no base or did not change
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,48 +41,63 @@ _BAND, _BANDS = 128, 4  # rows of the tallest group of weights that share a scal
 _WHOLE = 2 * _BAND * _BANDS  # up to here all rows are looked at
 
 
-def kind_of(job: Job, names: Sequence[str]) -> tuple[LossKind, str]:
+class Losses(NamedTuple):
+    """What a weight would lose on one rung, measured in each of the ways.
+
+    Attributes:
+        update: As in the module; always known.
+        inputs: None where no inputs were seen.
+        curvature: None where no gradient came either.
+    """
+
+    update: float
+    inputs: float | None
+    curvature: float | None
+
+
+def kind_of(measured: Mapping[str, Mapping[str, Losses]], *, collected: bool) -> tuple[LossKind, str]:
     """What all weights of an export are compared by, and why it is not the curvature if one was collected.
 
     Args:
-        job: The export.
-        names: The weights to compare.
+        measured: Name -> rung -> losses, of all of them.
+        collected: Whether a curvature was.
+
+    Example:
+        >>> kind_of({"a": {"W4A16": Losses(0.1, 2.0, None)}}, collected=True)
+        ('inputs', '')
     """
-    if job.curvature is None:
+    if not collected or not measured:
         return "update", ""
-    known = {name: found for name in names if (found := job.curvature.get(name)) is not None and found.tokens}
-    missing = [name for name in names if name not in known and ".experts." not in name]
-    if missing or not known:
+    of_each = {name: next(iter(rungs.values())) for name, rungs in measured.items()}
+    missing = [name for name, one in of_each.items() if one.inputs is None and ".experts." not in name]
+    seen = [one for one in of_each.values() if one.inputs is not None]
+    if missing or not seen:
         some = f", such as {missing[0]}" if missing else ""
-        return "update", f"of {len(missing) or len(names)} weights no curvature was collected{some}"
-    if any(found.inputs is None for found in known.values()):
-        return "update", "of some weights the inputs were not collected"
-    sides = {found.outputs is not None for found in known.values()}
-    return ("curvature" if sides == {True} else "inputs"), ""
+        return "update", f"of {len(missing) or len(of_each)} weights no curvature was collected{some}"
+    return ("inputs" if any(one.curvature is None for one in seen) else "curvature"), ""
 
 
 def losses_of(
-    job: Job, pair: Pair, layouts: Mapping[str, Layout | None], kind: LossKind, search: SearchScales
-) -> dict[str, float]:
+    job: Job, pair: Pair, layouts: Mapping[str, Layout | None], search: SearchScales
+) -> dict[str, Losses]:
     """What a weight would lose.
 
     Args:
-        job: The export.
+        job: The export, with what was collected of the weight.
         pair: The weight and its base.
         layouts: Rung -> layout; None keeps the weight in the dtype of what is kept.
-        kind: As `kind_of` says.
         search: Finds the scales of weights in their layouts.
 
     Returns:
-        Rung -> loss.
+        Rung -> losses.
 
     Raises:
         ValueError: NaN or Inf in the weight, by name.
     """
     rows = rows_of(pair.weight.shape[0])
-    statistics = None if job.curvature is None or kind == "update" else job.curvature.get(pair.plan.spec.name)
+    known = None if job.curvature is None else job.curvature.get(pair.plan.spec.name)
     return {
-        rung: _loss(job, pair, _error(job, pair, layout, rows, search), rows, kind, statistics)
+        rung: _losses(pair, _error(job, pair, layout, rows, search), rows, known)
         for rung, layout in layouts.items()
     }
 
@@ -119,22 +137,22 @@ def _error(
     return read_RN - as_searched(weight_RN).float()
 
 
-def _loss(
-    job: Job, pair: Pair, error_RN: Tensor, rows: Sequence[slice], kind: LossKind, known: Statistics | None
-) -> float:
-    share = pair.weight.shape[0] / error_RN.shape[0]
-    if kind == "update":
-        weight_RN = _seen(pair.weight, rows).double()
-        delta_RN = weight_RN - weight_RN if pair.base is None else weight_RN - _seen(pair.base, rows).double()
-        size = float(delta_RN.square().sum()) or float(weight_RN.square().sum()) or 1.0
-        return float(error_RN.double().square().sum()) / size
-    if known is None or not known.tokens or known.inputs is None:  # an expert that no token reached
-        return 0.0
+def _losses(pair: Pair, error_RN: Tensor, rows: Sequence[slice], known: Statistics | None) -> Losses:
+    weight_RN = _seen(pair.weight, rows).double()
+    delta_RN = weight_RN - weight_RN if pair.base is None else weight_RN - _seen(pair.base, rows).double()
+    size = float(delta_RN.square().sum()) or float(weight_RN.square().sum()) or 1.0
+    update = float(error_RN.double().square().sum()) / size
+    if known is None or not known.tokens or known.inputs is None:
+        return Losses(update, None, None)
+    share = pair.weight.shape[0] / error_RN.shape[0] / known.tokens
     seen_RN = error_RN @ known.inputs.to(error_RN)
-    if kind == "inputs" or known.outputs is None:
-        return share * float((seen_RN * error_RN).sum(dtype=torch.float64)) / known.tokens
+    inputs = share * float((seen_RN * error_RN).sum(dtype=torch.float64))
+    if known.outputs is None:
+        return Losses(update, inputs, None)
     outputs_MM = known.outputs.to(error_RN)
     if len(rows) == 1:
-        return float((outputs_MM @ error_RN * seen_RN).sum(dtype=torch.float64)) / known.tokens
-    weights_R1 = _seen(outputs_MM.diagonal(), rows)[:, None]
-    return share * float((weights_R1 * seen_RN * error_RN).sum(dtype=torch.float64)) / known.tokens
+        weighted_RN = outputs_MM @ error_RN
+    else:
+        weighted_RN = _seen(outputs_MM.diagonal(), rows)[:, None] * error_RN
+    whole = float((weighted_RN * seen_RN).sum(dtype=torch.float64))
+    return Losses(update, inputs, share * known.dependence * whole)

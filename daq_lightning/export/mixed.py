@@ -4,7 +4,8 @@
     choose     a knapsack over what servers fuse: q/k/v, gate/up, experts         `numerics.knapsack`
     plan       the export anew, with a layout for each tensor                     `plan_export(placed=...)`
 
-The rest of an export knows nothing of budgets. The ranks share the pass; all plan the same.
+The rest of an export knows nothing of budgets. The ranks share the pass, each with the statistics of the
+weights that it measures; all plan the same, and deal what was collected anew when they write.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from daq_lightning.checkpoint.writer import plan_shards
-from daq_lightning.export.losses import kind_of, losses_of, rows_of
+from daq_lightning.export.curvature import with_curvature
+from daq_lightning.export.losses import Losses, kind_of, losses_of, rows_of
 from daq_lightning.export.ranks import ALONE, Agreement, Ranks
 from daq_lightning.export.rungs import Options
 from daq_lightning.export.scales import search_scales
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 def within_budget(
     job: Job,
     *,
+    stack: contextlib.ExitStack,
     device: str | torch.device | None = None,
     progress: bool = False,
     ranks: Ranks = ALONE,
@@ -43,6 +46,7 @@ def within_budget(
 
     Args:
         job: What `prepare` settled, on the lowest rungs; all its weights are read once.
+        stack: Until it is closed, the curvature of a job that is calibrated can be asked for.
         device: Where to measure; None where each weight lies.
         progress: Whether to show how far it is.
         ranks: The processes that share the work; all of them call this.
@@ -57,8 +61,10 @@ def within_budget(
     chosen = [tensor.spec for tensor in job.plan.tensors if tensor.spec.name in job.plan.placed]
     options = Options(job.settings, job.plan.rungs, chosen, job.plan.dtype)
     capacity = options.capacity()
-    kind, why = kind_of(job, [spec.name for spec in chosen])
-    losses = _measured(job, options, kind, device, progress, ranks)
+    job, measured = _measured(job, options, stack, device, progress, ranks)
+    collected = not (job.curvature is None and job.calibration is None)
+    kind, why = kind_of(measured, collected=collected)
+    losses = _of_groups(measured, options, kind)
     groups = list(options.rungs)
     taken = choose_options(
         [list(options.sizes[group].values()) for group in groups],
@@ -102,19 +108,24 @@ def _notes(job: Job, chosen: Sequence[TensorSpec], kind: LossKind, why: str) -> 
 def _measured(
     job: Job,
     options: Options,
-    kind: LossKind,
+    stack: contextlib.ExitStack,
     device: str | torch.device | None,
     progress: bool,
     ranks: Ranks,
-) -> dict[tuple[str, ...], dict[str, float]]:
-    """What each group loses on each of its rungs: the sum over its weights. A collective."""
+) -> tuple[Job, dict[str, dict[str, Losses]]]:
+    """What each weight that has a choice loses on each of its rungs. A collective.
+
+    Returns:
+        The job, calibrated if it is to be, and name -> rung -> losses.
+    """
     allowed = {name: rungs for group, rungs in options.rungs.items() for name in group}
-    mine: dict[str, dict[str, float]] = {}
     agreement = Agreement(ranks)
     plan = dataclasses.replace(job.plan, tensors=tuple(job.plan.quantized))
     shards = plan_shards(plan.stored_together, job.settings.max_shard_bytes)
     work = share_out(plan, shards, ranks, together=False)
-    measured = stream(job, work, ranks, agreement, device=device, progress=progress, what="Measure")
+    mine: dict[str, dict[str, Losses]] = {}
+    known = with_curvature(job, work, ranks, stack, device=device, progress=progress)
+    measured = stream(known, work, ranks, agreement, device=device, progress=progress, what="Measure")
     with contextlib.closing(measured) as batches:
         for batch in batches:
             with agreement.attempt():
@@ -122,10 +133,22 @@ def _measured(
                     name = pair.plan.spec.name
                     if len(allowed[name]) > 1:
                         layouts = {rung: options.layouts[rung] for rung in allowed[name]}
-                        mine[name] = losses_of(job, pair, layouts, kind, search_scales)
+                        mine[name] = losses_of(known, pair, layouts, search_scales)
         agreement.end()
-    every: Mapping[str, dict[str, float]] = ranks.union(mine)
+    every = ranks.union(mine)
+    calibrated = job if job.calibration is None else known
+    return calibrated, {name: every[name] for name in allowed if name in every}
+
+
+def _of_groups(
+    measured: Mapping[str, Mapping[str, Losses]], options: Options, kind: LossKind
+) -> dict[tuple[str, ...], dict[str, float]]:
+    """The same for each group, in one way: the sum over its weights, of which an expert that no token reached
+    loses nothing."""
     return {
-        group: {rung: sum(every[name][rung] for name in group) if len(rungs) > 1 else 0.0 for rung in rungs}
+        group: {
+            rung: sum(getattr(measured[name][rung], kind) or 0.0 for name in group) if len(rungs) > 1 else 0.0
+            for rung in rungs
+        }
         for group, rungs in options.rungs.items()
     }

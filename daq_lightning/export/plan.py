@@ -172,7 +172,7 @@ def plan_export(
     outline: Outline,
     settings: ExportSettings,
     placed: Mapping[str, Placed] | None = None,
-    layout: Layout | None = None,
+    kept: Mapping[str, Layout] | None = None,
 ) -> ExportPlan:
     """Decides what happens to every tensor.
 
@@ -181,7 +181,7 @@ def plan_export(
         outline: Says which role each tensor has, and its name in memory.
         settings: What the user chose.
         placed: The rungs of weights, as a budget places them; None for the lowest that takes each.
-        layout: That of a base which is kept; None for the one that the settings mean.
+        kept: Name -> layout, of a base which is kept; None for those that the settings mean.
 
     Raises:
         CheckpointError: Nothing to quantize, sizes that the scheme cannot hold, experts of several shapes, an
@@ -195,25 +195,26 @@ def plan_export(
         and spec.dtype.is_floating_point and min(spec.shape) > 0
     ]  # fmt: skip
     if not chosen:
-        conv1d = " Its Conv1D layers hold transposed weights, which no reader takes." * (
-            "conv1d" in roles.values()
-        )
+        transposed = " Its Conv1D layers hold transposed weights, which no reader takes."
+        conv1d = transposed * ("conv1d" in roles.values())
         raise CheckpointError(
             f"{outline.model} has no Linear weight to quantize among its {len(specs)} tensors "
             f"(output heads, routers and ignored modules are kept).{conv1d}"
         )
     check_fused({spec.name for spec in chosen}, roles)
     check_experts(chosen, specs, keys, roles)
-    schemes, notes = rungs_of(settings, chosen)
-    rungs = (
-        [layout]
-        if layout is not None
-        else [make_layout(name, container=held, scale_format=kept) for name, held, kept in schemes]
-    )
-    forms = {one.scheme.name: one for one in rungs}
     dtype, masters = kept_dtype(specs)
-    placed = lowest(settings, rungs, chosen, dtype) if placed is None else placed
-    notes += check_layouts(rungs, placed, chosen, roles)
+    if kept is None:
+        schemes, notes = rungs_of(settings, chosen)
+        rungs = [make_layout(name, container=held, scale_format=scale) for name, held, scale in schemes]
+        placed = lowest(settings, rungs, chosen, dtype) if placed is None else placed
+        named = {layout.scheme.name: layout for layout in rungs}
+        layouts = {spec.name: named[one.rung] for spec in chosen if (one := placed[spec.name]).rung != FULL}
+    else:
+        layouts, notes = {spec.name: kept[spec.name] for spec in chosen}, []
+        rungs = sorted(dict.fromkeys(layouts.values()), key=lambda layout: layout.scheme.format.bits)
+        placed = {name: Placed(layout.scheme.name) for name, layout in layouts.items()}
+    notes += check_layouts(rungs, layouts, chosen, roles)
     doubles = sum(spec.dtype == torch.float64 for spec in chosen)
     if doubles:
         notes.append(f"{doubles} weights are float64: they were searched and measured as float32.")
@@ -221,9 +222,9 @@ def plan_export(
     reasons |= {name: one.reason for name, one in placed.items() if one.rung == FULL}
     shared = {spec.name: shared_input(spec.name) for spec in chosen}
     tensors = tuple(
-        _quantized(spec, keys[spec.name], roles[spec.name], forms[placed[spec.name].rung],
+        _quantized(spec, keys[spec.name], roles[spec.name], layouts[spec.name],
                    placed[spec.name].reason, shared[spec.name] if settings.by_curvature else "")
-        if spec.name in shared and placed[spec.name].rung != FULL
+        if spec.name in layouts
         else _kept(spec, keys, roles[spec.name], (dtype, masters), reasons.get(spec.name, ""))
         for spec in specs
     )  # fmt: skip

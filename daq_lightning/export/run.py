@@ -28,6 +28,7 @@ from daq_lightning.checkpoint.writer import CheckpointWriter, plan_shards
 from daq_lightning.export.account import batch_reports, config_of, notes_of
 from daq_lightning.export.behind import Behind
 from daq_lightning.export.card import existing_card, make_card, make_recipe
+from daq_lightning.export.curvature import with_curvature
 from daq_lightning.export.finished import Finished, Records, TensorPrints, find_leftover, prints_of
 from daq_lightning.export.kv_cache import check_found, kept_reasons, report_of
 from daq_lightning.export.manifest import make_manifest
@@ -105,7 +106,7 @@ def run(
         complete=done.files,
     )
     with contextlib.ExitStack() as stack:
-        job = ranks.together(lambda: _calibrated(job, work, ranks, stack, device=device, progress=progress))
+        job = with_curvature(job, work, ranks, stack, device=device, progress=progress)
         writer = open_on_all(
             lambda folder: CheckpointWriter(
                 out,
@@ -149,24 +150,6 @@ def run(
         ranks.together(lambda: timings.weigh(out) if ranks.rank == 0 else None)
         timings.collect(ranks)
     return report
-
-
-def _calibrated(
-    job: Job,
-    work: Work,
-    ranks: Ranks,
-    stack: contextlib.ExitStack,
-    *,
-    device: str | torch.device | None,
-    progress: bool,
-) -> Job:
-    """The job with the curvature of its model, where this rank has weights left and no run collected it."""
-    if job.calibration is None or not work.files(ranks.rank):
-        return job
-    names = [tensor.spec.name for tensor in job.plan.quantized]
-    shown = progress and ranks.rank == 0
-    curvature = stack.enter_context(job.calibration.curvature(names, device, progress=shown))
-    return dataclasses.replace(job, curvature=curvature)
 
 
 def _verified(

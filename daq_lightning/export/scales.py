@@ -50,10 +50,10 @@ def _at_absmax(job: Job, pair: Pair) -> SearchResult:
     return search_scale(
         weight,
         weight if pair.base is None else as_searched(pair.base),
-        job.plan.layout.granularity,
+        pair.plan.layout.granularity,
         ScaleSearch.absmax(),
-        scale_format=job.plan.layout.scale_format,
-        fmt=job.plan.layout.scheme.format,
+        scale_format=pair.plan.layout.scale_format,
+        fmt=pair.plan.layout.scheme.format,
         name=name,
         global_scale=None if factor is None else factor.to(weight.device),
     )

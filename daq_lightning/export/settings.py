@@ -20,11 +20,12 @@ class ExportSettings:
     Attributes:
         scheme: What codes are, and which weights share a scale. "FP8_BLOCK": FP8, a block of 128 x 128.
             "FP8_DYNAMIC": FP8, a row. "FP8A16": the same, activations stay in 16 bit. "MXFP8": FP8, 32 of a
-            row, powers of two. "W8A8": int8, a row. "W4A16": int4, 128 of a row, activations in 16 bit, as
-            in all that follow. "W4A16_ASYM": the same with zero points. "NVFP4A16": E2M1, 16 of a row.
-            "MXFP4A16": E2M1, 32 of a row, powers of two. "auto": FP8_BLOCK if all sizes are multiples of
-            128, else FP8_DYNAMIC. "keep": format, scales and unquantized modules of the base, a quantized
-            folder such as the one that an adapter was trained on.
+            row, powers of two. "W8A8": int8, a row. "W4A16": int4, 128 of a row, activations in 16 bit, as in
+            all that follow. "W4A16_ASYM": the same with zero points. "W4A16_G32", "W4A16_ASYM_G32": 32 of a
+            row. "NVFP4A16": E2M1, 16 of a row. "MXFP4A16": E2M1, 32 of a row, powers of two. "auto":
+            FP8_BLOCK if all sizes are multiples of 128, else FP8_DYNAMIC. "keep": format, scales and
+            unquantized modules of the base, a quantized folder such as the one that an adapter was trained
+            on.
         search: Objective and candidates of the scale search.
         rounding: How codes are chosen once scales are fixed. "nearest": each by itself. "curvature": so that
             their errors cancel where the model is sensitive to them, at plain scales unless a search other

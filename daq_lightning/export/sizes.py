@@ -42,12 +42,12 @@ def check_sizes(layout: Layout, chosen: Sequence[TensorSpec]) -> None:
             raise CheckpointError(
                 f"{scheme.name} packs the zero points of {_PACKED_ROWS} rows into one number; {len(odd)} "
                 f"weights have a number of rows that is no multiple of it: {_listed(odd)}. vLLM would not "
-                "load them. Use scheme='W4A16', or keep these weights (ignore)."
+                f"load them. Use scheme={scheme.name.replace('_ASYM', '')!r}, or keep these weights (ignore)."
             )
 
 
 def _smaller(group: int) -> str:
-    return "one of smaller groups (scheme='MXFP4A16': 32, 'NVFP4A16': 16), " if group > 32 else ""
+    return "one of smaller groups (scheme='W4A16_G32': 32, 'NVFP4A16': 16), " if group > 32 else ""
 
 
 def odd_sizes(specs: Iterable[TensorSpec], rows: int, cols: int) -> list[TensorSpec]:

@@ -19,16 +19,16 @@ def layouts_of(quantized: Sequence[TensorPlan], lowest: Layout) -> Layouts:
     Experts are named by patterns, one a layer, for readers call their projections by other names than the
     files; those that are all in one layout by one for all layers, which transformers needs.
     """
-    groups: dict[str, tuple[Layout, dict[str, None]]] = {}
-    of_experts = {tensor.layout.scheme.name for tensor in quantized if tensor.role == "expert"}
+    groups: dict[Layout, dict[str, None]] = {}
+    of_experts = {tensor.layout for tensor in quantized if tensor.role == "expert"}
     for tensor in quantized:
-        targets = groups.setdefault(tensor.layout.scheme.name, (tensor.layout, {}))[1]
+        targets = groups.setdefault(tensor.layout, {})
         names = [name.removesuffix(".weight") for name in (tensor.spec.name, tensor.key)]
         if tensor.role == "expert":
             names = [_experts("" if len(of_experts) == 1 else names[0])]
         targets.update(dict.fromkeys(names))
-    upwards = sorted(groups.values(), key=lambda group: group[0].scheme.format.bits)
-    every = tuple((layout, tuple(targets)) for layout, targets in upwards)
+    upwards = sorted(groups, key=lambda layout: layout.scheme.format.bits)
+    every = tuple((layout, tuple(groups[layout])) for layout in upwards)
     return Layouts(groups=every or ((lowest, ()),))
 
 

@@ -46,6 +46,13 @@ class Work:
     owners: Mapping[str, int]
     rounds: tuple[Round, ...]
 
+    @property
+    def weights(self) -> dict[str, int]:
+        """Name of a tensor -> the rank that exports it."""
+        return {
+            plan.spec.name: rank for turn in self.rounds for rank, batch in enumerate(turn) for plan in batch
+        }
+
     def files(self, rank: int) -> frozenset[str]:
         """The files of a rank."""
         return files_of(self.owners, rank)

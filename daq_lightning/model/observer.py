@@ -1,7 +1,8 @@
 """Hooks on Linear layers, for a few batches: what comes in, and the gradient of the loss at what goes out.
 
     forward     keep the input; hang a hook on the output
-    backward    y^T y of the gradient; x^T x once all layers that had this input have their gradients
+    backward    y^T y of the gradient, and |x|^2 |y|^2; x^T x once all layers that had this input have their
+                gradients
 
 Nothing that the layers compute changes, and no hook is left when the batch is over. Of frozen weights, as
 with LoRA, the gradient at the output comes all the same wherever the layer has adapters or anything upstream
@@ -52,12 +53,31 @@ class Sums:
     Attributes:
         inputs: Names of the layers that were given the same inputs -> the sum of these.
         outputs: Name of a layer -> the sum of the gradients at its output.
+        joint: Name of a layer -> the sum over tokens of |x|^2 |y|^2, of both: a matrix of one number.
         batches: How many batches were observed.
     """
 
     inputs: dict[tuple[str, ...], KroneckerSum] = field(default_factory=dict)
     outputs: dict[str, KroneckerSum] = field(default_factory=dict)
+    joint: dict[str, KroneckerSum] = field(default_factory=dict)
     batches: int = 0
+
+    def add_outputs(self, name: str, y_TM: Tensor, used_T: Tensor, x_TN: Tensor, factor: float) -> None:
+        """Adds the gradients at the output of a layer.
+
+        Args:
+            name: Of the layer.
+            y_TM: The gradients.
+            used_T: bool: the tokens that have one.
+            x_TN: What the layer was given.
+            factor: Multiplies gradients.
+        """
+        for sums, size in ((self.outputs, y_TM.shape[1]), (self.joint, 1)):
+            if name not in sums:
+                sums[name] = KroneckerSum(size, y_TM.device)
+        self.outputs[name].add(y_TM, used_T, factor)
+        sizes_T = _sizes(x_TN).to(y_TM.device) * _sizes(y_TM)
+        self.joint[name].add(sizes_T[:, None], used_T, factor)
 
 
 @dataclass(kw_only=True)
@@ -173,9 +193,7 @@ class Observer:
             return
         y_TM = gradient.detach().reshape(-1, gradient.shape[-1])
         used_T = used_tokens(y_TM)
-        if layer.name not in self._sums.outputs:
-            self._sums.outputs[layer.name] = KroneckerSum(y_TM.shape[1], y_TM.device)
-        self._sums.outputs[layer.name].add(y_TM, used_T, self._factor)
+        self._sums.add_outputs(layer.name, y_TM, used_T, one.x.reshape(len(y_TM), -1), self._factor)
         one.used |= used_T.to(one.used.device)
         one.seen = True
         one.waiting -= 1
@@ -191,6 +209,11 @@ class Observer:
         if key not in self._sums.inputs:
             self._sums.inputs[key] = KroneckerSum(x_TN.shape[1], x_TN.device)
         self._sums.inputs[key].add(x_TN, one.used)
+
+
+def _sizes(values_TK: Tensor) -> Tensor:
+    """The length of each vector, float32."""
+    return torch.linalg.vector_norm(values_TK, dim=1, dtype=torch.float32)
 
 
 def _is_same(one: _Input, x: Tensor) -> bool:

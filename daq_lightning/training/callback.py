@@ -53,8 +53,9 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
             `.ckpt`, file or folder. See `daq_lightning.training.base`.
         scheme: "FP8_BLOCK" (128 x 128), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel, 16-bit
             activations), or "auto": blocks where all sizes are multiples of 128, else channels. Or "MXFP8",
-            "W8A8", "W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16": see docs/formats.md. "keep": those of
-            `base`, a quantized folder that the model was read from: see docs/qlora.md.
+            "W8A8", "W4A16", "W4A16_ASYM", these two with "_G32", "NVFP4A16", "MXFP4A16": see
+            docs/formats.md. "keep": those of `base`, a quantized folder that the model was read from: see
+            docs/qlora.md.
         metric: What the scale search maximizes: "hybrid", "cosine", "sign" or "mse".
         alpha_range: Range of the multiples of the absmax scale that are tried.
         search: All settings of the search, instead of these two.
@@ -73,7 +74,9 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         kv_cache: None, or for servers that cache keys and values in FP8: "fp8" with scales of 1.0,
             "fp8-calibrated" with scales of each layer from a validation before each export.
         budget: What quantized weights may take, as mean bits ("4.5 bits") or bytes ("2.1 GB"): each export
-            measures all, and those that lose most go up from `scheme` to FP8A16 or 16 bit.
+            measures all, and those that lose most go up from `scheme` to larger formats.
+        ladder: With a budget, the schemes from the lowest up, such as ["W4A16", "FP8_DYNAMIC", "16"], of
+            which "16" is 16 bit; None for the usual one of `scheme`, see docs/formats.md.
         export_on: "train_end", or "checkpoint": whenever ModelCheckpoint saves, the same weights.
         every_n_train_steps, every_n_epochs: Also export every so many optimizer steps, or epochs.
         which: What is exported at the end: the "last" weights, or the "best" checkpoint of the first
@@ -137,6 +140,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         scale_format: Literal["ue8m0"] | None = None,
         kv_cache: KVCache | None = None,
         budget: str | int | None = None,
+        ladder: list[str] | None = None,
         export_on: ExportOn = "train_end",
         every_n_train_steps: int | None = None,
         every_n_epochs: int | None = None,
@@ -172,7 +176,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         )
         choices = make_settings(
             scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes,
-            rounding, kv_cache, budget,
+            rounding, kv_cache, budget, ladder,
         )  # fmt: skip
         collecting = Collecting(
             source=curvature,

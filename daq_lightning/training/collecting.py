@@ -82,12 +82,7 @@ def _why_not(settings: RunSettings, trainer: Trainer, source: Source) -> str:
     hooks = source != "gradients"
     if source == "validation" and not trainer.enable_validation:
         return "curvature='validation' needs a validation_step, validation dataloaders and limit_val_batches"
-    reason = why_not_observed(trainer, hooks=hooks, compiled=source == "validation")
-    if not reason and hooks and settings.deals_anew and trainer.world_size > 1:
-        # each rank has the sums of the weights that it was dealt first
-        anew = "on_failure='fallback'" if settings.validation.schemes else "budget"
-        return f"{anew} deals the weights to the ranks anew"
-    return reason
+    return why_not_observed(trainer, hooks=hooks, compiled=source == "validation")
 
 
 def batches_left(trainer: Trainer, batch_idx: int) -> int | None:

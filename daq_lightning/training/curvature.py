@@ -172,13 +172,12 @@ class Collector:
             self._sums, self._part = Sums(), (self._part + 1) % len(self._parts)
 
     def curvature(self, owners: Mapping[str, int], ranks: Ranks = ALONE) -> Curvature:
-        """What was collected until now, or is now in validation, where a weight is exported. A collective.
+        """What was collected until now, where a weight is exported. A collective.
 
         Args:
             owners: Weight name -> that rank.
             ranks: Who exports; one that is alone has its own tokens only.
         """
-        self._observe_validation(ranks)
         parts = []
         for part in range(len(self._parts)):
             unfinished = Collected.of(self._sums) if part == self._part else Collected({}, {}, {})
@@ -197,8 +196,9 @@ class Collector:
             self._spilled.cleanup()
         self._observer, self._spilled, self._complete, self._sums = None, None, {}, Sums()
 
-    def _observe_validation(self, ranks: Ranks) -> None:
-        """Sums in validation what is missing on any rank; what goes wrong is said, and the export goes on."""
+    def observe_validation(self, ranks: Ranks) -> None:
+        """Sums in validation what is missing on any rank, before an export; what goes wrong is said, and the
+        export goes on. A collective."""
         if not self._validates or self._trainer.interrupted:  # others may be gone
             return
         seen = {self._part} if self._sums.batches and not self._gave_up else set()

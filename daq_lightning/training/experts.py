@@ -181,9 +181,7 @@ class _Stack:
             if y_TM is not None:
                 own = y_TM[:, layer.place.rows]
                 used_T |= used_tokens(own)
-                if layer.name not in self._sums.outputs:
-                    self._sums.outputs[layer.name] = KroneckerSum(layer.shape[0], x_TN.device)
-                self._sums.outputs[layer.name].add(own, used_tokens(own), self._factor)
+                self._sums.add_outputs(layer.name, own, used_tokens(own), x_TN, self._factor)
         key = tuple(sorted(layer.name for layer in layers))
         if key not in self._sums.inputs:
             self._sums.inputs[key] = KroneckerSum(x_TN.shape[1], x_TN.device)

@@ -117,7 +117,6 @@ class Run:
             resumed_from=resumed_from,
             saved=saved,
         )
-        self._owners = {name: rank for rank, names in enumerate(request.parts) for name in names}
         resumed = resumed_from is not None
         self.collector = collector_of(settings, trainer, model, plan.quantized, resumed=resumed)
         self.base = resolve_base(request, model, ranks)
@@ -228,15 +227,17 @@ class Run:
     def _write(self, model: LiveModel, state: Mapping[str, Any] | None, checkpoint: Path | None) -> None:
         trainer, settings = self._trainer, self._settings
         model.gather_adapters()
-        curvature = None if self.collector is None else self.collector.curvature(self._owners, self.ranks)
-        known = (training_of(trainer, checkpoint), curvature)
+        if self.collector is not None:
+            self.collector.observe_validation(self.ranks)
+        collected = None if self.collector is None else self.collector.curvature
+        known = (training_of(trainer, checkpoint), collected)
         job = self.ranks.together(lambda: self._job.after_training(source_of(trainer, model), *known))
         job = calibrated(job, trainer, model, state, self.ranks)
         with contextlib.ExitStack() as stack:
             name = Path(settings.dirpath) / settings.schedule.name(trainer)
             out = self.ranks.first(lambda: stack.enter_context(free_name(name)))
             timings = Timings()
-            job = within_budget(job, device=trainer.strategy.root_device, ranks=self.ranks)
+            job = within_budget(job, stack=stack, device=trainer.strategy.root_device, ranks=self.ranks)
             if self._judge is not None:
                 judge = self._judge(job=job, model=model, state=state, ranks=self.ranks)
                 report = export_judged(judge, lambda job, judge: self._run(job, out, timings, judge))

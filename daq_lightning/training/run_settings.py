@@ -117,6 +117,7 @@ def make_settings(
     rounding: RoundingChoice,
     kv_cache: KVCache | None,
     budget: str | int | None,
+    ladder: Sequence[str] | None,
 ) -> ExportSettings:
     """The settings of an export from the arguments of `DeltaAwareQuantization`.
 
@@ -131,11 +132,8 @@ def make_settings(
         search is None or isinstance(search, ScaleSearch), "search", search,
         "a ScaleSearch, or None; what to maximize alone is said by metric='cosine'",
     )  # fmt: skip
-    check.require(
-        ignore is None
-        or (isinstance(ignore, (list, tuple)) and all(isinstance(name, str) for name in ignore)),
-        "ignore", ignore, "a list of names, such as ['lm_head']",
-    )  # fmt: skip
+    check.names("ignore", ignore, "a list of names, such as ['lm_head']")
+    check.names("ladder", ladder, "a list of schemes, such as ['W4A16', 'FP8A16', '16']")
     check.choice("rounding", rounding, get_args(RoundingChoice))
     check.choice("scale_format", scale_format, (None, "ue8m0"))
     check.choice("kv_cache", kv_cache, (None, *get_args(KVCache)))
@@ -168,6 +166,7 @@ def make_settings(
             missing_base=missing_base,
             max_shard_bytes=max_shard_bytes,
             budget=budget,
+            ladder=tuple(ladder or ()),
         )
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(str(error)) from error

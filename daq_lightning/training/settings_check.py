@@ -35,6 +35,12 @@ def flag(name: str, value: object) -> None:
     require(isinstance(value, bool), name, value, "True or False")
 
 
+def names(name: str, value: object, expected: str) -> None:
+    """Raises MisconfigurationException for what is neither None nor a list of strings; a string is none."""
+    listed = isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+    require(value is None or listed, name, value, expected)
+
+
 def count(name: str, value: object) -> None:
     """Raises MisconfigurationException for what is neither None nor a whole number >= 1; True is none."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -134,6 +134,23 @@ def test_a_text_and_the_models_own_bring_an_export_nearer_than_the_update(models
     assert all(tensor.rounding is None for tensor in nearest.tensors)
 
 
+def test_a_budget_goes_by_the_text_which_is_read_once(models, tmp_path, monkeypatch):
+    asked, inner = [], Calibration.curvature
+    monkeypatch.setattr(
+        Calibration, "curvature", lambda *given, **named: asked.append(1) or inner(*given, **named)
+    )
+    choices = {"scheme": "W4A16", "budget": "6 bits", "calibrate": models / "text.txt"}
+    report = exported(models, tmp_path / "mixed", **choices)
+    assert len(asked) == 1
+    assert report.placement.measure == "curvature"
+    assert not any("error over update" in note for note in report.notes)
+    assert len(report.scheme.split(" + ")) > 1
+    assert {tensor.rounding.method for tensor in report.tensors} == {"curvature"}
+    post = read(models / "post")
+    uniform = exported(models, tmp_path / "uniform", scheme="W4A16_G32", calibrate=models / "text.txt")
+    assert divergence(post, tmp_path / "mixed", models) < divergence(post, Path(uniform.path), models)
+
+
 def test_an_adapter_is_rounded_along_a_text(models, tmp_path):
     import peft
 

@@ -22,7 +22,7 @@ from daq_lightning.numerics.objectives import measure
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 
 QUICK = ScaleSearch(n_coarse=3, n_fine=0)
-PACKED = ("MXFP8", "W8A8", "W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16")
+PACKED = ("MXFP8", "W8A8", "W4A16", "W4A16_ASYM", "W4A16_G32", "W4A16_ASYM_G32", "NVFP4A16", "MXFP4A16")
 EVERY = pytest.mark.parametrize("scheme", PACKED)
 
 

@@ -16,6 +16,7 @@ import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_name
 from tiny_models import llama, make_pair
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from daq_lightning.numerics.rounding.statistics import Statistics
 
 Q, DOWN, GATE = (f"model.layers.0.{leaf}_proj.weight" for leaf in ("self_attn.q", "mlp.down", "mlp.gate"))
 ADAPTED = ("q_proj", "down_proj")
+MIXED = ("W4A16", "W4A16_G32", "NVFP4A16", "FP8A16")
 IGNORED = ["re:.*lm_head", "lm_head"]
 
 
@@ -100,7 +102,9 @@ def made(plain, tmp_path_factory):
             elif kind == "FP8_DYNAMIC":
                 by_hand(base, plain, "FP8_DYNAMIC", dtype=torch.bfloat16)
             else:
-                export_checkpoint(plain, plain, base, scheme=kind, search=ScaleSearch.absmax())
+                mixed = {"scheme": "W4A16", "budget": "7 bits", "ladder": MIXED} if kind == "mixed" else {}
+                settings = {"scheme": kind, "search": ScaleSearch.absmax()} | mixed
+                export_checkpoint(plain, plain, base, **settings)
             adapter, merged = with_adapter(base, kinds / f"adapter of {kind}")
             out = kinds / f"kept {kind}"
             report = export_checkpoint(base, base, out, adapter=adapter, scheme="keep")
@@ -164,13 +168,19 @@ def read_by_compressed_tensors(folder: Path) -> dict[str, np.ndarray]:
             weight = parts["weight"].float() * blocks
         else:
             read = QuantizationConfig.model_validate(config)
-            compressor = BaseCompressor.get_value_from_registry(read.format)
-            weight = compressor.decompress(parts, read.config_groups["group_0"])["weight"]
+            module = name.removesuffix(".weight")
+            [*_, group] = [
+                group
+                for group in read.config_groups.values()
+                if len(read.config_groups) == 1 or any(match_name(module, one) for one in group.targets)
+            ]
+            compressor = BaseCompressor.get_value_from_registry(group.format or read.format)
+            weight = compressor.decompress(parts, group)["weight"]
         found[name] = weight.bfloat16().double().numpy()
     return found
 
 
-KINDS = ["W4A16", "W4A16_ASYM", "groups of 32", "NVFP4A16", "FP8_BLOCK", "FP8_DYNAMIC",
+KINDS = ["W4A16", "mixed", "W4A16_ASYM", "groups of 32", "NVFP4A16", "FP8_BLOCK", "FP8_DYNAMIC",
          *(pytest.param(kind, marks=pytest.mark.slow)
            for kind in ("MXFP4A16", "MXFP8", "W8A8", "FP8A16"))]  # fmt: skip
 
@@ -190,6 +200,7 @@ def test_all_but_the_codes_of_adapted_weights_is_the_base_to_the_bit(made, kind)
     configs = [json.loads((f / "config.json").read_text())["quantization_config"]
                for f in (base, out)]  # fmt: skip
     assert configs[0] == configs[1]
+    assert (len(configs[0].get("config_groups", ())) > 1) == (kind == "mixed")
     assert verify_checkpoint(out) == []
     again = recompute(report, weights_of(str(base), str(adapter)), load_checkpoint(base))
     assert differences(report, again) == {}
@@ -260,8 +271,12 @@ def test_inputs_alone_are_joined_by_the_update_of_the_adapter(made, tmp_path):
     assert float(q.searched.dot / q.searched.delta_sq) == pytest.approx(1, abs=0.05)
 
 
-def two_groups(tensors, config):
-    config["config_groups"]["group_1"] = config["config_groups"]["group_0"]
+def no_group(tensors, config):
+    group = config["config_groups"].pop("group_0")
+    names = [name.removesuffix("_packed") for name in tensors if name.endswith("_packed") and Q not in name]
+    for index, part in enumerate((names[:3], names[3:])):
+        targets = [name.removesuffix(".weight") for name in part]
+        config["config_groups"][f"group_{index}"] = group | {"targets": targets}
 
 
 def static_activations(tensors, config):
@@ -269,7 +284,8 @@ def static_activations(tensors, config):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [(two_groups, "one config group"), (static_activations, "scales of activations")]
+    ("change", "said"),
+    [(no_group, f"no config group is for {Q}"), (static_activations, "scales of activations")],
 )
 def test_a_base_that_cannot_be_written_again_is_refused(plain, tmp_path, change, said):
     base = by_hand(tmp_path / "base", plain, "W4A16", change=change)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.export.stream import Pair
 from daq_lightning.export.written import WrittenWeights
+from daq_lightning.numerics.quantize import dequantize
 from daq_lightning.numerics.rounding.statistics import Statistics
 from daq_lightning.training.fallback import _as_scheme
 
@@ -66,7 +68,7 @@ def job_of(pair, curvature=None, **settings):
 
 
 def placed(job):
-    return within_budget(job)
+    return within_budget(job, stack=ExitStack())
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +280,7 @@ def test_what_servers_fuse_is_on_one_rung(exported, tmp_path):
             for leaves in (("self_attn.q", "self_attn.k", "self_attn.v"), ("mlp.gate", "mlp.up")):
                 assert len({found[f"model.layers.{layer}.{leaf}_proj.weight"] for leaf in leaves}) == 1
     moe = tiny_models.make_pair(tmp_path, tiny_models.qwen3_moe)
-    job = placed(job_of(moe, budget="6 bits"))
+    job = placed(job_of(moe, budget="6 bits", ladder=LADDERS_TRIED["W4A16"]))
     experts = [group for group in job.placement.groups if ".experts." in group.names[0]]
     assert sorted(len(group.names) for group in experts) == [6, 6]  # two experts of three projections
     assert {tensor.layout.scheme.name for tensor in job.plan.quantized} == {"W4A16", "FP8A16"}
@@ -379,7 +381,7 @@ def test_weights_whose_sizes_a_rung_cannot_hold_begin_higher(tmp_path):
     found = {name: group for group in job.placement.groups for name in group.names}
     for layer in (0, 1):
         group = found[f"model.layers.{layer}.mlp.down_proj.weight"]
-        assert list(group.losses) == ["FP8A16", "16"]
+        assert list(group.losses) == ["W4A16_G32", "FP8A16", "16"]
     assert any("W4A16 cannot hold, and begin higher" in note for note in job.placement.notes)
     with pytest.raises(CheckpointError, match="groups of 128; 2 weights"):
         job_of(pair)
@@ -420,6 +422,28 @@ def test_with_statistics_losses_are_those_of_the_curvature(pair, tmp_path, outpu
         assert group.losses["W4A16"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_loss_is_that_of_the_tokens_where_inputs_and_gradients_depend_on_each_other():
+    generator = torch.Generator().manual_seed(2)
+    base = torch.randn(256, 128, generator=generator)
+    post = base + 0.02 * torch.randn(256, 128, generator=generator)
+    x, y = (torch.randn(512, size, generator=generator) for size in (128, 256))
+    large = torch.rand(512, 1, generator=generator) < 0.1
+    x, y = torch.where(large, 8 * x, x), torch.where(large, y / 8, y)  # large inputs have small gradients
+    joint = float((x.square().sum(1) * y.square().sum(1)).sum())
+    known = Statistics(inputs=x.T @ x, outputs=y.T @ y, tokens=512, source="run", joint=joint)
+    settings = ExportSettings(scheme="W4A16", rounding="nearest", search=QUICK)
+    names = ["layers.0.o_proj.weight"]
+    job = prepare(Source.of({names[0]: post}), {names[0]: base}, settings, curvature={names[0]: known})
+    [tensor] = job.plan.quantized
+    found = losses_of(job, Pair(tensor, post, base), {"W4A16": job.plan.layout}, search_scales)["W4A16"]
+    [result] = search_scales(job, [Pair(tensor, post, base)], QUICK)
+    read = dequantize(result.codes, result.scale, job.plan.layout.granularity, torch.float32)
+    error = read.double().numpy() - post.double().numpy()
+    exact = np.square((x.double().numpy() @ error.T * y.double().numpy()).sum(1)).sum()
+    assert found.curvature == pytest.approx(exact, rel=0.15)
+    assert found.curvature / known.dependence > 4 * exact  # as if they had nothing to do with each other
+
+
 def test_statistics_that_some_weights_lack_are_not_compared_with_others(pair):
     known = statistics(pair)
     left_out = next(iter(known))
@@ -447,13 +471,14 @@ def test_some_rows_of_a_large_weight_stand_for_all(kind):
     [tensor] = job.plan.quantized
     whole = Pair(tensor, post, base)
     layouts = {"W4A16": job.plan.layout}
-    sampled = losses_of(job, whole, layouts, kind, search_scales)["W4A16"]
+    sampled = getattr(losses_of(job, whole, layouts, search_scales)["W4A16"], kind)
     parts = [slice(start, start + 768) for start in range(0, rows, 768)]  # small enough to be looked at whole
 
     def part(rows):
         about = Statistics(inputs=known.inputs, outputs=known.outputs[rows, rows], tokens=512, source="run")
         one = dataclasses.replace(job, curvature={names[0]: about})
-        return losses_of(one, Pair(tensor, post[rows], base[rows]), layouts, kind, search_scales)["W4A16"]
+        found = losses_of(one, Pair(tensor, post[rows], base[rows]), layouts, search_scales)["W4A16"]
+        return getattr(found, kind)
 
     exact = sum(map(part, parts)) / (len(parts) if kind == "update" else 1)
     assert sampled == pytest.approx(exact, rel=0.08)

@@ -5,6 +5,7 @@ import tiny_models
 import torch
 from test_plan import ALL, layer, names, plan
 
+from daq_lightning import export_checkpoint, load_checkpoint
 from daq_lightning.checkpoint import readers
 from daq_lightning.checkpoint.layouts import make_layout
 from daq_lightning.checkpoint.schemes import SCHEMES
@@ -15,6 +16,8 @@ CODES = {
     "W8A8": ("int8", "8-bit integers"),
     "W4A16": ("int4", "4-bit integers"),
     "W4A16_ASYM": ("int4", "4-bit integers"),
+    "W4A16_G32": ("int4", "4-bit integers"),
+    "W4A16_ASYM_G32": ("int4", "4-bit integers"),
     "NVFP4A16": ("e2m1", "NVFP4 (E2M1)"),
     "MXFP4A16": ("e2m1", "MXFP4 (E2M1)"),
 }
@@ -33,7 +36,7 @@ def test_a_plan_names_the_format_and_counts_the_bytes_that_are_stored(scheme):
     assert f"14 of {len(planned.tensors)} tensors in {title}, " in planned.table()
     for tensor in planned.quantized:
         bits = 8 * sum(spec.nbytes for spec in tensor.stored.values()) / tensor.spec.shape[0]
-        assert bits / tensor.spec.shape[1] < {"e4m3": 8.3, "int8": 8.2, "int4": 4.3, "e2m1": 4.6}[code]
+        assert bits / tensor.spec.shape[1] < {"e4m3": 8.3, "int8": 8.2, "int4": 4.7, "e2m1": 4.6}[code]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,8 @@ def test_a_plan_names_the_format_and_counts_the_bytes_that_are_stored(scheme):
     [
         ("W8A8", 100, True),
         ("W4A16", 128 + 32, False),
+        ("W4A16_G32", 128 + 32, True),
+        ("W4A16_ASYM_G32", 128 + 16, False),
         ("MXFP4A16", 128 + 32, True),
         ("MXFP4A16", 128 + 16, False),
         ("NVFP4A16", 128 + 16, True),
@@ -92,6 +97,8 @@ def test_weights_that_servers_fuse_are_searched_together_where_they_share_a_glob
         ("W8A8", "cannot load W8A8"),
         ("MXFP8", "cannot load MXFP8"),
         ("W4A16_ASYM", "cannot load W4A16_ASYM"),
+        ("W4A16_ASYM_G32", "cannot load W4A16_ASYM_G32"),
+        ("W4A16_G32", "loads in transformers"),
         ("NVFP4A16", "without their global scale"),
         ("W4A16", "loads in transformers"),
         ("MXFP4A16", "loads in transformers"),
@@ -104,8 +111,10 @@ def test_what_readers_make_of_experts_is_noted(scheme, said):
 
 def test_a_dense_model_has_a_note_only_where_a_reader_needs_more():
     notes = {scheme: plan(arguments={"scheme": scheme}).notes for scheme in CODES}
-    [note] = notes.pop("W4A16_ASYM")
-    assert "CompressedTensorsConfig(dequantize=True)" in note
+    for scheme in ("W4A16_ASYM", "W4A16_ASYM_G32"):
+        [note] = notes.pop(scheme)
+        assert f"{scheme} only dequantized" in note
+        assert "CompressedTensorsConfig(dequantize=True)" in note
     assert set(notes.values()) == {()}
 
 
@@ -127,3 +136,36 @@ def test_experts_of_uneven_shape_are_refused():
     extra = [TensorSpec(name=name, dtype=torch.bfloat16, shape=(128, 256))]
     with pytest.raises(CheckpointError, match=r"experts\.1\.down_proj.*\(128, 256\).*ignore all of them"):
         plan(tiny_models.qwen3_moe, drop=[name], extra=extra, arguments={"scheme": "W4A16"})
+
+
+def of_shapes(**shapes):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"layers.0.{name.replace('__', '.')}.weight": torch.randn(shape, generator=generator).bfloat16()
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM_G32", "NVFP4A16", "MXFP8", "W8A8"])
+def test_experts_of_uneven_shape_without_a_config_are_refused_too_and_nothing_is_written(tmp_path, scheme):
+    uneven = of_shapes(mlp__experts__0__down_proj=(128, 128), mlp__experts__1__down_proj=(128, 256))
+    with pytest.raises(CheckpointError, match=r"experts\.1\.down_proj.*\(128, 256\).*ignore all of them"):
+        export_checkpoint(uneven, uneven, tmp_path / "out", scheme=scheme)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "choices", [{"scheme": "W4A16"}, {"scheme": "NVFP4A16", "budget": "6 bits"}], ids=str
+)
+def test_weights_of_no_one_or_three_dimensions_stay_as_they_are_and_are_listed(tmp_path, choices):
+    weights = of_shapes(o_proj=(128, 128), down_proj=(128, 256), gain=(), norm=(128,), conv=(8, 8, 128))
+    report = export_checkpoint(weights, weights, tmp_path / "out", **choices)
+    odd = {name for name, weight in weights.items() if weight.ndim != 2}
+    assert {tensor.name for tensor in report.tensors}.isdisjoint(odd)
+    assert odd <= set(report.kept)
+    stored = load_checkpoint(tmp_path / "out").raw
+    for name in odd:
+        assert torch.equal(stored[name], weights[name])
+    with pytest.raises(CheckpointError, match="no Linear weight to quantize"):
+        export_checkpoint({name: weights[name] for name in odd}, weights, tmp_path / "none", **choices)
+    assert not (tmp_path / "none").exists()

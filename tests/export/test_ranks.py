@@ -8,18 +8,21 @@ import re
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from live import end_process_group, folder_bytes
 from sharded_runs import launch
+from text_models import save_tokenizer, write_text
 from tiny_models import llama, make_pair
 
-from daq_lightning import CheckpointError, ScaleSearch
+from daq_lightning import CheckpointError, ExportReport, ScaleSearch
 from daq_lightning.checkpoint.reader import load_checkpoint
 from daq_lightning.checkpoint.tensor_file import TensorSpec
 from daq_lightning.checkpoint.writer import plan_shards
+from daq_lightning.export.calibration import Calibration
 from daq_lightning.export.job import prepare
 from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.ranks import ALONE, Agreement, Ranks
@@ -127,13 +130,32 @@ def same_files(out: Path, expected: dict[str, bytes]) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_share_the_measuring_of_a_budget(pair, tmp_path):
-    for code, output in ranks("budget", pair, tmp_path / "out", 2):
+@pytest.mark.parametrize("rounding", ["nearest", "curvature"])
+def test_ranks_share_the_measuring_of_a_budget_and_round_the_same(tmp_path, rounding):
+    pair = tmp_path / "pair"
+    pair.mkdir()
+    make_pair(pair, llama)
+    write_text(save_tokenizer(pair / "post") / "text.txt", 2000)
+    for code, output in ranks(f"budget {rounding}", pair, tmp_path / "out", 2):
         assert code == 0, output
-    alone = within_budget(job_of(pair, scheme="W4A16", budget="6 bits"))
-    run(alone, tmp_path / "alone")
-    assert len(alone.plan.layouts.groups) == 2
+    run_with_budget(pair, tmp_path / "alone", rounding, ALONE)
+    placement = ExportReport.load(tmp_path / "alone").placement
+    assert placement is not None
+    assert placement.measure == ("curvature" if rounding == "curvature" else "update")
+    assert len({group.rung for group in placement.groups}) > 1
     same_files(tmp_path / "out", folder_bytes(tmp_path / "alone"))
+
+
+def run_with_budget(pair: Path, out: Path, rounding, everyone: Ranks) -> ExportReport:
+    settings = ExportSettings(
+        search=QUICK, max_shard_bytes=SHARD, scheme="W4A16", budget="6 bits", rounding=rounding
+    )
+    source, text = Source.from_folder(pair / "post"), pair / "post" / "text.txt"
+    calibration = Calibration.of(text, source, settings) if rounding == "curvature" else None
+    base = load_checkpoint(pair / "base")
+    job = prepare(source, base, settings, ranks=everyone, calibration=calibration)
+    with ExitStack() as stack:
+        return run(within_budget(job, stack=stack, ranks=everyone), out, ranks=everyone)
 
 
 @pytest.mark.slow
@@ -334,19 +356,19 @@ def _scenario(name: str, pair: Path, out: Path) -> None:
     start = time.monotonic()
     try:
         changes = {"ignore": ("re:.*layers.0.mlp.down_proj",)} if name == "other_plan" and rank == 1 else {}
-        if name == "budget":
-            changes = {"scheme": "W4A16", "budget": "6 bits"}
         limit = 10**9 if name == "one_file" else SHARD
         settings = ExportSettings(search=QUICK, max_shard_bytes=limit, **changes)
         source, base = Source.from_folder(pair / "post"), load_checkpoint(pair / "base")
         job = prepare(source, base, settings, ranks=everyone)
-        job = within_budget(job, ranks=everyone)
         place = out.parent / "elsewhere" / "out" if name == "unseen" and rank == 1 else out
         if name == "unseen":  # as on a node with a disk of its own
             place.parent.mkdir(exist_ok=True)
             if rank == 1:
                 Path.is_dir = lambda self: False if ".partial-" in str(self) else os.path.isdir(self)
-        report = run(job, place, ranks=everyone)
+        if name.startswith("budget"):
+            report = run_with_budget(pair, place, name.split()[1], everyone)
+        else:
+            report = run(job, place, ranks=everyone)
     except CheckpointError as error:
         _note(out, rank, error, start, name, everyone)
     except Exception as error:

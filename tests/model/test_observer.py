@@ -59,11 +59,12 @@ def observed(module: Attention, *inputs: tuple[torch.Tensor, ...], factor: float
     return AllCollected([Collected.of(sums)], "activations")
 
 
-def oracle(module: Attention, *inputs: tuple[torch.Tensor, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """x^T x and y^T y of every layer in float64, over the tokens of which the loss depends on any output."""
+def oracle(module: Attention, *inputs: tuple[torch.Tensor, ...]) -> dict[str, list[np.ndarray]]:
+    """x^T x, y^T y and |x|^2 |y|^2 of every layer in float64, over the tokens of which the loss depends on
+    any output."""
     module = module.double()
-    sums = {name: (np.zeros((N, N)), np.zeros((M, M))) for name in "qkv"}
-    sums["o"] = (np.zeros((M, M)), np.zeros((N, N)))
+    sums = {name: [np.zeros((N, N)), np.zeros((M, M)), np.zeros(())] for name in "qkv"}
+    sums["o"] = [np.zeros((M, M)), np.zeros((N, N)), np.zeros(())]
     for tensors in inputs:
         x, memory = (tensor.double() for tensor in (tensors * 2)[:2])
         q, k, v = module.q(x), module.k(memory), module.v(memory)
@@ -74,16 +75,18 @@ def oracle(module: Attention, *inputs: tuple[torch.Tensor, ...]) -> dict[str, tu
         for name, y in zip("qkvo", gradients, strict=True):
             used = (y != 0).any(-1).numpy()
             a, b = values[name].detach().numpy()[used], y.numpy()[used]
-            sums[name] = (sums[name][0] + a.T @ a, sums[name][1] + b.T @ b)
+            more = (a.T @ a, b.T @ b, ((a * a).sum(1) * (b * b).sum(1)).sum())
+            sums[name] = [one + other for one, other in zip(sums[name], more, strict=True)]
     module.float()
     return sums
 
 
 def assert_sums(found: AllCollected, expected: dict, factor: float = 1.0) -> None:
     assert set(found) == set(expected)
-    for name, (inputs, outputs) in expected.items():
+    for name, (inputs, outputs, joint) in expected.items():
         np.testing.assert_allclose(found[name].inputs.numpy(), inputs, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found[name].outputs.numpy(), factor**2 * outputs, rtol=1e-4, atol=1e-6)
+        assert found[name].joint == pytest.approx(factor**2 * joint, rel=1e-4)
 
 
 @pytest.mark.parametrize("checkpointed", ["", "reentrant", "kept"])

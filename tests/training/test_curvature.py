@@ -110,7 +110,8 @@ class Sums(L.Callback):
 
     def on_train_end(self, trainer, pl_module):
         run = self.export._run
-        self.found = dict(run.collector.curvature(run._owners))
+        owners = {tensor.spec.name: 0 for tensor in run._job.plan.tensors}
+        self.found = dict(run.collector.curvature(owners))
 
 
 def test_gradients_of_a_scaled_loss_are_those_of_a_plain_one(tmp_path):
@@ -444,7 +445,7 @@ def test_a_fallback_is_rounded_along_the_same_statistics(tmp_path):
     assert sources(export.report) == {"activations and update"}
 
 
-def test_fallbacks_of_several_ranks_are_refused_or_rounded_to_nearest(tmp_path):
+def test_fallbacks_of_several_ranks_are_rounded_along_a_curvature_too(tmp_path):
     fallback = {
         "validate": True, "max_degradation": {"val_loss": 1.0}, "on_failure": "fallback",
         "schemes": ["keep:1"],
@@ -461,12 +462,9 @@ def test_fallbacks_of_several_ranks_are_refused_or_rounded_to_nearest(tmp_path):
     )
     required = quantization(tmp_path, **fallback)._settings
     assert collecting.settled(required, alone).choices.rounding == "curvature"
-    with pytest.raises(MisconfigurationException, match="deals the weights to the ranks anew"):
-        collecting.settled(required, several)
-    found = collecting.settled(quantization(tmp_path, rounding="auto", **fallback)._settings, several)
-    assert (found.choices.rounding, found.collecting) == ("nearest", None)
-    gradients = quantization(tmp_path, curvature="gradients", **fallback)._settings  # the same on all ranks
-    assert collecting.settled(gradients, several).choices.rounding == "curvature"
+    for choice in ({}, {"rounding": "auto"}, {"curvature": "gradients"}):
+        settings = quantization(tmp_path, **choice, **fallback)._settings
+        assert collecting.settled(settings, several).choices.rounding == "curvature"
 
 
 def test_collecting_costs_nothing_in_other_batches(tmp_path):

@@ -19,8 +19,9 @@ def test_the_statistics_are_those_of_all_ranks_and_training_is_bit_identical(tmp
 
     for code, output in launch(__file__, [kind, str(tmp_path)], 2):
         assert code == 0, output
-    for source in ("activations", "validation"):
-        reports = [json.loads((tmp_path / f"{source}{rank}.json").read_text()) for rank in (0, 1)]
+    for export, source in {"activations": "activations", "validation": "validation",
+                           "budget": "activations"}.items():  # fmt: skip
+        reports = [json.loads((tmp_path / f"{export}{rank}.json").read_text()) for rank in (0, 1)]
         assert reports[0] == reports[1]
         for name, entry in reports[0].items():
             assert entry["source"] == f"{source} and update", name
@@ -88,12 +89,22 @@ def train(folder: Path, kind: str) -> None:
         )
         for source, every in (("validation", 3), ("activations", None))  # of which the latter has hooks then
     }  # fmt: skip
+    # whose plan, and so what each rank exports, is only known when all is measured
+    exports["budget"] = DeltaAwareQuantization(
+        dirpath=str(folder / "budget"), rounding="curvature", max_shard_bytes=40_000, scheme="W4A16",
+        budget="6.5 bits", curvature="activations",
+    )  # fmt: skip
     with_it, without = fit(*exports.values()), fit()
     for one, two in zip(with_it.parameters(), without.parameters(), strict=True):
         one, two = (getattr(p.detach(), "_local_tensor", p.detach()) for p in (one, two))
         assert torch.equal(one, two)
     for source, export in exports.items():
         assert export.report is not None
+        if source == "budget":
+            placement = export.report.placement
+            assert placement is not None
+            assert placement.measure == "curvature"
+            assert len({group.rung for group in placement.groups}) > 1
         roundings = {tensor.name: tensor.rounding.to_dict() for tensor in export.report.tensors}
         (folder / f"{source}{rank()}.json").write_text(json.dumps(roundings))
 

@@ -14,7 +14,6 @@ from test_validate import Validated, held_out
 from daq_lightning import CheckpointError, DeltaAwareQuantization, ExportReport, load_checkpoint
 from daq_lightning.audit.verify import verify_checkpoint
 from daq_lightning.training import judge
-from daq_lightning.training.collecting import settled
 from daq_lightning.training.strategies import check_judging
 
 
@@ -24,7 +23,7 @@ def quantization(folder, **changes):
 
 
 def test_a_run_places_weights_by_its_own_curvature(tmp_path):
-    callback = quantization(tmp_path)
+    callback = quantization(tmp_path, ladder=["W4A16", "FP8A16", "16"])
     fit(tmp_path, callback)
     report = ExportReport.load(callback.exports[-1])
     placement = report.placement
@@ -32,6 +31,7 @@ def test_a_run_places_weights_by_its_own_curvature(tmp_path):
     assert placement.measure == "curvature"
     assert all(loss > 0 for group in placement.groups for rung, loss in group.losses.items() if rung != "16")
     assert {group.rung for group in placement.groups} >= {"W4A16", "FP8A16"}
+    assert {tuple(group.losses) for group in placement.groups} == {("W4A16", "FP8A16", "16")}
     assert placement.size <= placement.capacity
     assert verify_checkpoint(callback.exports[-1]) == []
     assert all(tensor.rounding is not None for tensor in report.tensors)
@@ -69,21 +69,18 @@ def test_only_quantized_modules_see_quantized_activations_in_validation(tmp_path
 def test_a_budget_that_is_none_or_cannot_be_met_is_refused_before_training(tmp_path):
     with pytest.raises(MisconfigurationException, match="mean bits"):
         quantization(tmp_path, budget="much")
+    with pytest.raises(MisconfigurationException, match="a list of schemes"):
+        quantization(tmp_path, ladder="W4A16")
+    with pytest.raises(MisconfigurationException, match="'16' last"):
+        quantization(tmp_path, ladder=["16", "W4A16"])
     callback, module = quantization(tmp_path, budget="4 bits"), Validated()
     with pytest.raises(CheckpointError, match="below the least that the rungs"):
         fit(tmp_path, callback, module=module)
     assert module.steps == 0
 
 
-def test_several_ranks_cannot_deal_what_they_collected_anew(tmp_path):
-    settings = quantization(tmp_path, rounding="curvature")._settings
-    strategy = SimpleNamespace()
-    trainer = SimpleNamespace(world_size=2, strategy=strategy, lightning_module=None, enable_validation=False)
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patched:
-        patched.setattr("daq_lightning.training.collecting.why_not_observed", lambda *_, **__: "")
-        with pytest.raises(MisconfigurationException, match="budget deals the weights to the ranks anew"):
-            settled(settings, trainer)  # type: ignore[arg-type]
+def test_several_ranks_cannot_deal_a_base_in_memory_anew(tmp_path):
+    trainer = SimpleNamespace(world_size=2, enable_validation=False)
     held = quantization(tmp_path, base="memory")._settings
     with pytest.raises(MisconfigurationException, match="a budget deals the weights to the ranks anew"):
         check_judging(trainer, held)  # type: ignore[arg-type]

@@ -10,6 +10,8 @@
 | NVFP4A16 | nvfp4-pack-quantized | _packed uint8 (M, N / 2) | float8_e4m3fn (M, N / 16), _global_scale |
 | MXFP4A16 | mxfp4-pack-quantized | _packed uint8 (M, N / 2) | uint8 exponent (M, N / 32) |
 
+W4A16_G32 and W4A16_ASYM_G32 are these two with a group_size of 32.
+
 Several schemes in one checkpoint are several config groups, whose targets are the names of their modules;
 where their formats differ, that of the whole is "mixed-precision".
 
@@ -123,11 +125,11 @@ def _described(group: Mapping[str, Any], known: Sequence[Scheme]) -> Described:
     said = _said(weights) if isinstance(weights, Mapping) else {}
     activations = bool(group.get("input_activations"))
     size = said.get("group_size")
-    for scheme in known:
-        if scheme.quantized_activations != activations:
-            continue
+    like = [scheme for scheme in known if scheme.quantized_activations == activations]
+    for scheme in like:
         if _said(_weights(scheme)) == said:
             return Described(scheme=scheme.name, targets=tuple(targets))
+    for scheme in like:  # of groups that no scheme has by name
         with contextlib.suppress(ValueError):
             if isinstance(size, int) and _said(_weights(scheme.in_groups(size))) == said:
                 return Described(scheme=scheme.name, targets=tuple(targets), group=size)

@@ -1,4 +1,4 @@
-"""Integers of 4 bits: -8 to 7, one scale for 128 (or 32) weights of a row (W4A16).
+"""Integers of 4 bits: -8 to 7, one scale for 128 weights of a row (W4A16), or for 32 (W4A16_G32).
 
 Plain quantization maps the largest magnitude of a group to 7.5, the middle of the range of 15 steps. With a
 zero point (W4A16_ASYM) it maps the smallest and largest weight of a group, and 0, to the 15 steps.
