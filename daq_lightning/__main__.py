@@ -1,8 +1,6 @@
 """`python -m daq_lightning` is the command `daq-lightning`."""
 
-import sys
-
-from daq_lightning.cli import main
+from daq_lightning.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

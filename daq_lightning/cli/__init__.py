@@ -16,6 +16,7 @@ line is wrong, 3 a check found problems, 70 a mistake of this program, 130 inter
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -34,6 +35,7 @@ from daq_lightning.cli.inputs import UsageError
 from daq_lightning.cli.logs import LOGGER, log_versions, logged
 from daq_lightning.cli.ranks import speaker, spread_over_gpus
 from daq_lightning.cli.words import INTERRUPTED, MISTAKE, NO_READER, REFUSED, USAGE, in_options
+from daq_lightning.model.imports import without_collections
 
 _COMMANDS = {
     "quantize": commands.quantize,
@@ -45,6 +47,30 @@ _COMMANDS = {
 }
 # options that are paths: `~` is the home folder
 _PATHS = ("post", "base", "out", "adapter", "parent", "folder", "html", "text", "tokenizer", "calibrate")
+
+
+def program() -> None:
+    """The command as a process of its own: runs it and ends the process with its exit code.
+
+    What was imported is not taken apart at the end, which takes longer than the import of torch once
+    transformers is there. Threads have ended and everything registered with `atexit` has run by then.
+    """
+    ended: list[int] = []
+    atexit.register(_leave, ended)  # the first to be registered is the last to run
+    ended.append(main())
+    sys.exit(ended[0])
+
+
+def _leave(ended: list[int]) -> None:
+    """Ends the process if the command came to its end; what cannot be flushed is left for Python to report."""
+    if not ended:
+        return
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        return
+    os._exit(ended[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str], own: bool) -> int:
     debug = "--debug" in argv
     try:
-        options = make_parser().parse_args(argv)
+        with without_collections():
+            options = make_parser().parse_args(argv)
         chosen = options[options.subcommand]
         debug = chosen.debug or chosen.log_level == "debug"
         with logged(chosen.log_level):
@@ -93,7 +120,7 @@ def _run(argv: list[str], own: bool) -> int:
 def _command(name: str, chosen: Any, argv: list[str], own: bool) -> int:
     start = time.monotonic()
     if name != "completion":
-        with _without_interrupts():
+        with _without_interrupts(), without_collections():
             import torch  # noqa: F401
     log_versions()
     for option in _PATHS:

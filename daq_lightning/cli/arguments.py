@@ -207,7 +207,7 @@ def make_parser() -> ArgumentParser:
         help="the dataset of the Hub that FILE is a text of: the figures go to OUT/.eval_results as well",
     )
     evaluate.add_argument("--quiet", action="store_true", help="no progress bar")
-    _add_output(evaluate)
+    _add_output(evaluate, checks=False)
     commands.add_subcommand("evaluate", evaluate, help="judge the served model on a text")
 
     chain = new(words.ABOUT_CHAIN, usage="daq-lightning chain FOLDER [options]")
@@ -224,9 +224,9 @@ def make_parser() -> ArgumentParser:
         "verify", verify, help="check that servers will load a quantized folder as it is meant"
     )
 
-    completion = new(words.ABOUT_COMPLETION, usage="daq-lightning completion {bash,zsh,tcsh} [options]")
-    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="the shell that is to complete")
-    _add_output(completion)
+    completion = new(words.ABOUT_COMPLETION, usage="daq-lightning completion {bash,zsh,tcsh,fish} [options]")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh", "fish"], help="the shell that is to complete")
+    _add_output(completion, checks=False)
     commands.add_subcommand("completion", completion, help="print a script for a shell to complete commands")
     return parser
 
@@ -268,7 +268,8 @@ def _help_of(settings: type, name: str) -> str:
     return words[0].lower() + words[1:]
 
 
-def _add_output(parser: ArgumentParser) -> None:
+def _add_output(parser: ArgumentParser, *, checks: bool = True) -> None:
+    parser.epilog = words.ends_of(checks)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument(
         "--log-level",

@@ -283,6 +283,8 @@ def completion(options: Namespace) -> int:
         import shtab  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("completion needs shtab: pip install 'daq-lightning[cli]'") from error
+    if options.shell not in shtab.SUPPORTED_SHELLS:
+        raise ImportError(f"this shtab does not know {options.shell}: pip install --upgrade shtab")
     from daq_lightning.cli.arguments import make_parser
 
     parser = make_parser()

@@ -28,6 +28,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from daq_lightning.checkpoint.folder import read_json, replace_json
 from daq_lightning.checkpoint.tensor_file import CheckpointError, LazyTensors
 from daq_lightning.model.architecture import Architecture
+from daq_lightning.model.imports import without_collections
 from daq_lightning.model.outline import Outline
 from daq_lightning.model.outline_cache import outline_key, read_outline, write_outline
 
@@ -71,7 +72,8 @@ class FolderModel:
         if known is not None and known.keys.keys() >= set(names) and len(known.modules) <= self._limit:
             return dataclasses.replace(known, keys={name: known.keys[name] for name in names})
         if self._architecture is None:
-            self._architecture = _build(content, self._folder, self._limit)
+            with without_collections():
+                self._architecture = _build(content, self._folder, self._limit)
         outline = self._architecture.outline(self._architecture.keys_of(names))
         if key is not None and _is_known_code(self._architecture.model):
             write_outline(key, outline)

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -40,6 +41,23 @@ def test_help_fits_80_columns(monkeypatch):
     for parser in (make_parser(), *COMMANDS.values()):
         text = parser.format_help()
         assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_help_has_words_an_example_that_parses_and_exit_codes(monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = COMMANDS[name].format_help()
+    before, options, codes = re.fullmatch(r"(.*)\noptions:\n(.*)\nexit codes:\n(.*)", text, re.DOTALL).groups()
+    joined = before.replace("\\\n", " ")
+    examples = re.findall(r"^  daq-lightning (.*)$", joined, re.MULTILINE)
+    assert examples
+    for example in examples:
+        words = example.partition(" > ")[0].split()
+        assert words[0] == name
+        make_parser().parse_args(words)
+    assert len(before.split("positional")[0].split()) > 20  # says what it does
+    assert {0, 1, 2, 130} <= {int(code) for code in re.findall(r"^ +(\d+)  ", codes, re.MULTILINE)}
+    assert "--json" in options
 
 
 def test_exit_codes_are_one_table_in_help_and_in_the_page():
@@ -139,6 +157,21 @@ def test_a_shell_completes_commands_options_and_choices(capsys, tmp_path):
         done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.stdout.split() == [expected], (typed, done.stderr)
     assert "_shtab_compgen_dirs" in script  # folders, for POST and --base
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh", "fish"])
+def test_other_shells_are_given_every_command(capsys, shell):
+    shtab = pytest.importorskip("shtab")
+    if shell not in shtab.SUPPORTED_SHELLS:
+        pytest.skip(f"shtab {shtab.__version__} has no {shell}")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
+    assert "scale-format" in script
+    program = shutil.which(shell)
+    if program is not None and shell != "tcsh":  # whose -n does not read a script that is sourced
+        done = subprocess.run([program, "-n"], input=script, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_without_shtab_completion_says_what_to_install(capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """What each command imports: nobody waits for transformers, the search or the trainer who does not need
 them."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -111,3 +112,50 @@ def test_the_package_is_a_command():
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("usage: daq-lightning")
+
+
+ENDS = """
+import atexit, sys, daq_lightning.cli as cli
+cli.main = lambda: (atexit.register(lambda: print("last words")), print("result"), {code})[-1]
+class Cycle:
+    def __del__(self): print("taken apart")
+cycle = Cycle(); cycle.itself = cycle
+cli.program()
+"""
+
+
+def ended(code, **where):
+    return subprocess.run(
+        [sys.executable, "-c", ENDS.format(code=code)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        stderr=subprocess.PIPE, text=True, check=False, timeout=60, **where,
+    )  # fmt: skip
+
+
+def test_the_process_ends_with_its_code_and_all_its_words_without_taking_imports_apart():
+    for code in (0, 3):
+        run = ended(code, stdout=subprocess.PIPE)
+        assert (run.returncode, run.stdout.split("\n")) == (code, ["result", "last words", ""])
+    assert "RuntimeError: no" in ended("1 / 0 if 0 else (_ for _ in ()).throw(RuntimeError('no'))").stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_words_that_nobody_could_write_are_an_error():
+    with open("/dev/full", "w") as full:
+        assert ended(0, stdout=full).returncode not in (0, 3)
+
+
+def test_collections_wait_for_the_end_of_an_import_and_for_nothing_else():
+    from daq_lightning.model.imports import without_collections
+
+    with pytest.raises(KeyError), without_collections():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_collections():
+            pass
+        assert not gc.isenabled()  # as it was
+    finally:
+        gc.enable()
