@@ -5,6 +5,8 @@
 //
 // Legend: G groups, K candidates of a stage.
 
+#include <numeric>
+
 #include "abreast_search.h"
 
 namespace {
@@ -180,15 +182,28 @@ struct Written {
             write(Fixed{groups.n[l], groups.changed[l], groups.delta_sq[l]}, sums.of(l), counts + l, totals + l, part);
     }
 
-    void copy_to(const Found& found, int64_t first) const {
+    void copy_to(const Found& found, int64_t first, int64_t pool) const {
         const int64_t count = std::min(run, G - first);
-        int64_t* counts = (int64_t*)found.counts.data;
-        double* totals = (double*)found.totals.data;
         for (int64_t side = 0; side < sides; ++side) {
             for (int64_t f = 0; f < 6; ++f)
-                std::memcpy(counts + (f * sides + side) * G + first, &counts_P[f * part + side * room], 8 * count);
+                copy(&counts_P[f * part + side * room], count, pool, (int64_t*)found.counts.data + ((f * sides + side) * G + first) / pool);
             for (int64_t f = 0; f < 4; ++f)
-                std::memcpy(totals + (f * sides + side) * G + first, &totals_P[f * part + side * room], 8 * count);
+                copy(&totals_P[f * part + side * room], count, pool, (double*)found.totals.data + ((f * sides + side) * G + first) / pool);
+        }
+    }
+
+   private:
+    template <class T>
+    static void copy(const T* values, int64_t count, int64_t pool, T* out) {
+        if (pool == 1) {
+            std::memcpy(out, values, count * sizeof(T));
+            return;
+        }
+        for (int64_t start = 0; start < count; start += pool) {
+            T sums[8] = {}, total = 0;  // 8 sums beside each other, in one order on every processor
+            for (int64_t i = 0; i < pool; ++i) sums[i % 8] += values[start + i];
+            for (const T sum : sums) total += sum;
+            *out++ = total;
         }
     }
 };
@@ -259,12 +274,13 @@ template <class MakeContest, class SearchSome>
 void search_runs(const Cover& cover, const Search& told, int64_t threads, const Found& found, int64_t abreast,
                  const MakeContest& make_contest, const SearchSome& search) {
     const int64_t G = cover.groups(), sides = told.reader ? 3 : 2, elements = cover.cell_rows * cover.cell_cols;
-    const int64_t run = ceil_div(ceil_div(RUN, elements), abreast) * abreast;
+    const int64_t whole = told.pool / std::gcd(told.pool, abreast) * abreast;
+    const int64_t run = ceil_div(ceil_div(RUN, elements), whole) * whole;
     parallel(ceil_div(G, run), threads, [&] {
         return [&, contest = make_contest(), written = Written(G, sides, run)](int64_t item) mutable {
             const int64_t first = item * run, count = std::min(run, G - first);
             for (int64_t i = 0; i < count; i += abreast) search(*contest, first + i, i, written);
-            written.copy_to(found, first);
+            written.copy_to(found, first, told.pool);
         };
     });
 }
@@ -312,8 +328,10 @@ const char* daq_search(Matrix weight, Matrix base, Plan plan, Format format, Sea
     check.array<double>(search.steps, search.n_fine, "steps");
     check.array<float>(found.scale, G, "scales");
     check.array<double>(found.alpha, G, "alpha");
-    check.array<int64_t>(found.counts, 6 * sides * G, "counts");
-    check.array<double>(found.totals, 4 * sides * G, "totals");
+    const bool pools = search.pool >= 1 && search.pool <= G && G % search.pool == 0;
+    check.need(pools, "the groups whose sums are added up");
+    check.array<int64_t>(found.counts, pools ? 6 * sides * (G / search.pool) : 0, "counts");
+    check.array<double>(found.totals, pools ? 4 * sides * (G / search.pool) : 0, "totals");
     check.array<uint8_t>(found.codes, cover.M * cover.N, "codes");
     if (found.zero.bytes) check.array<int8_t>(found.zero, G, "zero points");
     check.need(!found.zero.bytes || format.storage == INTEGER, "zero points of this format");

@@ -17,6 +17,7 @@ struct Search {
                                    // n_fine steps over [0, 1]
     int64_t reader;                // a Reader, whose sums are wanted as well; or FLOAT32, which asks for none
     double global_scale;           // a power of two, of scales in E4M3
+    int64_t pool;                  // neighbouring groups whose sums come added up
 };
 
 // Numbered as SCALE_FORMATS in ../../formats; the last two have a grid of their own.
@@ -25,8 +26,8 @@ enum ScaleFormat { PLAIN = 0, SHORT = 1, POWER = 2, EIGHT = 3 };
 struct Found {
     Array scale;   // float32 [G]; NaN or infinity where the group holds one
     Array alpha;   // float64 [G]
-    Array counts;  // int64 [6, S, G]: of the scale found, of absmax, of the scale found as the reader sees it
-    Array totals;  // float64 [4, S, G]; S is 3, or 2 without a reader; see write()
+    Array counts;  // int64 [6, S, G / pool]: of the scale found, of absmax, of that found as the reader sees it
+    Array totals;  // float64 [4, S, G / pool]; S is 3, or 2 without a reader; see write()
     Array codes;   // uint8 [M, N]
     Array zero;    // int8 [G] of a format with zero points, else nothing
 };
