@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from daq_lightning.numerics.backends import delta_stats
 from daq_lightning.numerics.bins import OUTCOMES, STEP_BINS
 from daq_lightning.numerics.formats import PerChannel
 from daq_lightning.numerics.objectives import score
@@ -164,7 +165,9 @@ def _look_at(
                 fmt=fmt,
                 global_scale=result.global_scale,
             )
-            found = result.stats.map(sample.of_groups).total()
+            zero_S = None if zero_S1 is None else zero_S1[groups]
+            found = delta_stats(weight_SE[groups], base_SE[groups], scale_S1[groups], rows, fmt, zero_S)
+            found = found.total().map(lambda field: field[0])
             curve = torch.cat([scores_K, score(found, search.metric, tau=search.tau)[None]])
         both = torch.stack([side[index] for side in counts])
         looked.append(Looked(sampled=sample.elements, counts=both, curve=curve, alpha=alpha))

@@ -39,6 +39,7 @@ def search_scales(job: Job, batch: Sequence[Pair], search: ScaleSearch) -> list[
         fmt=layout.scheme.format,
         names=[pair.plan.spec.name for pair in batch],
         reader_dtype=job.plan.dtype,
+        per_group=False,
     )
 
 

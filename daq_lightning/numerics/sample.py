@@ -53,6 +53,10 @@ class Sample:
         if self.height == 1 and self.width == weight_MN.shape[1]:  # evenly spaced rows: a view, one copy
             (first, _), stride = self.cells[0], self.stride
             return weight_MN[first::stride][: len(self.cells)].contiguous()
+        if self.height == 1:  # many small groups
+            whole = weight_MN.shape[1] // self.width
+            rows_S, columns_S = torch.tensor(self.cells, dtype=torch.int64, device=weight_MN.device).T
+            return weight_MN[:, : whole * self.width].unflatten(1, (whole, self.width))[rows_S, columns_S]
         blocks = [
             weight_MN[
                 row * self.height : (row + 1) * self.height, column * self.width : (column + 1) * self.width

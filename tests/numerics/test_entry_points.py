@@ -76,7 +76,7 @@ def arguments(function: str) -> tuple[list[Any], list[torch.Tensor]]:
             *(array(M, N, dtype=uint8), array(3, dtype=float64)),
         ], kept
     candidates = array(K, dtype=float64), array(2, dtype=float64)
-    search = structs.SearchStruct(0, 0, K, 2, 0.01, 0.5, 2.0, 0.1, *candidates, 2, 1.0)
+    search = structs.SearchStruct(0, 0, K, 2, 0.01, 0.5, 2.0, 0.1, *candidates, 2, 1.0, 1)
     found = structs.FoundStruct(
         array(GROUPS, dtype=float32),
         array(GROUPS, dtype=float64),
@@ -163,6 +163,7 @@ def faults(function: str) -> list[tuple[str, str, Any]]:
         found += [("4", "global_scale", value) for value in (0.0, 2.0**127, float("nan"))]
         found += [("4", "n_coarse", value) for value in (0, -1, K + 1, 2**62)]
         found += [("4", "n_fine", value) for value in (-1, 3, 2**62)]
+        found += [("4", "pool", value) for value in (0, -1, 2, 2**62)]
         for name in ("scale", "alpha", "counts", "totals", "codes"):
             found += [("6", f"{name}.data", None), ("6", f"{name}.bytes", 4)]
         for name in ("coarse", "steps"):

@@ -58,7 +58,7 @@ LEVELS = {
 """Machine, as the system calls it -> the families of a wheel, the fastest first."""
 
 _FOLDER = Path(__file__).with_name("src")
-_HEADERS = ("common.h", "matmul.h", "sums.h")
+_HEADERS = ("abreast.h", "abreast_search.h", "common.h", "matmul.h", "search.h", "sums.h")
 _SOURCES = ("factor.cpp", "passes.cpp", "rounding.cpp", "search.cpp")
 
 

@@ -167,8 +167,8 @@ def _search_in_cache(task: Task) -> SearchResult:
     scale_G = torch.empty(groups, dtype=torch.float32, device=_CPU)
     alpha_G = torch.empty(groups, dtype=torch.float64, device=_CPU)
     sides = 2 if task.reader_dtype is None else 3
-    counts = torch.empty(6, sides, groups, dtype=torch.int64, device=_CPU)
-    totals = torch.empty(4, sides, groups, dtype=torch.float64, device=_CPU)
+    counts = torch.empty(6, sides, groups // task.pool, dtype=torch.int64, device=_CPU)
+    totals = torch.empty(4, sides, groups // task.pool, dtype=torch.float64, device=_CPU)
     codes_MN = torch.empty(task.shape, dtype=torch.uint8, device=_CPU)
     zero_G = torch.empty(groups, dtype=torch.int8, device=_CPU) if task.format.zero_point else None
     weight_MN, base_MN = _rows(task.weight), _rows(task.base)
@@ -188,6 +188,7 @@ def _search_in_cache(task: Task) -> SearchResult:
         steps=array(steps_K),
         reader=_reader(task.reader_dtype),
         global_scale=1.0 if task.global_scale is None else float(task.global_scale),
+        pool=task.pool,
     )
     found = FoundStruct(
         scale=array(scale_G),

@@ -31,7 +31,7 @@ from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.quantize import absmax, quantize
 from daq_lightning.numerics.rounding import blocked, triangular
 from daq_lightning.numerics.search.grid import coarse, fine_steps, neighbour_steps
-from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, search_in_steps
+from daq_lightning.numerics.search.stages import Kernels, SearchResult, Task, pooled, search_in_steps
 from daq_lightning.numerics.tiling import group_sizes
 
 _CHUNK = 1 << 15  # elements that a program owns: 128 KiB of weight and base in bfloat16
@@ -208,7 +208,8 @@ def _search_in_cache(task: Task) -> SearchResult | None:
     changed_G, delta_sq_G = changed_G.long(), of_groups[0].double()
     counts, totals = counts.long(), totals.double()
     stats = [
-        _stats(sizes_G, changed_G, delta_sq_G, counts[:, side], totals[:, side]) for side in range(sides)
+        pooled(_stats(sizes_G, changed_G, delta_sq_G, counts[:, side], totals[:, side]), task.pool)
+        for side in range(sides)
     ]
     return SearchResult(
         codes=codes_MN.view(task.format.dtype),

@@ -1,4 +1,4 @@
-"""The structs of the C++ library, field by field as its sources declare them (`src/common.h`, `search.cpp`,
+"""The structs of the C++ library, field by field as its sources declare them (`src/common.h`, `search.h`,
 `rounding.cpp`)."""
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class SearchStruct(ctypes.Structure):
         *((name, Array) for name in ["coarse", "steps"]),
         ("reader", ctypes.c_int64),
         ("global_scale", ctypes.c_double),
+        ("pool", ctypes.c_int64),
     )
 
 

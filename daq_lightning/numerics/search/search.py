@@ -13,6 +13,9 @@ Source: arXiv 2603.22324, Algorithm 1.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,8 +26,11 @@ from daq_lightning.numerics.formats import Format, Granularity, PerTensor, Scale
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.objectives import DeltaStats
 from daq_lightning.numerics.scales import check_scale_format, global_scale_of
+from daq_lightning.numerics.search.checks import check_inputs, check_settings, not_finite
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.search.stages import SearchResult, Task
+
+_POOL = 1 << 14  # elements whose sums are added up, at most
 
 
 @torch.no_grad()
@@ -78,9 +84,37 @@ def search_scale(
         >>> bool((score(result.stats, "cosine") >= score(result.absmax_stats, "cosine")).all())
         True
     """
-    search = ScaleSearch() if search is None else search
-    _check_inputs(weight, base, name)
-    _check_settings(granularity, search)
+    return _search(
+        weight,
+        base,
+        granularity,
+        ScaleSearch() if search is None else search,
+        scale_format=scale_format,
+        name=name,
+        fmt=fmt,
+        backend=backend,
+        reader_dtype=reader_dtype,
+        global_scale=global_scale,
+    )
+
+
+@torch.no_grad()
+def _search(
+    weight: Tensor,
+    base: Tensor,
+    granularity: Granularity,
+    search: ScaleSearch,
+    *,
+    scale_format: ScaleFormat,
+    name: str,
+    fmt: Format,
+    backend: Backend | None = None,
+    reader_dtype: torch.dtype | None,
+    global_scale: Tensor | None,
+    pool: int = 1,
+) -> SearchResult:
+    check_inputs(weight, base, name)
+    check_settings(granularity, search)
     check_scale_format(scale_format)
     if reader_dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"reader_dtype must be torch.bfloat16, torch.float16 or None, got {reader_dtype}.")
@@ -98,13 +132,14 @@ def search_scale(
         scale_format=scale_format,
         reader_dtype=reader_dtype,
         global_scale=global_scale,
+        pool=pool,
     )
     result = backend.search(task)
     if not bool(result.scale.isfinite().all()):
-        raise ValueError(_not_finite(weight, name))
+        raise ValueError(not_finite(weight, name))
     sums = result.stats
     if not bool((sums.dot + sums.delta_sq + sums.delta_q_sq + sums.error_sq).isfinite().all()):
-        raise ValueError(_not_finite(base, f"the base of {name}"))
+        raise ValueError(not_finite(base, f"the base of {name}"))
     return result
 
 
@@ -118,6 +153,7 @@ def search_batch(
     names: Sequence[str],
     fmt: Format = FP8_E4M3,
     reader_dtype: torch.dtype | None = None,
+    per_group: bool = True,
 ) -> list[SearchResult]:
     """`search_scale` for several weights of one shape at once, such as the many small experts of a layer.
 
@@ -134,6 +170,8 @@ def search_batch(
         names: How error messages call them.
         fmt: The format of the codes.
         reader_dtype: As for `search_scale`.
+        per_group: Whether sums are wanted of each group; of small ones they take more memory than the weight.
+            If not, those of neighbours come added up.
 
     Returns:
         The results of as many single calls.
@@ -154,35 +192,34 @@ def search_batch(
     global_scale = None
     if scale_format == "e4m3":
         global_scale = _global_scale(weights, choose(weights[0].device), fmt)
+    found = functools.partial(
+        _search,
+        granularity=granularity,
+        search=search,
+        scale_format=scale_format,
+        fmt=fmt,
+        reader_dtype=reader_dtype,
+        global_scale=global_scale,
+    )
     if seamless:
-        try:
-            stacked = search_scale(
-                torch.cat(list(weights)),
-                torch.cat(list(bases)),
-                granularity,
-                search,
-                scale_format=scale_format,
-                fmt=fmt,
-                reader_dtype=reader_dtype,
-                global_scale=global_scale,
-            )
+        with contextlib.suppress(ValueError):  # one of them is not finite: the single searches say which
+            pool = 1 if per_group else _pool(weights[0], granularity)
+            stacked = found(torch.cat(list(weights)), torch.cat(list(bases)), name="weights", pool=pool)
             return _unstack(stacked, len(weights))
-        except ValueError:
-            pass  # one of them is not finite: the single searches say which
     return [
-        search_scale(
-            weight,
-            base,
-            granularity,
-            search,
-            scale_format=scale_format,
-            name=name,
-            fmt=fmt,
-            reader_dtype=reader_dtype,
-            global_scale=global_scale,
-        )
+        found(weight, base, name=name, pool=1 if per_group else _pool(weight, granularity))
         for weight, base, name in zip(weights, bases, names, strict=True)
     ]
+
+
+def _pool(weight: Tensor, granularity: Granularity) -> int:
+    """How many neighbouring groups have about _POOL elements; none of another weight in a stack."""
+    if weight.ndim != 2 or weight.numel() == 0:
+        return 1  # refused
+    shape_MN = (weight.shape[0], weight.shape[1])
+    rows, cols = granularity.cell(shape_MN)
+    most = max(1, _POOL // (rows * cols))
+    return math.gcd(math.prod(granularity.grid(shape_MN)), 1 << (most.bit_length() - 1))
 
 
 def _global_scale(weights: Sequence[Tensor], backend: Backend, fmt: Format) -> Tensor:
@@ -209,62 +246,3 @@ def _unstack(result: SearchResult, count: int) -> list[SearchResult]:
         )
         for i in range(count)
     ]
-
-
-def _check_settings(granularity: object, search: object) -> None:
-    if not isinstance(granularity, Granularity):
-        raise TypeError(
-            "granularity must be PerTensor(), PerChannel() or PerBlock(rows, cols), "
-            f"got {granularity!r}; the three are in daq_lightning."
-        )
-    if not isinstance(search, ScaleSearch):
-        raise TypeError(f"search must be a ScaleSearch, got {search!r}; write ScaleSearch(metric=...).")
-
-
-def _check_inputs(weight: Tensor, base: Tensor, name: str) -> None:
-    for tensor, role in ((weight, "weight"), (base, "base")):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{name}: {role} is a {type(tensor).__name__}, expected a torch.Tensor; convert it with "
-                "torch.as_tensor(...)."
-            )
-        if tensor.layout != torch.strided:
-            raise TypeError(
-                f"{name}: {role} has the layout {tensor.layout}, expected a dense tensor; convert it with "
-                ".to_dense()."
-            )
-    if weight.ndim != 2 or base.ndim != 2 or weight.numel() == 0:
-        raise ValueError(
-            f"{name}: expected a non-empty matrix (M, N) and its base, got shapes {tuple(weight.shape)} and "
-            f"{tuple(base.shape)}; search the 2-D slices of a stacked weight one by one."
-        )
-    if weight.shape != base.shape:
-        raise ValueError(
-            f"{name}: weight has shape {tuple(weight.shape)}, its base {tuple(base.shape)}; "
-            "pass the base that this weight was trained from."
-        )
-    if weight.device != base.device:
-        raise ValueError(
-            f"{name}: weight is on {weight.device}, its base on {base.device}; move one with .to()."
-        )
-    if weight.device.type == "meta":
-        raise ValueError(
-            f"{name}: weight and base are on the meta device and hold no values; load them first."
-        )
-    for tensor, role in ((weight, "weight"), (base, "base")):
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"{name}: {role} has dtype {tensor.dtype}, expected float32, bfloat16 or float16; "
-                "dequantize quantized weights first."
-            )
-
-
-def _not_finite(tensor: Tensor, name: str) -> str:
-    nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
-    if nan + inf == 0:
-        largest = float(tensor.abs().max())
-        return f"{name}: values are too large for float32 sums (largest magnitude {largest:g})."
-    return (
-        f"{name} of shape {tuple(tensor.shape)} has {nan} NaN and {inf} Inf values; codes cannot hold them. "
-        "The training run has diverged or the file is damaged: export an earlier checkpoint."
-    )

@@ -50,6 +50,8 @@ class Task:
     scale_format: ScaleFormat
     reader_dtype: torch.dtype | None = None
     global_scale: Tensor | None = None
+    pool: int = 1
+    """Neighbouring groups whose sums come added up; a divisor of their number."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,7 +73,8 @@ class SearchResult:
         scale: float32 multiplier, shape ``granularity.grid((M, N))``, already rounded to the scale format.
         alpha: float64 multiple of the absmax scale, same shape as `scale`. Under ``alpha_scope="layer"``
             all are equal, but for groups of zeros, which keep 1.
-        stats: Sums per group, shape (G,), of exactly these codes and scales.
+        stats: Sums per group, shape (G,), of exactly these codes and scales; or fewer, of neighbouring groups
+            added up.
         absmax_stats: Sums per group of plain absmax quantization (alpha = 1).
         dequantized_stats: Sums per group of these codes and scales for a reader that rounds their product to
             16 bit; None unless asked for.
@@ -100,6 +103,11 @@ class Kernels:
         [Tensor, Tensor, Tensor, Granularity, Format, torch.dtype | None, Tensor | None], DeltaStats
     ]
     quantize: Callable[[Tensor, Tensor, Granularity, Format, Tensor | None], Tensor]
+
+
+def pooled(stats: DeltaStats, pool: int) -> DeltaStats:
+    """Sums of so many neighbouring groups each, shape (G,) -> (G / pool,)."""
+    return stats if pool == 1 else stats.map(lambda field: field.reshape(-1, pool).sum(1))
 
 
 def search_in_steps(task: Task, kernels: Kernels) -> SearchResult:
@@ -142,9 +150,9 @@ def search_in_steps(task: Task, kernels: Kernels) -> SearchResult:
         codes=kernels.quantize(task.weight, best, task.granularity, task.format, zero),
         scale=best,
         alpha=alpha,
-        stats=found.stats,
-        absmax_stats=found.absmax_stats,
-        dequantized_stats=dequantized_stats,
+        stats=pooled(found.stats, task.pool),
+        absmax_stats=pooled(found.absmax_stats, task.pool),
+        dequantized_stats=None if dequantized_stats is None else pooled(dequantized_stats, task.pool),
         global_scale=task.global_scale,
         zero=zero,
     )

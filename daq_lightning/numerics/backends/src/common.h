@@ -28,6 +28,8 @@ namespace {
 
 constexpr int32_t EXPONENT = 0x7f800000, MAGNITUDE = 0x7fffffff;
 
+#define DAQ_INLINE inline __attribute__((always_inline))
+
 inline int32_t bits_of(float x) { return __builtin_bit_cast(int32_t, x); }
 inline float float_of(int32_t bits) { return __builtin_bit_cast(float, bits); }
 
@@ -114,7 +116,7 @@ struct Grid {
     }
 };
 
-void read(const Matrix& matrix, int64_t row, int64_t col, int64_t count, float* out) {
+DAQ_INLINE void read(const Matrix& matrix, int64_t row, int64_t col, int64_t count, float* out) {
     const int64_t offset = row * matrix.stride + col;
     const uint16_t* half = (const uint16_t*)matrix.data + offset;
     if (matrix.dtype == 0) {

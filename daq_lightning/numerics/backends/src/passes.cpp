@@ -1,7 +1,74 @@
 // The passes over a weight on a CPU that are not a search: sums of given candidates, absmax, codes,
 // fingerprint.
 
-#include "sums.h"
+#include "abreast.h"
+
+namespace {
+
+// What the sums are taken of.
+struct Candidates {
+    const Matrix &weight, &base;
+    const Cover& cover;
+    const Grid grid;
+    const int64_t K, reader;
+    const float* scale_GK;
+    const int8_t* zero_GK;  // or null
+};
+
+// The sums of all candidates of each chunk.
+void sums_of_chunks(const Candidates& given, int64_t threads, int64_t* counts, double* totals) {
+    const Cover& cover = given.cover;
+    const int64_t K = given.K;
+    parallel(cover.items(), threads, [&] {
+        return [&, buffer = std::make_unique<CountedPiece>(), sums = std::vector<Sums>(K)](int64_t item) mutable {
+            const int64_t first = item / cover.chunks() * K;
+            CountedPiece* piece = buffer.get();
+            Fixed fixed;
+            Sums plain{};  // beside those of the reader; nobody asked for them
+            std::fill(sums.begin(), sums.end(), Sums{});
+            each(piece, cover.region(item), given.weight, &given.base, [&] {
+                piece->prepare();
+                fixed.add(*piece);
+                for (int64_t k = 0; k < K; ++k) {
+                    const Grid less = given.zero_GK ? given.grid.less(given.zero_GK[first + k]) : given.grid;
+                    if (given.reader)
+                        piece->add_read((Reader)given.reader, given.scale_GK[first + k], less, plain, sums[k]);
+                    else
+                        piece->add(given.scale_GK[first + k], less, sums[k]);
+                }
+            });
+            for (int64_t k = 0; k < K; ++k)
+                write(fixed, sums[k], counts + item * K + k, totals + item * K + k, cover.items() * K);
+        };
+    });
+}
+
+// The same of small groups, which are one chunk each.
+template <int E>
+void sums_abreast(const Candidates& given, int64_t threads, int64_t* counts, double* totals) {
+    const int64_t G = given.cover.groups(), K = given.K;
+    parallel(ceil_div(G, ABREAST), threads, [&] {
+        return [&, groups = std::make_unique<Abreast<E>>(), sums = AbreastSums(), plain = AbreastSums()](int64_t item) mutable {
+            const int64_t first = item * ABREAST;
+            alignas(64) float scale_L[ABREAST];
+            groups->load(given.cover, first, given.weight, given.base);
+            for (int64_t k = 0; k < K; ++k) {
+                for (int64_t l = 0; l < ABREAST; ++l) scale_L[l] = l < groups->count ? given.scale_GK[(first + l) * K + k] : 1;
+                if (given.reader)
+                    groups->sums_read((Reader)given.reader, scale_L, given.grid, plain, sums);
+                else
+                    groups->template sums<ALL>(scale_L, given.grid, sums);
+                for (int64_t l = 0; l < groups->count; ++l) {
+                    const int64_t place = (first + l) * K + k;
+                    const Fixed fixed{groups->n[l], groups->changed[l], groups->delta_sq[l]};
+                    write(fixed, sums.of(l), counts + place, totals + place, G * K);
+                }
+            }
+        };
+    });
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -25,30 +92,13 @@ const char* daq_delta_stats(Matrix weight, Matrix base, Plan plan, Format format
     check.array<int64_t>(counts, some ? 6 * cover.items() * K : 0, "counts");
     check.array<double>(totals, some ? 4 * cover.items() * K : 0, "totals");
     return check.then([&] {
-        parallel(cover.items(), threads, [&] {
-            return [&, buffer = std::make_unique<CountedPiece>(), sums = std::vector<Sums>(K)](int64_t item) mutable {
-                const float* scale_K = (const float*)scale_GK.data + item / cover.chunks() * K;
-                const int8_t* zero_K = zero_GK.bytes ? (const int8_t*)zero_GK.data + item / cover.chunks() * K : nullptr;
-                CountedPiece* piece = buffer.get();
-                Fixed fixed;
-                Sums plain{};  // beside those of the reader; nobody asked for them
-                std::fill(sums.begin(), sums.end(), Sums{});
-                each(piece, cover.region(item), weight, &base, [&] {
-                    piece->prepare();
-                    fixed.add(*piece);
-                    for (int64_t k = 0; k < K; ++k) {
-                        const Grid less = zero_K ? grid.less(zero_K[k]) : grid;
-                        if (reader)
-                            piece->add_read((Reader)reader, scale_K[k], less, plain, sums[k]);
-                        else
-                            piece->add(scale_K[k], less, sums[k]);
-                    }
-                });
-                int64_t* counts_K = (int64_t*)counts.data + item * K;
-                double* totals_K = (double*)totals.data + item * K;
-                for (int64_t k = 0; k < K; ++k) write(fixed, sums[k], counts_K + k, totals_K + k, cover.items() * K);
-            };
-        });
+        const Candidates given{weight, base, cover, grid, K, reader, (const float*)scale_GK.data,
+                               zero_GK.bytes ? (const int8_t*)zero_GK.data : nullptr};
+        const auto sums = given.zero_GK          ? sums_of_chunks
+                          : rows_of(16, cover) ? sums_abreast<16>
+                          : rows_of(32, cover) ? sums_abreast<32>
+                                               : sums_of_chunks;
+        sums(given, threads, (int64_t*)counts.data, (double*)totals.data);
     });
 }
 

@@ -5,68 +5,13 @@
 //
 // Legend: G groups, K candidates of a stage.
 
-#include "sums.h"
+#include <numeric>
 
-extern "C" {
-
-struct Search {
-    int64_t metric, scale_format;  // a Metric; a ScaleFormat
-    int64_t K, n_fine;             // candidates of the two stages
-    double tau, alpha_min, alpha_max, radius;
-    Array coarse, steps;           // float64: alpha, [K], or of a grid of its own the steps from the plain scale;
-                                   // n_fine steps over [0, 1]
-    int64_t reader;                // a Reader, whose sums are wanted as well; or FLOAT32, which asks for none
-    double global_scale;           // a power of two, of scales in E4M3
-};
-
-// Numbered as SCALE_FORMATS in ../../formats; the last two have a grid of their own.
-enum ScaleFormat { PLAIN = 0, SHORT = 1, POWER = 2, EIGHT = 3 };
-
-struct Found {
-    Array scale;   // float32 [G]; NaN or infinity where the group holds one
-    Array alpha;   // float64 [G]
-    Array counts;  // int64 [6, S, G]: of the scale found, of absmax, of the scale found as the reader sees it
-    Array totals;  // float64 [4, S, G]; S is 3, or 2 without a reader; see write()
-    Array codes;   // uint8 [M, N]
-    Array zero;    // int8 [G] of a format with zero points, else nothing
-};
-}
+#include "abreast_search.h"
 
 namespace {
 
 constexpr int64_t RUN = 1 << 14;  // elements that a thread takes at a time, at least
-
-// Never below the smallest normal number; see round_scale in ../../quantize.py.
-float round_scale(float scale, const Search& search) {
-    scale = std::max(scale, 0x1p-126f);
-    uint32_t bits = (uint32_t)bits_of(scale);
-    if (search.scale_format == SHORT) bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-    if (search.scale_format == POWER) bits = (bits + 0x007fffffu) & 0xff800000u;
-    if (search.scale_format == EIGHT) {
-        const float global = (float)search.global_scale;
-        return OF_E4M3.round(std::max(std::min(scale * global, 448.0f), 0x1p-9f)) / global;
-    }
-    return float_of((int32_t)bits);
-}
-
-// The value of a code of E4M3, and the code of one of its values.
-double value_of(int64_t code) { return code < 8 ? (double)code * 0x1p-9 : (double)float_of((int32_t)(code + 960) << 20); }
-int64_t code_of(float value) { return value < 0x1p-6f ? (int64_t)(value * 512) : (bits_of(value) >> 20) - 960; }
-
-constexpr Wanted wanted_by(Metric metric) { return metric == SIGN ? COUNTS : metric == MSE ? ERROR : DIRECTION; }
-
-// What the objective makes of the sums of a group in which something changed; see ../../objectives.py.
-template <Metric metric>
-double score(const Fixed& fixed, const Sums& sums, double tau) {
-    if (metric == SIGN) return (double)(sums.preserved + sums.both_zero) / (double)fixed.n;
-    if (metric == MSE) return -(sums.error_sq / (double)fixed.n);
-    if (metric == COSINE) {
-        const double norms = std::sqrt(fixed.delta_sq * sums.delta_q_sq);
-        return norms > 0 ? std::max(-1.0, std::min(1.0, sums.dot / norms)) : 0.0;
-    }
-    const double rho = sums.dot / fixed.delta_sq;
-    return -((rho - 1) * (rho - 1) + tau * (sums.delta_q_sq / fixed.delta_sq - rho * rho));
-}
 
 // A group in the cache and the best of its candidates so far.
 template <Metric metric>
@@ -106,7 +51,7 @@ struct Contest {
         absmax = high ? (zero_points ? largest - smallest : float_of(high)) / grid.reach : 1.0f / (float)search.global_scale;
         if (high >= EXPONENT) absmax = float_of(high);
         if (high >= EXPONENT || bits_of(absmax) >= EXPONENT) return false;
-        if (high) absmax = round_scale(absmax, search);
+        if (high) absmax = round_scale(absmax, search.scale_format, (float)search.global_scale);
         return true;
     }
 
@@ -117,7 +62,7 @@ struct Contest {
         return (int32_t)std::max(std::min(codes, grid.max), grid.low);
     }
 
-    float scale(double a) const { return round_scale((float)((double)absmax * a), search); }
+    float scale(double a) const { return round_scale((float)((double)absmax * a), search.scale_format, (float)search.global_scale); }
 
     template <Wanted wanted>
     Sums sums(float s, int32_t zero) const {
@@ -169,10 +114,10 @@ struct Contest {
     // Over the scales that can be stored beside the plain one; see neighbours in ../../search/grid.py.
     void stage_of_neighbours() {
         neighbours.clear();
-        const int64_t code = code_of(absmax * (float)search.global_scale);
+        const int32_t code = code_of(absmax * (float)search.global_scale);
         for (int64_t k = 0; k < search.K; ++k) {
             const double steps = ((const double*)search.coarse.data)[k];
-            const int64_t other = code + (int64_t)steps;
+            const int32_t other = code + (int32_t)steps;
             const bool power = search.scale_format == POWER, stored = power || (other >= 1 && other <= 126);
             const double a = power ? std::exp2(steps) : stored ? value_of(other) / value_of(code) : 1;
             if (stored && a >= search.alpha_min && a <= search.alpha_max) neighbours.push_back(a);
@@ -213,60 +158,151 @@ struct Contest {
     }
 };
 
-template <Metric metric>
-void search_all(const Matrix& weight, const Matrix& base, const Cover& cover, const Grid& grid, const Search& search,
-                int64_t threads, const Found& found) {
-    const int64_t G = cover.groups(), sides = search.reader ? 3 : 2;
-    float* scale_G = (float*)found.scale.data;
-    double *alpha_G = (double*)found.alpha.data, *totals = (double*)found.totals.data;
-    int64_t* counts = (int64_t*)found.counts.data;
-    // small groups go to a thread many at a time: what neighbours write shares cache lines, and fields lie so far
-    // apart that they push each other out of the cache
-    const int64_t elements = cover.cell_rows * cover.cell_cols, run = ceil_div(RUN, elements), part = sides * run;
-    // side s of group i of a run: counts_P[s * run + i], and further fields `part` places on
-    const auto search_group = [&](Contest<metric>& contest, int64_t g, int64_t* counts_P, double* totals_P) {
-        const Region region = cover.cell(g);
-        const bool finite = contest.load(region, weight, base);
-        scale_G[g] = contest.absmax;
-        alpha_G[g] = 1;
-        const auto write_side = [&](int64_t side, const Fixed& fixed, const Sums& sums) {
-            write(fixed, sums, counts_P + side * run, totals_P + side * run, part);
-        };
-        if (!finite) {
-            for (int64_t side = 0; side < sides; ++side) write_side(side, Fixed(), Sums{});
+// Where the sums of a run of groups lie: those of small groups go to a thread many at a time, since what neighbours
+// write shares cache lines, and fields lie so far apart that they push each other out of the cache.
+struct Written {
+    const int64_t G, sides, run;
+    const int64_t room = run + 24;  // of one field: for ABREAST more, and not a power of two
+    const int64_t part = sides * room;
+    std::vector<int64_t> counts_P;  // side s of group i of a run: counts_P[s * room + i], further fields `part` places on
+    std::vector<double> totals_P;
+
+    Written(int64_t G, int64_t sides, int64_t run)
+        : G(G), sides(sides), run(run), counts_P(6 * part), totals_P(4 * part) {}
+
+    void write_side(int64_t side, int64_t i, const Fixed& fixed, const Sums& sums) {
+        write(fixed, sums, &counts_P[side * room + i], &totals_P[side * room + i], part);
+    }
+
+    template <int E>
+    void write_sides(int64_t side, int64_t i, const Abreast<E>& groups, const AbreastSums& sums) {
+        int64_t* counts = &counts_P[side * room + i];
+        double* totals = &totals_P[side * room + i];
+        for (int64_t l = 0; l < ABREAST; ++l)
+            write(Fixed{groups.n[l], groups.changed[l], groups.delta_sq[l]}, sums.of(l), counts + l, totals + l, part);
+    }
+
+    void copy_to(const Found& found, int64_t first, int64_t pool) const {
+        const int64_t count = std::min(run, G - first);
+        for (int64_t side = 0; side < sides; ++side) {
+            for (int64_t f = 0; f < 6; ++f)
+                copy(&counts_P[f * part + side * room], count, pool, (int64_t*)found.counts.data + ((f * sides + side) * G + first) / pool);
+            for (int64_t f = 0; f < 4; ++f)
+                copy(&totals_P[f * part + side * room], count, pool, (double*)found.totals.data + ((f * sides + side) * G + first) / pool);
+        }
+    }
+
+   private:
+    template <class T>
+    static void copy(const T* values, int64_t count, int64_t pool, T* out) {
+        if (pool == 1) {
+            std::memcpy(out, values, count * sizeof(T));
             return;
         }
-        const int32_t plain_zero = contest.zero_of(1);
-        const Sums of_absmax = contest.template sums<ALL>(contest.scale(1), plain_zero);
-        contest.run(of_absmax);
-        const float scale = contest.scale(contest.alpha);
-        Sums of_best = of_absmax, as_read;
-        if (search.reader)
-            contest.sums_read(scale, of_best, as_read);
-        else if (contest.alpha != 1 || contest.zero != plain_zero)
-            of_best = contest.template sums<ALL>(scale, contest.zero);
-        write_side(0, contest.fixed, of_best);
-        write_side(1, contest.fixed, of_absmax);
-        if (search.reader) write_side(2, contest.fixed, as_read);
-        contest.write_codes(region, scale, cover.N, (uint8_t*)found.codes.data);
-        scale_G[g] = scale;
-        alpha_G[g] = contest.alpha;
-        if (found.zero.bytes) ((int8_t*)found.zero.data)[g] = (int8_t)contest.zero;
-    };
+        for (int64_t start = 0; start < count; start += pool) {
+            T sums[8] = {}, total = 0;  // 8 sums beside each other, in one order on every processor
+            for (int64_t i = 0; i < pool; ++i) sums[i % 8] += values[start + i];
+            for (const T sum : sums) total += sum;
+            *out++ = total;
+        }
+    }
+};
+
+template <Metric metric>
+void search_one(Contest<metric>& contest, const Matrix& weight, const Matrix& base, const Cover& cover, int64_t g,
+                int64_t i, Written& written, const Found& found) {
+    const Search& search = contest.search;
+    const Region region = cover.cell(g);
+    const bool finite = contest.load(region, weight, base);
+    ((float*)found.scale.data)[g] = contest.absmax;
+    ((double*)found.alpha.data)[g] = 1;
+    if (!finite) {
+        for (int64_t side = 0; side < written.sides; ++side) written.write_side(side, i, Fixed(), Sums{});
+        return;
+    }
+    const int32_t plain_zero = contest.zero_of(1);
+    const Sums of_absmax = contest.template sums<ALL>(contest.scale(1), plain_zero);
+    contest.run(of_absmax);
+    const float scale = contest.scale(contest.alpha);
+    Sums of_best = of_absmax, as_read;
+    if (search.reader)
+        contest.sums_read(scale, of_best, as_read);
+    else if (contest.alpha != 1 || contest.zero != plain_zero)
+        of_best = contest.template sums<ALL>(scale, contest.zero);
+    written.write_side(0, i, contest.fixed, of_best);
+    written.write_side(1, i, contest.fixed, of_absmax);
+    if (search.reader) written.write_side(2, i, contest.fixed, as_read);
+    contest.write_codes(region, scale, cover.N, (uint8_t*)found.codes.data);
+    ((float*)found.scale.data)[g] = scale;
+    ((double*)found.alpha.data)[g] = contest.alpha;
+    if (found.zero.bytes) ((int8_t*)found.zero.data)[g] = (int8_t)contest.zero;
+}
+
+// The groups from `first` on, which are the i-th and following of a run.
+template <Metric metric, int E>
+void search_abreast(AbreastContest<metric, E>& contest, const Matrix& weight, const Matrix& base, const Cover& cover,
+                    int64_t first, int64_t i, Written& written, const Found& found) {
+    AbreastSums of_absmax, of_best, as_read;
+    alignas(64) float scale_L[ABREAST];
+    Abreast<E>& groups = contest.groups;
+    contest.load(cover, first, weight, base);
+    contest.scales(scale_L);
+    groups.template sums<ALL>(scale_L, contest.grid, of_absmax);
+    contest.run(of_absmax);
+    contest.scales(scale_L);
+    if (contest.search.reader)
+        groups.sums_read((Reader)contest.search.reader, scale_L, contest.grid, of_best, as_read);
+    else
+        groups.template sums<ALL>(scale_L, contest.grid, of_best);
+    groups.write_codes(scale_L, contest.grid, cover.N, (uint8_t*)found.codes.data);
+    for (int64_t l = 0; l < groups.count; ++l) {
+        if (contest.finite(l)) continue;
+        scale_L[l] = contest.absmax[l];
+        contest.alpha[l] = 1;
+        groups.clear(l);
+        for (AbreastSums* sums : {&of_absmax, &of_best, &as_read}) sums->set(l, Sums{});
+    }
+    std::memcpy((float*)found.scale.data + first, scale_L, groups.count * sizeof(float));
+    std::memcpy((double*)found.alpha.data + first, contest.alpha, groups.count * sizeof(double));
+    written.write_sides(0, i, groups, of_best);
+    written.write_sides(1, i, groups, of_absmax);
+    if (contest.search.reader) written.write_sides(2, i, groups, as_read);
+}
+
+// search(contest, group, its number in the run, where results go) for one group, or `abreast` at once, after the other
+template <class MakeContest, class SearchSome>
+void search_runs(const Cover& cover, const Search& told, int64_t threads, const Found& found, int64_t abreast,
+                 const MakeContest& make_contest, const SearchSome& search) {
+    const int64_t G = cover.groups(), sides = told.reader ? 3 : 2, elements = cover.cell_rows * cover.cell_cols;
+    const int64_t whole = told.pool / std::gcd(told.pool, abreast) * abreast;
+    const int64_t run = ceil_div(ceil_div(RUN, elements), whole) * whole;
     parallel(ceil_div(G, run), threads, [&] {
-        return [&, contest = Contest<metric>(search, grid, found.zero.bytes > 0, elements), counts_P = std::vector<int64_t>(6 * part),
-                totals_P = std::vector<double>(4 * part)](int64_t item) mutable {
+        return [&, contest = make_contest(), written = Written(G, sides, run)](int64_t item) mutable {
             const int64_t first = item * run, count = std::min(run, G - first);
-            for (int64_t i = 0; i < count; ++i)
-                search_group(contest, first + i, counts_P.data() + i, totals_P.data() + i);
-            for (int64_t side = 0; side < sides; ++side) {
-                for (int64_t f = 0; f < 6; ++f)
-                    std::memcpy(counts + (f * sides + side) * G + first, &counts_P[f * part + side * run], 8 * count);
-                for (int64_t f = 0; f < 4; ++f)
-                    std::memcpy(totals + (f * sides + side) * G + first, &totals_P[f * part + side * run], 8 * count);
-            }
+            for (int64_t i = 0; i < count; i += abreast) search(*contest, first + i, i, written);
+            written.copy_to(found, first, told.pool);
         };
     });
+}
+
+template <Metric metric>
+void search_all(const Matrix& weight, const Matrix& base, const Cover& cover, const Grid& grid, const Search& told,
+                int64_t threads, const Found& found) {
+    const auto abreast = [&](auto elements) {
+        using Some = AbreastContest<metric, elements.value>;
+        search_runs(cover, told, threads, found, ABREAST, [&] { return std::make_unique<Some>(told, grid); },
+                    [&](Some& contest, int64_t g, int64_t i, Written& written) {
+                        search_abreast(contest, weight, base, cover, g, i, written, found);
+                    });
+    };
+    if (!found.zero.bytes && rows_of(16, cover)) return abreast(std::integral_constant<int, 16>());
+    if (!found.zero.bytes && rows_of(32, cover)) return abreast(std::integral_constant<int, 32>());
+    using One = Contest<metric>;
+    const int64_t elements = cover.cell_rows * cover.cell_cols;
+    search_runs(cover, told, threads, found, 1, [&] { return std::make_unique<One>(told, grid, found.zero.bytes > 0, elements); },
+                [&](One& contest, int64_t g, int64_t i, Written& written) {
+                    search_one(contest, weight, base, cover, g, i, written, found);
+                });
 }
 
 }  // namespace
@@ -292,8 +328,10 @@ const char* daq_search(Matrix weight, Matrix base, Plan plan, Format format, Sea
     check.array<double>(search.steps, search.n_fine, "steps");
     check.array<float>(found.scale, G, "scales");
     check.array<double>(found.alpha, G, "alpha");
-    check.array<int64_t>(found.counts, 6 * sides * G, "counts");
-    check.array<double>(found.totals, 4 * sides * G, "totals");
+    const bool pools = search.pool >= 1 && search.pool <= G && G % search.pool == 0;
+    check.need(pools, "the groups whose sums are added up");
+    check.array<int64_t>(found.counts, pools ? 6 * sides * (G / search.pool) : 0, "counts");
+    check.array<double>(found.totals, pools ? 4 * sides * (G / search.pool) : 0, "totals");
     check.array<uint8_t>(found.codes, cover.M * cover.N, "codes");
     if (found.zero.bytes) check.array<int8_t>(found.zero, G, "zero points");
     check.need(!found.zero.bytes || format.storage == INTEGER, "zero points of this format");

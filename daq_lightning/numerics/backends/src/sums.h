@@ -171,7 +171,7 @@ struct Fixed {
 
 // One column of DeltaStats: counts [6, ...] n, n_changed, sign_equal, preserved, flipped, lost, and totals
 // [4, ...] dot, delta_sq, delta_q_sq, error_sq, each field so many places after the one before.
-inline void write(const Fixed& fixed, const Sums& sums, int64_t* counts, double* totals, int64_t field) {
+DAQ_INLINE void write(const Fixed& fixed, const Sums& sums, int64_t* counts, double* totals, int64_t field) {
     counts[0 * field] = fixed.n;
     counts[1 * field] = fixed.changed;
     counts[2 * field] = sums.preserved + sums.both_zero;
