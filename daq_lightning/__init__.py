@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from daq_lightning.report.model_figures import UpdateRetention as UpdateRetention
     from daq_lightning.report.model_figures import model_metrics as model_metrics
     from daq_lightning.training.callback import DeltaAwareQuantization as DeltaAwareQuantization
+    from daq_lightning.training.export_model import export_model as export_model
 
 __all__ = [
     "AnswerFlips",
@@ -78,6 +79,7 @@ __all__ = [
     "delta_metrics",
     "dequantize",
     "export_checkpoint",
+    "export_model",
     "kl_divergence_to_reference",
     "load_checkpoint",
     "model_metrics",
@@ -96,6 +98,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "Chain": "daq_lightning.audit.chain",
     "DeltaAwareQuantization": "daq_lightning.training.callback",
+    "export_model": "daq_lightning.training.export_model",
     "load_checkpoint": "daq_lightning.checkpoint.reader",
     "CheckpointError": "daq_lightning.checkpoint.tensor_file",
     "export_checkpoint": "daq_lightning.export.export",

@@ -91,7 +91,9 @@ class Job:
         return parts_of(self.plan, self.settings) | {
             "the bases of the weights": json.dumps(dict(self.base_names)),
             "the scales of the KV cache": json.dumps({} if self.cache is None else dict(self.cache.values)),
-            "the model's config.json": json.dumps(self.source.config, sort_keys=True, default=str),
+            "the model's config.json": json.dumps(
+                _without_dtypes(self.source.config), sort_keys=True, default=str
+            ),
             "the calibration": "" if self.calibration is None else str(self.calibration.described()),
         }
 
@@ -282,3 +284,11 @@ def lineage_of(base: Mapping[str, Tensor]) -> Lineage:
     """The lineage of an export that is not part of a chain."""
     path = str(base.path.absolute()) if isinstance(base, Checkpoint) else ""
     return Lineage(base_kind="folder" if path else "memory", base_path=path, root=path)
+
+
+def _without_dtypes(config: Any) -> Any:
+    """What a config decides: not dtypes, which the plan does, and which `save_pretrained` sets on a rank."""
+    if not isinstance(config, Mapping):
+        return config
+    kept = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    return {name: _without_dtypes(value) for name, value in kept.items()}

@@ -30,8 +30,8 @@ def find_model(module: nn.Module, path: str | None) -> tuple[str, nn.Module]:
 
     Args:
         module: The LightningModule.
-        path: Name of a submodule, or None to look for the one `PreTrainedModel`; a module without any is
-            exported itself.
+        path: Name of a submodule, or None to look for the one `PreTrainedModel`; a module that is one, or
+            has none in it, is exported itself.
 
     Raises:
         ValueError: No such submodule, or several models to choose from.
@@ -44,7 +44,7 @@ def find_model(module: nn.Module, path: str | None) -> tuple[str, nn.Module]:
             raise ValueError(
                 f"module={path!r}: {type(module).__name__} has no such submodule. Its submodules: {children}."
             ) from error
-    found = list(_outermost_models(module))
+    found = [("", module)] if _is_model(module) else list(_outermost_models(module))
     if len(found) == 1 and any(type(part).__module__.startswith("peft.") for part in module.modules()):
         return "", module  # the adapters know their model; a PeftModel around it holds their configuration
     if len(found) > 1:
@@ -245,7 +245,11 @@ def _inside(state: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
 def _outermost_models(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         full = f"{prefix}.{name}" if prefix else name
-        if any(cls.__module__ == "transformers.modeling_utils" for cls in type(child).__mro__):
+        if _is_model(child):
             yield full, child
         else:
             yield from _outermost_models(child, full)
+
+
+def _is_model(module: nn.Module) -> bool:
+    return any(cls.__module__ == "transformers.modeling_utils" for cls in type(module).__mro__)

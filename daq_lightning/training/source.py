@@ -1,4 +1,4 @@
-"""The model of a fit as the source of an export."""
+"""A model in memory as the source of an export."""
 
 from __future__ import annotations
 
@@ -24,16 +24,23 @@ def source_of(trainer: Trainer, model: LiveModel) -> Source:
         model: The model in its module.
     """
 
-    def copy_files(folder: Path) -> None:
-        model.copy_files(folder, trainer.lightning_module, getattr(trainer, "datamodule", None))
+    return live_source(model, trainer.lightning_module, getattr(trainer, "datamodule", None))
 
+
+def live_source(model: LiveModel, *owners: object) -> Source:
+    """A model in memory as the source of an export.
+
+    Args:
+        model: The model in its module.
+        owners: Objects whose tokenizer or processor is saved, see `LiveModel.copy_files`.
+    """
     return Source(
         weights=model.weights,
         specs=model.specs,
         outline=model.architecture.outline(model.keys),
         keys_of=model.architecture.keys_of,
         config=model.config(),
-        copy_files=copy_files,
+        copy_files=lambda folder: model.copy_files(folder, *owners),
         low_rank=model.adapters is not None,
     )
 
