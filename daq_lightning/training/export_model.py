@@ -9,6 +9,7 @@ The model is read as the callback reads it, one weight at a time, and only read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -157,7 +158,7 @@ def export_model(
         return model, live_source(model, SimpleNamespace(tokenizer=tokenizer), inner), before, lineage
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.ExitStack() as stack:
             model, source, before, lineage = ranks.together(opened)
             model.gather_adapters()
             job = prepare(
@@ -169,7 +170,7 @@ def export_model(
                 chain_from=chain_from,
                 ranks=ranks,
             )
-            job = within_budget(job, device=device, progress=progress, ranks=ranks)
+            job = within_budget(job, stack=stack, device=device, progress=progress, ranks=ranks)
             report = run(job, place, device=device, progress=progress, ranks=ranks)
     finally:
         ranks.close()
