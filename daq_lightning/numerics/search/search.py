@@ -30,6 +30,7 @@ from daq_lightning.numerics.search.checks import check_inputs, check_settings, n
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.numerics.search.stages import SearchResult, Task
 
+_LARGE = 1 << 20  # elements of a weight that gains nothing by being copied into a stack
 _POOL = 1 << 14  # elements whose sums are added up, at most
 
 
@@ -157,9 +158,9 @@ def search_batch(
 ) -> list[SearchResult]:
     """`search_scale` for several weights of one shape at once, such as the many small experts of a layer.
 
-    Groups are searched independently of each other, so weights may be stacked row upon row wherever no group
-    crosses the seam, and one call serves them all. Where it would, they are searched one by one. Scales in
-    E4M3 share one global scale, as readers that fuse the weights take it.
+    Groups are searched independently of each other, so small weights may be stacked row upon row wherever no
+    group crosses the seam, and one call serves them all. Where it would, they are searched one by one, as
+    large ones are. Scales in E4M3 share one global scale, as readers that fuse the weights take it.
 
     Args:
         weights: Matrices of one shape (M, N), dtype and device.
@@ -183,6 +184,7 @@ def search_batch(
     shape_MN = (weights[0].shape[0], weights[0].shape[1])
     seamless = (
         len(weights) > 1
+        and weights[0].numel() < _LARGE
         and search.alpha_scope == "group"
         and not isinstance(granularity, PerTensor)
         and shape_MN[0] % granularity.cell(shape_MN)[0] == 0

@@ -85,34 +85,35 @@ struct alignas(64) Abreast {
     }
 
     void prepare() {
-        alignas(64) float squares[ABREAST];
+        alignas(64) int32_t most[ABREAST] = {}, least[ABREAST];
+        alignas(64) float squares[ABREAST] = {};
+        for (int64_t l = 0; l < ABREAST; ++l) n[l] = E, changed[l] = high[l] = 0, least[l] = EXPONENT;
+        for (int e = 0; e < E; ++e) {
 #pragma omp simd
-        for (int64_t l = 0; l < ABREAST; ++l) {
-            int32_t n_changed = 0, most = 0, most_w = 0, least = EXPONENT;
-            float sum = 0;
-            for (int i = 0; i < SQUARES_WIDTH; ++i) {
-                float lane = 0;
-                for (int e = i; e < E; e += SQUARES_WIDTH) {
-                    const float d = w[e][l] - b[e][l];
-                    lane = e == i ? d * d : add_product(lane, d, d);
-                }
-                sum += lane;
-            }
-            for (int e = 0; e < E; ++e) {
+            for (int64_t l = 0; l < ABREAST; ++l) {
                 const int32_t size = bits_of(w[e][l] - b[e][l]) & MAGNITUDE, size_w = bits_of(w[e][l]) & MAGNITUDE;
-                n_changed += (w[e][l] > b[e][l]) | (w[e][l] < b[e][l]);
-                least = std::min(least, size ? size : EXPONENT);
-                most = std::max(most, size);
-                most_w = std::max(most_w, size_w);
+                changed[l] += (w[e][l] > b[e][l]) | (w[e][l] < b[e][l]);
+                least[l] = std::min(least[l], size ? size : EXPONENT);
+                most[l] = std::max(most[l], size);
+                high[l] = std::max(high[l], size_w);
             }
-            n[l] = E;
-            changed[l] = n_changed;
-            high[l] = most_w;
-            largest[l] = float_of(std::max(most, most_w));
-            smallest_delta[l] = float_of(least);
-            squares[l] = sum;
         }
-        for (int64_t l = 0; l < ABREAST; ++l) delta_sq[l] = squares[l];
+        for (int i = 0; i < SQUARES_WIDTH; ++i) {
+            alignas(64) float lane[ABREAST];
+            for (int e = i; e < E; e += SQUARES_WIDTH) {
+#pragma omp simd
+                for (int64_t l = 0; l < ABREAST; ++l) {
+                    const float d = w[e][l] - b[e][l];
+                    lane[l] = e == i ? d * d : add_product(lane[l], d, d);
+                }
+            }
+            for (int64_t l = 0; l < ABREAST; ++l) squares[l] += lane[l];
+        }
+        for (int64_t l = 0; l < ABREAST; ++l) {
+            largest[l] = float_of(std::max(most[l], high[l]));
+            smallest_delta[l] = float_of(least[l]);
+            delta_sq[l] = squares[l];
+        }
         for (int64_t l = 0; l < count; ++l)
             if (!fits_float32(l, 1.0f)) delta_sq[l] = alone(l).delta_sq;
     }
