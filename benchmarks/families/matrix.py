@@ -66,7 +66,9 @@ def _names(folder: Path) -> tuple[list[str], list[str]]:
     outline, quantized, kept = source.outline, set(), set()
     for spec in source.specs:
         key = outline.keys[spec.name]
-        role, leaf = outline.role(key, len(spec.shape)), spec.name.removesuffix(".weight").rpartition(".")[2]
+        role = outline.role(key, len(spec.shape))
+        parts = [part for part in spec.name.removesuffix(".weight").split(".") if not part.isdigit()]
+        leaf = parts[-1]
         if role in ("linear", "expert", "upcast"):
             quantized.add(leaf)
         elif role in KEPT:

@@ -71,6 +71,7 @@ def _names(text: str) -> list[str]:
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _MROPE = {"rope_parameters": _ROPE | {"mrope_section": [8, 12, 12]}}
+_MROPE_HALF = {"rope_parameters": _ROPE | {"mrope_section": [4, 6, 6], "partial_rotary_factor": 0.5}}
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 CHANGES: Mapping[str, Mapping[str, Any]] = {
@@ -113,7 +114,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"]},
     "Qwen2VLForConditionalGeneration": {"text_config": _MROPE},
     "Qwen2_5_VLForConditionalGeneration": {"text_config": _MROPE},
-    "Glm4vMoeForConditionalGeneration": {"text_config": _MROPE},
+    "Glm4vMoeForConditionalGeneration": {"text_config": _MROPE_HALF},
     "Qwen3_5ForConditionalGeneration": {"text_config": _HYBRID},
     "Qwen3_5MoeForConditionalGeneration": {"text_config": _HYBRID},
     "Gemma4ForConditionalGeneration": {
@@ -173,8 +174,8 @@ _LAYER = {
 }  # fmt: skip
 _DRAFT = {"enorm.weight": (128,), "hnorm.weight": (128,), "eh_proj.weight": (128, 256)}
 MTP: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
-    "DeepseekV3ForCausalLM, MTP layer": ("model.layers.2.", _LAYER | _DRAFT),
-    "Glm4MoeForCausalLM, MTP layer": ("model.layers.2.", _LAYER | _DRAFT),
+    "DeepseekV3ForCausalLM, MTP layer": ("model.layers.61.", _LAYER | _DRAFT),
+    "Glm4MoeForCausalLM, MTP layer": ("model.layers.46.", _LAYER | _DRAFT),
     "Qwen3NextForCausalLM, MTP layer": (
         "mtp.", {"fc.weight": (128, 256)} | {f"layers.0.{name}": shape for name, shape in _LAYER.items()}
     ),

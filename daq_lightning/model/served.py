@@ -54,7 +54,7 @@ def _is_one_of(patterns: tuple[tuple[str, str], ...], owner: str, leaf: str) -> 
 def _in_float32(model: nn.Module, name: str) -> bool:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    usual = sorted(getattr(model, "_keep_in_fp32_modules", None) or ())
+    usual: list[str] = sorted(getattr(model, "_keep_in_fp32_modules", None) or ())
     strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     parts = f".{name}."
     return not should_convert_module(name, usual) or any(f".{pattern}." in parts for pattern in strict)

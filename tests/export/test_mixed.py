@@ -285,7 +285,9 @@ def test_what_servers_fuse_is_on_one_rung(exported, tmp_path):
 
 
 @pytest.mark.parametrize("factory", [tiny_models.qwen3_moe, tiny_models.mixtral])
-@pytest.mark.parametrize("rungs_of_experts", [("W4A16", "W4A16"), ("W4A16", "FP8_DYNAMIC"), ("16", "FP8_DYNAMIC")])
+@pytest.mark.parametrize(
+    "rungs_of_experts", [("W4A16", "W4A16"), ("W4A16", "FP8_DYNAMIC"), ("16", "FP8_DYNAMIC")]
+)
 def test_experts_are_found_by_the_names_of_every_reader(tmp_path, factory, rungs_of_experts):
     job = placed(job_of(tiny_models.make_pair(tmp_path, factory), budget="6 bits"))
     chosen = {"0": rungs_of_experts[0], "1": rungs_of_experts[1]}
