@@ -73,7 +73,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         kv_cache: None, or for servers that cache keys and values in FP8: "fp8" with scales of 1.0,
             "fp8-calibrated" with scales of each layer from a validation before each export.
         budget: What quantized weights may take, as mean bits ("4.5 bits") or bytes ("2.1 GB"): each export
-            measures all, and those that lose most go up from `scheme` to FP8A16 or 16 bit.
+            measures all, and those that lose most go up from `scheme` to a larger format or 16 bit.
         export_on: "train_end", or "checkpoint": whenever ModelCheckpoint saves, the same weights.
         every_n_train_steps, every_n_epochs: Also export every so many optimizer steps, or epochs.
         which: What is exported at the end: the "last" weights, or the "best" checkpoint of the first
