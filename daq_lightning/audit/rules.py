@@ -29,7 +29,7 @@ from daq_lightning.checkpoint.kv_cache import is_cache_scale
 from daq_lightning.checkpoint.layouts import read_layouts
 from daq_lightning.checkpoint.layouts.parts import GLOBAL_SCALE
 from daq_lightning.checkpoint.tensor_file import read_metadata
-from daq_lightning.model.fusion import FUSED
+from daq_lightning.model.fusion import joined
 from daq_lightning.model.outline import matches
 from daq_lightning.report.figures import ExportReport
 
@@ -104,7 +104,7 @@ def _check_config(stored: Stored) -> Iterator[str]:
 def _check_modules(stored: Stored) -> Iterator[str]:
     for name in stored.codes:
         role = stored.role(name)
-        if role not in ("linear", "expert"):
+        if role not in ("linear", "expert", "upcast"):
             what = "not the weight of a Linear module" if role == "other" else f"of the kind {role!r}"
             yield f"{name} is quantized, but {what}: readers keep it in high precision"
 
@@ -133,15 +133,17 @@ def _check_ignore(stored: Stored) -> Iterator[str]:
 
 def _check_fused(stored: Stored) -> Iterator[str]:
     codes, present = set(stored.codes), set(stored.names)
-    for group in FUSED:
-        for first in (name for name in stored.names if name.endswith(f".{group[0]}.weight")):
-            prefix = first.removesuffix(f"{group[0]}.weight")
-            every = (f"{prefix}{leaf}.weight" for leaf in group)
-            shards = [name for name in every if name in present]
-            if 0 < len(codes.intersection(shards)) < len(shards):
-                quantized = ", ".join(sorted(codes.intersection(shards)))
-                yield f"of {', '.join(shards)} only {quantized} quantized"
-            yield from _different_globals(stored, [name for name in shards if name in codes])
+    for name in stored.names:
+        module = name.removesuffix(".weight")
+        prefix, dot, leaf = module.rpartition(".")
+        shards = [f"{prefix}{dot}{sibling}.weight" for sibling in joined(module)]
+        if leaf != joined(module)[0] or len(shards) == 1:
+            continue
+        shards = [shard for shard in shards if shard in present]
+        if 0 < len(codes.intersection(shards)) < len(shards):
+            quantized = ", ".join(sorted(codes.intersection(shards)))
+            yield f"of {', '.join(shards)} only {quantized} quantized"
+        yield from _different_globals(stored, [shard for shard in shards if shard in codes])
 
 
 def _different_globals(stored: Stored, shards: list[str]) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """Which readers load which scheme: data for plans, cards and docs.
 
 Seen: tiny Llama, Qwen2, Phi3, Qwen3-MoE and Mixtral models in every scheme, loaded by transformers 5.23 with
-compressed-tensors 0.20 on a CPU; FP8, W8A8 and W4A16 by vLLM 0.32 on a CPU. What vLLM does on a GPU was read
-in its code (`compressed_tensors.schemes` and `compressed_tensors_moe`), and is called so.
+compressed-tensors 0.20 on a CPU; FP8, W8A8 and W4A16 by vLLM 0.32 on a CPU. What vLLM 0.33 does on a GPU was
+read in its code (`compressed_tensors.schemes`, `get_moe_method`), and is called so. Families of models:
+`benchmarks.families`.
 """
 
 from __future__ import annotations
@@ -39,16 +40,14 @@ _NOT_EXPERTS = (
     "transformers 5.23 cannot load {0} of a mixture-of-experts model; vLLM has code for it on a GPU (not "
     "run). FP8_BLOCK and W4A16 load in both."
 )
-_CHANNELS = (
-    "{0} of a mixture-of-experts model loads in transformers and in vLLM on a GPU; vLLM on a CPU has no "
-    "backend for it. FP8_BLOCK loads in all of them."
-)
 _EXPERTS_TOO = (
     "{0} of a mixture-of-experts model loads in transformers; vLLM has code for it on a GPU (not run)."
 )
 EXPERTS: Mapping[str, str] = {
-    "FP8_DYNAMIC": _CHANNELS,
-    "FP8A16": _CHANNELS,
+    "FP8_DYNAMIC": "{0} of a mixture-of-experts model loads in transformers and in vLLM on a GPU; vLLM on a "
+    "CPU has no backend for it. FP8_BLOCK loads in all of them.",
+    "FP8A16": "{0} of a mixture-of-experts model loads in transformers; vLLM refuses it, since it has no "
+    "experts in FP8 with 16-bit activations. FP8_BLOCK loads in both, and FP8_DYNAMIC in vLLM on a GPU.",
     "MXFP8": _NOT_EXPERTS,
     "W8A8": _NOT_EXPERTS,
     "W4A16_ASYM": _NOT_EXPERTS,
@@ -61,15 +60,32 @@ EXPERTS: Mapping[str, str] = {
     "loads in both.",
 }
 """Scheme -> what to know of a mixture of experts in it."""
+_LLAMA4 = (
+    "transformers 5.23 does not load Llama 4 from the compressed-tensors container, where it looks for each "
+    "expert in a tensor of its own: use FP8_BLOCK, or serve this model with vLLM, which has code for it (not "
+    "run)."
+)
+_JOINED_CONVOLUTIONS = (
+    "transformers 5.23 does not load {0} of this model, whose convolutions it joins from three tensors: use "
+    "FP8_DYNAMIC, or serve this model with vLLM, which has code for it (not run)."
+)
+MODELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "Llama4ForCausalLM": (_LLAMA4, ()),
+    "Llama4ForConditionalGeneration": (_LLAMA4, ()),
+    "KimiLinearForCausalLM": (_JOINED_CONVOLUTIONS, ("pack-quantized",)),
+    "OlmoHybridForCausalLM": (_JOINED_CONVOLUTIONS, ("pack-quantized",)),
+}
+"""Class -> what to know before loading it from compressed-tensors, and of which formats; () for all."""
 
 
-def notes_on_readers(scheme: str, form: str, *, experts: bool) -> list[str]:
+def notes_on_readers(scheme: str, form: str, *, experts: bool, model: str = "") -> list[str]:
     """What somebody who exports a model should know of its readers.
 
     Args:
         scheme: By name.
         form: How compressed-tensors calls the way it is stored; "" in another container.
         experts: Whether the model has any that are quantized.
+        model: Name of its class.
 
     Example:
         >>> notes_on_readers("FP8_BLOCK", "", experts=True)
@@ -78,6 +94,9 @@ def notes_on_readers(scheme: str, form: str, *, experts: bool) -> list[str]:
     told = [EXPERTS[scheme].format(scheme)] if experts and form and scheme in EXPERTS else []
     if scheme in TRANSFORMERS and not experts:
         told.append(TRANSFORMERS[scheme])
+    if form and model in MODELS:
+        words, forms = MODELS[model]
+        told += [words.format(scheme)] if not forms or form in forms else []
     if form and not installed_readers_know(form):
         version = metadata.version("compressed-tensors")
         told.append(

@@ -97,7 +97,7 @@ def export_checkpoint(
             of all ("2.1 GB"). All are measured first, and those that lose most for their bytes go up from
             `scheme` to larger formats.
         ladder: With a budget, the schemes from the lowest up, "16" for 16 bit; left out, four bits go up to
-            FP8A16, and all to 16.
+            FP8A16 (FP8_DYNAMIC if there are experts), and all to 16.
         parent: Folder of the export that this stage of a chain follows; None takes `base` if it is one.
         chain_from: Makes this a stage of a chain: whether it was trained from the parent's high-precision
             "weights" or its "deployed" ones.

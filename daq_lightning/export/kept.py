@@ -109,7 +109,7 @@ class KeptFormat:
             spec.name.removesuffix(".weight")
             for spec in source.specs
             if spec.name not in self.names
-            and outline.role(outline.keys[spec.name], len(spec.shape)) in ("linear", "expert")
+            and outline.role(outline.keys[spec.name], len(spec.shape)) in ("linear", "expert", "upcast")
         ]
         layout = next(iter(self.layouts.values()))  # of several, whichever: each weight has its own
         return dataclasses.replace(

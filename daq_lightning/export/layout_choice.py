@@ -18,6 +18,7 @@ from daq_lightning.checkpoint.schemes import FULL, LADDERS, SCHEMES
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.sizes import check_sizes, odd_sizes
 from daq_lightning.numerics.formats import PerBlock
+from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.layouts import Layout
@@ -27,8 +28,18 @@ if TYPE_CHECKING:
     from daq_lightning.numerics.formats import ScaleFormat
 
 
+_INSTEAD_FOR_EXPERTS = {"FP8A16": "FP8_DYNAMIC"}
+
+
+def quantizable(settings: ExportSettings) -> tuple[Role, ...]:
+    """The roles of weights that readers take in the lowest scheme of the settings."""
+    lowest = settings.ladder[0] if settings.ladder else settings.scheme
+    fp8 = lowest == "auto" or SCHEMES[lowest].format is FP8_E4M3
+    return ("linear", "expert", "upcast") if fp8 else ("linear", "expert")
+
+
 def rungs_of(
-    settings: ExportSettings, chosen: Sequence[TensorSpec]
+    settings: ExportSettings, chosen: Sequence[TensorSpec], *, experts: bool
 ) -> tuple[list[tuple[str, Container | None, ScaleFormat | None]], list[str]]:
     """The schemes that weights may have, the lowest first, as `make_layout` takes them; and what the user
     should know of the choice.
@@ -36,6 +47,7 @@ def rungs_of(
     Args:
         settings: What the user chose.
         chosen: The weights to quantize.
+        experts: Whether there are experts among them.
 
     Raises:
         CheckpointError: Rungs that no container holds together.
@@ -43,7 +55,9 @@ def rungs_of(
     scheme, container, notes = _scheme_of(settings, chosen)
     if settings.budget is None:
         return [(scheme, container, settings.scale_format)], notes
-    names = [name for name in settings.ladder or LADDERS[scheme] if name != FULL]
+    # vLLM has no experts in FP8 whose activations stay in 16 bit
+    usual = [_INSTEAD_FOR_EXPERTS.get(name, name) if experts else name for name in LADDERS[scheme]]
+    names = [name for name in settings.ladder or usual if name != FULL]
     if len(names) > 1:
         if settings.container == "fp8":
             raise CheckpointError(
@@ -77,6 +91,7 @@ def check_layouts(
     layouts: Mapping[str, Layout],
     chosen: Sequence[TensorSpec],
     roles: Mapping[str, Role],
+    model: str,
 ) -> list[str]:
     """What the user should know of the readers of the layouts.
 
@@ -85,6 +100,7 @@ def check_layouts(
         layouts: Name -> layout, of the weights that are not kept in 16 bit.
         chosen: The weights to quantize.
         roles: Name -> role, of all tensors.
+        model: Name of the model's class.
 
     Raises:
         CheckpointError: Sizes that a scheme cannot hold, or readers that do not load it.
@@ -94,18 +110,20 @@ def check_layouts(
     for layout in rungs:
         specs = [spec for spec in chosen if layouts.get(spec.name) == layout]
         if specs:
-            notes += _check_layout(layout, specs, roles)
+            notes += _check_layout(layout, specs, roles, model)
             used.append(layout.scheme.name)
     of_experts = [layouts.get(spec.name) for spec in chosen if roles[spec.name] == "expert"]
     experts = {FULL if layout is None else layout.scheme.name for layout in of_experts}
     return list(dict.fromkeys(notes + notes_on_mixed(used, sorted(experts))))
 
 
-def _check_layout(layout: Layout, chosen: Sequence[TensorSpec], roles: Mapping[str, Role]) -> list[str]:
+def _check_layout(
+    layout: Layout, chosen: Sequence[TensorSpec], roles: Mapping[str, Role], model: str
+) -> list[str]:
     """Checks the weights of one layout."""
     check_sizes(layout, chosen)
     experts = any(roles[spec.name] == "expert" for spec in chosen)
     blocks = isinstance(layout.granularity, PerBlock) and layout.granularity.rows > 1
     check_readable(layout.scheme.name, layout.container, blocks=blocks, experts=experts)
     form = str(layout.quantization_config(()).get("format", ""))
-    return notes_on_readers(layout.scheme.name, form, experts=experts)
+    return notes_on_readers(layout.scheme.name, form, experts=experts, model=model)

@@ -24,13 +24,14 @@ from daq_lightning.checkpoint.manifest import KEPT
 from daq_lightning.checkpoint.schemes import FULL
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 from daq_lightning.export.ignore import ignored_by
-from daq_lightning.export.layout_choice import check_layouts, rungs_of
+from daq_lightning.export.layout_choice import check_layouts, quantizable, rungs_of
+from daq_lightning.export.listed import ignore_list
 from daq_lightning.export.progress import size_text
 from daq_lightning.export.rungs import Placed, lowest
 from daq_lightning.export.sizes import kept_dtype
 from daq_lightning.export.targets import layouts_of
 from daq_lightning.model.fusion import check_experts, check_fused, shared_input
-from daq_lightning.model.outline import Outline, Role, owner_of
+from daq_lightning.model.outline import Outline, Role
 
 if TYPE_CHECKING:
     from daq_lightning.export.settings import ExportSettings
@@ -39,6 +40,10 @@ _KEEP_REASON: Mapping[Role, str] = {
     "router": "router",
     "head": "output head",
     "outside": "outside the language model",
+    "stack": "experts in one tensor, which readers take only in 16 bit",
+    "float32": "transformers keeps it in float32",
+    "plain": "vLLM reads it in 16 bit",
+    "upcast": "vLLM reads it in 16 bit, or FP8",
     "conv1d": "Conv1D (transposed Linear), which no reader takes",
     "other": "not a Linear weight",
 }
@@ -191,21 +196,26 @@ def plan_export(
     roles: dict[str, Role] = {spec.name: outline.role(keys[spec.name], len(spec.shape)) for spec in specs}
     ignored = ignored_by(settings.ignore, specs, keys)
     chosen = [
-        spec for spec in specs if roles[spec.name] in ("linear", "expert") and spec.name not in ignored
+        spec for spec in specs if roles[spec.name] in quantizable(settings) and spec.name not in ignored
         and spec.dtype.is_floating_point and min(spec.shape) > 0
     ]  # fmt: skip
     if not chosen:
-        transposed = " Its Conv1D layers hold transposed weights, which no reader takes."
-        conv1d = transposed * ("conv1d" in roles.values())
+        conv1d = " Its Conv1D layers hold transposed weights, which no reader takes." * (
+            "conv1d" in roles.values()
+        )
+        plain = " Its other Linear layers are of a kind that vLLM reads in 16 bit." * (
+            "plain" in roles.values()
+        )
         raise CheckpointError(
             f"{outline.model} has no Linear weight to quantize among its {len(specs)} tensors "
-            f"(output heads, routers and ignored modules are kept).{conv1d}"
+            f"(output heads, routers and ignored modules are kept).{conv1d}{plain}"
         )
     check_fused({spec.name for spec in chosen}, roles)
     check_experts(chosen, specs, keys, roles)
     dtype, masters = kept_dtype(specs)
     if kept is None:
-        schemes, notes = rungs_of(settings, chosen)
+        experts = any(roles[spec.name] == "expert" for spec in chosen)
+        schemes, notes = rungs_of(settings, chosen, experts=experts)
         rungs = [make_layout(name, container=held, scale_format=scale) for name, held, scale in schemes]
         placed = lowest(settings, rungs, chosen, dtype) if placed is None else placed
         named = {layout.scheme.name: layout for layout in rungs}
@@ -214,7 +224,7 @@ def plan_export(
         layouts, notes = {spec.name: kept[spec.name] for spec in chosen}, []
         rungs = sorted(dict.fromkeys(layouts.values()), key=lambda layout: layout.scheme.format.bits)
         placed = {name: Placed(layout.scheme.name) for name, layout in layouts.items()}
-    notes += check_layouts(rungs, layouts, chosen, roles)
+    notes += check_layouts(rungs, layouts, chosen, roles, outline.model) + _on_stacks(specs, roles)
     doubles = sum(spec.dtype == torch.float64 for spec in chosen)
     if doubles:
         notes.append(f"{doubles} weights are float64: they were searched and measured as float32.")
@@ -230,7 +240,7 @@ def plan_export(
     )  # fmt: skip
     return ExportPlan(
         tensors=tensors,
-        ignore=_ignore_list(tensors, outline),
+        ignore=ignore_list(tensors, outline, rungs[0].container),
         dtype=dtype,
         notes=tuple(notes),
         placed={spec.name: placed[spec.name] for spec in chosen},
@@ -238,36 +248,16 @@ def plan_export(
     )
 
 
-def _ignore_list(tensors: Sequence[TensorPlan], outline: Outline) -> tuple[str, ...]:
-    """Every module that a reader might take for a quantized one: checkpoint names, then memory names."""
-    quantized = {tensor.key.removesuffix(".weight") for tensor in tensors if tensor.quantize}
-    unquantized = [name for name in outline.linear_modules if name not in quantized]
-    by_key = {tensor.key: tensor.spec.name for tensor in tensors}
-    on_disk = [by_key.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in unquantized]
-    kept = [tensor for tensor in tensors if not tensor.quantize]
-    # of matrices that this model does not have (such as layers for speculation) nobody knows that they are
-    # not Linear
-    unknown = [
-        tensor.spec.name.removesuffix(".weight")
-        for tensor in kept
-        if outline.is_transformers
-        and tensor.spec.name.endswith(".weight")
-        and len(tensor.spec.shape) == 2
-        and owner_of(tensor.key) not in outline.modules
+def _on_stacks(specs: Sequence[TensorSpec], roles: Mapping[str, Role]) -> list[str]:
+    """What to know of experts that are not quantized since they are in one tensor."""
+    stacks = [spec for spec in specs if roles[spec.name] == "stack"]
+    if not stacks:
+        return []
+    kept, every = (sum(spec.nbytes for spec in some) for some in (stacks, specs))
+    return [
+        f"The experts of each layer are in one tensor (such as {stacks[0].name}), which no reader takes "
+        f"quantized: {size_text(kept)} of {size_text(every)} stay in 16 bit."
     ]
-    experts = [tensor for tensor in kept if _is_expert(tensor)]
-    of_experts = [
-        tensor.spec.name.removesuffix(".weight") for tensor in experts if len(tensor.spec.shape) == 2
-    ]
-    # the stacked module is what transformers replaces as a whole
-    stacks = [owner_of(tensor.key) for tensor in experts]
-    return tuple(dict.fromkeys([*on_disk, *unknown, *of_experts, *unquantized, *stacks]))
-
-
-def _is_expert(tensor: TensorPlan) -> bool:
-    return tensor.role == "expert" or (
-        len(tensor.spec.shape) == 3 and owner_of(tensor.key).endswith("experts")
-    )
 
 
 def _quantized(spec: TensorSpec, key: str, role: Role, layout: Layout, why: str, together: str) -> TensorPlan:

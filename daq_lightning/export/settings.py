@@ -45,7 +45,7 @@ class ExportSettings:
             ("2.1 GB"). The weights that lose most for their bytes go up to a larger format; scheme is the
             lowest.
         ladder: With a budget, the schemes from the lowest up; "16" keeps a weight in 16 bit. If not given,
-            four bits go up to FP8A16, and all to 16.
+            four bits go up to FP8A16 (FP8_DYNAMIC if there are experts), and all to 16.
 
     Raises:
         ValueError: An unknown choice, or choices that contradict each other.

@@ -34,7 +34,7 @@ def check_sizes(layout: Layout, chosen: Sequence[TensorSpec]) -> None:
             raise CheckpointError(
                 f"{scheme.name} needs sizes that are multiples of {granularity.cols}; {len(odd)} weights "
                 f"have others: {_listed(odd)}. Readers would compute garbage. Use scheme='FP8_DYNAMIC' (one "
-                "scale per channel) or scheme='auto'."
+                "scale per channel) or scheme='auto', or keep these weights (ignore)."
             )
     if scheme.asymmetric:
         odd = odd_sizes(chosen, _PACKED_ROWS, 1)

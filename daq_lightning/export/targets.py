@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from daq_lightning.checkpoint.layouts.groups import Layouts
+from daq_lightning.model.fusion import experts_of
 
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.layouts import Layout
@@ -25,16 +25,8 @@ def layouts_of(quantized: Sequence[TensorPlan], lowest: Layout) -> Layouts:
         targets = groups.setdefault(tensor.layout, {})
         names = [name.removesuffix(".weight") for name in (tensor.spec.name, tensor.key)]
         if tensor.role == "expert":
-            names = [_experts("" if len(of_experts) == 1 else names[0])]
+            names = [experts_of("" if len(of_experts) == 1 else names[0])]
         targets.update(dict.fromkeys(names))
     upwards = sorted(groups, key=lambda layout: layout.scheme.format.bits)
     every = tuple((layout, tuple(groups[layout])) for layout in upwards)
     return Layouts(groups=every or ((lowest, ()),))
-
-
-def _experts(name: str) -> str:
-    """A pattern for the experts of the layer of one of them, or of all layers for ""."""
-    layer = name.partition(".experts.")[0]
-    _, found, number = layer.rpartition("layers.")
-    layer = found + number
-    return "re:.*" + (f"\\b{re.escape(layer)}" if layer else "") + r"\.experts\..*"

@@ -20,6 +20,7 @@ from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.model.attention import cache_kinds
 from daq_lightning.model.outline import CacheKind, Outline, Role, owner_of
 from daq_lightning.model.placeholders import is_unit, state_names, unwrapped
+from daq_lightning.model.served import kept_by_readers
 
 _ROUTER_NAMES = ("gate", "router", "shared_expert_gate", "wg")
 _HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
@@ -164,7 +165,7 @@ class Architecture:
                 parameter,
                 value,
             ) in module._parameters.items():  # not getattr, which would compute a parametrized one
-                if value is not None and value.ndim == 3:
+                if value is not None and value.ndim == 3 and _holds_experts(name, module):
                     roles[prefix + parameter] = "expert"
             if self._is_linear(name):
                 roles[f"{prefix}weight"] = self._module_role(name)
@@ -189,8 +190,11 @@ class Architecture:
 
     def _module_role(self, name: str) -> Role:
         module, leaf = self._modules[name], name.rpartition(".")[2]
+        parent = self._modules.get(owner_of(name))
         if "Router" in type(module).__name__ or (
-            leaf in _ROUTER_NAMES and isinstance(module, nn.Linear) and self.is_transformers
+            isinstance(module, nn.Linear)
+            and self.is_transformers
+            and (leaf in _ROUTER_NAMES or "Router" in type(parent).__name__)
         ):
             return "router"
         if not isinstance(module, nn.Linear):
@@ -199,7 +203,8 @@ class Architecture:
             return "head"
         if self._decoder and not name.startswith(self._decoder + "."):
             return "outside"
-        return "linear"
+        kept = kept_by_readers(self.model, name, parent) if self.is_transformers else None
+        return kept or "linear"
 
 
 class _Conversion:
@@ -230,6 +235,10 @@ def class_of(model: nn.Module) -> type[nn.Module]:
         return any(base.__name__ == "FSDPModule" for base in kind.__mro__)
 
     return next(kind for kind in type(model).__mro__ if not of_fsdp(kind))
+
+
+def _holds_experts(name: str, module: nn.Module) -> bool:
+    return "expert" in f"{name} {type(module).__name__}".lower()
 
 
 def _dequantizes(conversion: Any) -> bool:

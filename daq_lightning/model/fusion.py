@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
@@ -13,8 +14,28 @@ FUSED = (
     ("w1", "w3"),
     ("query", "key", "value"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    ("wq_a", "wkv"),
 )
 """Projections that servers join into one matrix."""
+_WIDER = (
+    (r".*linear_attn", ("q_proj", "k_proj", "v_proj", "g_proj")),
+    (r".*self_attn", ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj")),
+)
+"""Name of a layer -> what servers join in it besides: linear attention of OLMo and of Kimi."""
+
+
+def joined(module: str) -> tuple[str, ...]:
+    """The last parts of the names of all projections that servers join with one, itself included.
+
+    Example:
+        >>> joined("mlp.up_proj"), joined("mlp.down_proj"), joined("linear_attn.g_proj")[:2]
+        (('gate_proj', 'up_proj'), ('down_proj',), ('q_proj', 'k_proj'))
+    """
+    prefix, _, leaf = module.rpartition(".")
+    wider = [group for layer, group in _WIDER if leaf in group and re.fullmatch(layer, prefix)]
+    return next((group for group in (*wider, *FUSED) if leaf in group), (leaf,))
 
 
 def fused_groups(names: Iterable[str]) -> list[list[str]]:
@@ -34,17 +55,14 @@ def fused_groups(names: Iterable[str]) -> list[list[str]]:
 def check_fused(chosen: Collection[str], roles: Mapping[str, Role]) -> None:
     """Raises CheckpointError where servers fuse weights of which only some are chosen."""
     for name in chosen:
-        prefix, _, leaf = name.removesuffix(".weight").rpartition(".")
-        for group in FUSED:
-            if leaf not in group:
-                continue
-            siblings = [f"{prefix}.{sibling}.weight" for sibling in group]
-            left_out = [sibling for sibling in siblings if sibling in roles and sibling not in chosen]
-            if left_out:
-                raise CheckpointError(
-                    f"{name} would be quantized and {', '.join(left_out)} not, but servers fuse them into "
-                    "one matrix: ignore all of them or none."
-                )
+        module = name.removesuffix(".weight")
+        siblings = [f"{module.rpartition('.')[0]}.{sibling}.weight" for sibling in joined(module)]
+        left_out = [sibling for sibling in siblings if sibling in roles and sibling not in chosen]
+        if left_out:
+            raise CheckpointError(
+                f"{name} would be quantized and {', '.join(left_out)} not, but servers fuse them into "
+                "one matrix: ignore all of them or none."
+            )
 
 
 def check_experts(
@@ -82,5 +100,19 @@ def shared_input(name: str) -> str:
         >>> shared_input("layers.0.v_proj.weight"), shared_input("layers.0.o_proj.weight")
         ('layers.0.q_proj', 'layers.0.o_proj')
     """
-    prefix, dot, leaf = name.removesuffix(".weight").rpartition(".")
-    return prefix + dot + next((group[0] for group in FUSED if leaf in group), leaf)
+    module = name.removesuffix(".weight")
+    prefix, dot, _ = module.rpartition(".")
+    return prefix + dot + joined(module)[0]
+
+
+def experts_of(name: str) -> str:
+    """A pattern for the experts of the layer of one of them, or of all layers for "".
+
+    Example:
+        >>> experts_of("model.layers.3.mlp.experts.0.up_proj")
+        're:.*\\\\blayers\\\\.3\\\\.mlp\\\\.experts\\\\..*'
+    """
+    layer = name.partition(".experts.")[0]
+    _, found, number = layer.rpartition("layers.")
+    layer = found + number
+    return "re:.*" + (f"\\b{re.escape(layer)}" if layer else "") + r"\.experts\..*"

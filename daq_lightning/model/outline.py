@@ -12,9 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Role: TypeAlias = Literal["linear", "expert", "router", "head", "outside", "conv1d", "other"]
-"""linear and expert weights can be quantized. head: lm_head, classifiers. outside: Linear weights outside
-the language model (vision tower, projector). conv1d: GPT-2's transposed Linear."""
+Role: TypeAlias = Literal[
+    "linear", "expert", "upcast", "stack", "router", "head", "outside", "float32", "plain", "conv1d", "other"
+]
+"""linear and expert weights can be quantized, upcast ones in FP8. stack: all experts of a layer in one
+tensor. head: lm_head, classifiers. outside: Linear weights outside the language model (vision tower,
+projector). float32, plain, upcast: of which readers make no quantized layer, see
+`daq_lightning.model.served`. conv1d: GPT-2's transposed Linear."""
 CacheKind: TypeAlias = Literal["full", "sliding", "latent", "state", "shared", "cross", "unknown"]
 """What a layer caches of each token, see `daq_lightning.model.attention`."""
 
@@ -60,7 +64,10 @@ class Outline:
             key: Memory name.
             ndim: Dimensions of the tensor in the checkpoint.
         """
-        return self.roles.get(key, "other") if ndim == 2 else "other"
+        role = self.roles.get(key, "other")
+        if role == "expert" and ndim == 3:
+            return "stack"
+        return role if ndim == 2 else "other"
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Parameters that a checkpoint of these memory names leaves at random values; tied ones are there."""

@@ -78,7 +78,7 @@ def write_outline(key: str, outline: Outline) -> None:
 @functools.cache
 def _code() -> list[str]:
     """The code that makes outlines, which changes under one version number where it is developed."""
-    names = ("outline.py", "architecture.py", "attention.py", "from_folder.py")
+    names = ("outline.py", "architecture.py", "attention.py", "served.py", "from_folder.py")
     return [sha256_of(Path(__file__).with_name(name)) for name in names]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from daq_lightning.checkpoint.families import family_of
-from daq_lightning.model.fusion import FUSED
+from daq_lightning.model.fusion import joined
 from daq_lightning.numerics.search.settings import WIDE_RANGE
 from daq_lightning.report.levels import FAIR, GOOD, Level, level_of, percent, times, worst_rows
 from daq_lightning.report.markup import number
@@ -134,16 +134,15 @@ def ignore_options(row: Row, names: Sequence[str]) -> str:
     if "experts" in parts:  # servers hold the experts of a layer in one tensor: all or none
         stack = ".".join(parts[: parts.index("experts") + 1])
         return f"--ignore {shlex.quote(f're:{re.escape(stack)}[.].*')}"
-    prefix, _, leaf = module.rpartition(".")
-    joined = next((group for group in FUSED if leaf in group), (leaf,))
+    prefix, siblings = module.rpartition(".")[0], joined(module)
     if len(row.names) > 1:  # several of a layer: the numbers after the layer's are any
         depth = len(row.layer.split("."))
         own = [
             "[0-9]+" if at >= depth and is_number(part) else re.escape(part) for at, part in enumerate(parts)
         ]
-        leaves = "|".join(map(re.escape, joined))
+        leaves = "|".join(map(re.escape, siblings))
         return f"--ignore {shlex.quote('re:' + '[.]'.join(own[:-1]) + f'[.]({leaves})')}"
-    modules = [f"{prefix}.{sibling}" if prefix else sibling for sibling in joined]
+    modules = [f"{prefix}.{sibling}" if prefix else sibling for sibling in siblings]
     known = {name.removesuffix(".weight") for name in names}
     return " ".join(f"--ignore {shlex.quote(name)}" for name in modules if name in known)
 

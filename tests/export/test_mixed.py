@@ -283,18 +283,20 @@ def test_what_servers_fuse_is_on_one_rung(exported, tmp_path):
     job = placed(job_of(moe, budget="6 bits", ladder=LADDERS_TRIED["W4A16"]))
     experts = [group for group in job.placement.groups if ".experts." in group.names[0]]
     assert sorted(len(group.names) for group in experts) == [6, 6]  # two experts of three projections
-    assert {tensor.layout.scheme.name for tensor in job.plan.quantized} == {"W4A16", "FP8A16"}
+    assert {tensor.layout.scheme.name for tensor in job.plan.quantized} == {"W4A16", "FP8_DYNAMIC"}
 
 
 @pytest.mark.parametrize("factory", [tiny_models.qwen3_moe, tiny_models.mixtral])
-@pytest.mark.parametrize("rungs_of_experts", [("W4A16", "W4A16"), ("W4A16", "FP8A16"), ("16", "FP8A16")])
+@pytest.mark.parametrize(
+    "rungs_of_experts", [("W4A16", "W4A16"), ("W4A16", "FP8_DYNAMIC"), ("16", "FP8_DYNAMIC")]
+)
 def test_experts_are_found_by_the_names_of_every_reader(tmp_path, factory, rungs_of_experts):
     job = placed(job_of(tiny_models.make_pair(tmp_path, factory), budget="6 bits"))
     chosen = {"0": rungs_of_experts[0], "1": rungs_of_experts[1]}
     groups = tuple(
         dataclasses.replace(group, rung=chosen[group.names[0].split(".")[2]])
         if ".experts." in group.names[0]
-        else dataclasses.replace(group, rung="FP8A16")
+        else dataclasses.replace(group, rung="FP8_DYNAMIC")
         for group in job.placement.groups
     )
     job = job.placed_as(dataclasses.replace(job.placement, groups=groups))

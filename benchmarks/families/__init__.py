@@ -1,0 +1,1 @@
+"""The families of decoders through quantization: `python -m benchmarks.families`."""
