@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
 
 from daq_lightning.numerics.backends import cpu, reference
-from daq_lightning.numerics.formats import PerBlock
+from daq_lightning.numerics.formats import Format, PerBlock, ScaleFormat
 from daq_lightning.numerics.formats.fp4 import FP4_E2M1
 from daq_lightning.numerics.formats.fp8 import FP8_E4M3
 from daq_lightning.numerics.formats.int4 import INT4
 from daq_lightning.numerics.objectives import METRICS
 from daq_lightning.numerics.scales import global_scale_of
 from daq_lightning.numerics.search.search import search_scale
-from daq_lightning.numerics.search.settings import ScaleSearch
+from daq_lightning.numerics.search.settings import Metric, ScaleSearch
 from daq_lightning.numerics.search.stages import Kernels, Task, search_in_steps
 
-SCHEMES = {
+SCHEMES: dict[str, tuple[Format, ScaleFormat]] = {
     "nvfp4": (FP4_E2M1, "e4m3"),
     "mxfp4": (FP4_E2M1, "ue8m0"),
     "mxfp8": (FP8_E4M3, "ue8m0"),
@@ -41,14 +43,14 @@ def pair(rows, cols, dtype=torch.bfloat16, seed=0):
     return weight, base
 
 
-def task(weight, base, granularity, scheme, metric="hybrid", reader=None, **settings):
+def task(weight, base, granularity, scheme, metric: str = "hybrid", reader=None, **settings):
     fmt, scale_format = SCHEMES[scheme]
     shared = global_scale_of(weight.abs().float().nan_to_num(0, 0, 0), fmt)
     return Task(
         weight=weight,
         base=base,
         granularity=granularity,
-        search=ScaleSearch(metric=metric, **settings),
+        search=ScaleSearch(metric=cast(Metric, metric), **settings),
         format=fmt,
         scale_format=scale_format,
         reader_dtype=reader,
