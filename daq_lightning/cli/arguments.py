@@ -225,7 +225,9 @@ def make_parser() -> ArgumentParser:
     )
 
     completion = new(words.ABOUT_COMPLETION, usage="daq-lightning completion {bash,zsh,tcsh,fish} [options]")
-    completion.add_argument("shell", choices=["bash", "zsh", "tcsh", "fish"], help="the shell that is to complete")
+    completion.add_argument(
+        "shell", choices=["bash", "zsh", "tcsh", "fish"], help="the shell that is to complete"
+    )
     _add_output(completion, checks=False)
     commands.add_subcommand("completion", completion, help="print a script for a shell to complete commands")
     return parser

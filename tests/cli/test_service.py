@@ -47,7 +47,9 @@ def test_help_fits_80_columns(monkeypatch):
 def test_each_help_has_words_an_example_that_parses_and_exit_codes(monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "80")
     text = COMMANDS[name].format_help()
-    before, options, codes = re.fullmatch(r"(.*)\noptions:\n(.*)\nexit codes:\n(.*)", text, re.DOTALL).groups()
+    before, options, codes = re.fullmatch(
+        r"(.*)\noptions:\n(.*)\nexit codes:\n(.*)", text, re.DOTALL
+    ).groups()
     joined = before.replace("\\\n", " ")
     examples = re.findall(r"^  daq-lightning (.*)$", joined, re.MULTILINE)
     assert examples
