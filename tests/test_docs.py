@@ -101,6 +101,16 @@ def test_the_cookbook_has_every_argument_of_the_callback() -> None:
     assert named >= set(inspect.signature(DeltaAwareQuantization).parameters)
 
 
+def test_the_page_of_the_command_has_every_option() -> None:
+    page = (ROOT / "docs" / "command.md").read_text()
+    named = set(re.findall(r"--[a-z][a-z0-9-]*", page))
+    commands = make_parser()._subcommands_action._name_parser_map  # type: ignore[union-attr]
+    options = {name for one in commands.values() for action in one._actions for name in action.option_strings}
+    said_by_all = {"--help", "--print_config", "--print_shtab"}
+    assert {name for name in options if name.startswith("--")} - said_by_all <= named
+    assert {f"## {name}" for name in commands} - {"## completion"} <= set(page.splitlines())
+
+
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"\w+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]))
     assert listed == {page.name for page in PAGES} | {"kernels.md", "changelog.md"}

@@ -62,7 +62,7 @@ def program() -> None:
 
 
 def _leave(ended: list[int]) -> None:
-    """Ends the process if the command came to its end; what cannot be flushed is left for Python to report."""
+    """Ends the process if the command has ended; what cannot be flushed is left for Python to report."""
     if not ended:
         return
     try:

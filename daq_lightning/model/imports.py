@@ -1,6 +1,7 @@
-"""Imports of large packages without Python's search for cycles, which looks at all that they make again and again.
+"""Imports of large packages without Python's search for cycles, which goes over all they make time and again.
 
-torch and transformers make half a million objects and free hardly any: a quarter of their import is that search.
+torch and transformers make half a million objects and free hardly any; that search takes up to a quarter of
+their import.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def without_collections() -> Iterator[None]:
-    """Leaves garbage in cycles uncollected until the end; of threads that use it at once the last one ends it.
+    """Leaves garbage in cycles uncollected until the end, or until another thread's use of it ends.
 
     Example:
         >>> with without_collections():

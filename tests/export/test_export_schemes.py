@@ -63,6 +63,7 @@ def logits(model):
 
 
 @EVERY
+@tiny_models.DEQUANTIZES
 def test_transformers_computes_with_the_weights_that_we_read(exported, tmp_path, scheme):
     folder, _ = exported(scheme)
     ours = dict(load_checkpoint(folder))

@@ -116,6 +116,7 @@ def test_weights_are_those_of_an_export_without_a_cache(made):
         )
 
 
+@tiny_models.DEQUANTIZES
 def test_transformers_loads_it_and_answers_the_same_where_it_does_not_quantize_the_cache(made):
     tokens = torch.randint(3, 28, (2, 20), generator=torch.Generator().manual_seed(0))
     dense = transformers.CompressedTensorsConfig(dequantize=True)

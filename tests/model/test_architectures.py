@@ -184,6 +184,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
+@tiny_models.DEQUANTIZES
 def test_transformers_loads_the_export_bit_exactly_and_completely(exported, tmp_path, name, variant):
     folder = exported(name, variant)
     loaded, problems = load(folder)
@@ -239,6 +240,7 @@ def test_transformers_own_matching_of_the_ignore_list_finds_the_quantized_module
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in MIXTURES])
+@tiny_models.DEQUANTIZES
 def test_compressed_tensors_own_matching_finds_the_quantized_modules(exported, pair, name):
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
