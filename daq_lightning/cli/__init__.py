@@ -28,16 +28,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from daq_lightning.cli import commands
-from daq_lightning.cli.arguments import make_parser, normalized
+from daq_lightning.cli.arguments import make_parser
 from daq_lightning.cli.evaluate import evaluate
 from daq_lightning.cli.inputs import UsageError
+from daq_lightning.cli.inspect import inspect
 from daq_lightning.cli.logs import LOGGER, log_versions, logged
+from daq_lightning.cli.normalized import normalized
 from daq_lightning.cli.ranks import speaker, spread_over_gpus
 from daq_lightning.cli.words import INTERRUPTED, MISTAKE, NO_READER, REFUSED, USAGE, in_options
 
 _COMMANDS = {
     "quantize": commands.quantize,
-    "inspect": commands.inspect,
+    "inspect": inspect,
     "evaluate": evaluate,
     "chain": commands.chain,
     "verify": commands.verify,
