@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from daq_lightning.checkpoint.reader import Checkpoint
     from daq_lightning.export.job import Job
+    from daq_lightning.report.figures import ExportReport
 
 _SHOWN = 5  # problems that are named
 
@@ -34,6 +35,7 @@ def quantize(options: Namespace) -> int:
     from daq_lightning.export.job import prepare
     from daq_lightning.export.kv_text import calibrated_on, check_text
     from daq_lightning.export.mixed import within_budget
+    from daq_lightning.export.place import opened as opened_place
     from daq_lightning.export.run import check_device, run
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.export.source import Source
@@ -104,30 +106,37 @@ def quantize(options: Namespace) -> int:
             ranks=ranks,
             calibration=calibration,
         )
-        if options.out is not None and choices.budget is not None:  # before an hour of measuring
-            ranks.first(lambda: _check_out(job, options))
-        job = within_budget(job, device=device, progress=not options.quiet, ranks=ranks)
         if options.dry_run:
+            if options.out is not None and choices.budget is not None:  # before an hour of measuring
+                ranks.first(lambda: _check_out(job, options))
+            job = within_budget(job, device=device, progress=not options.quiet, ranks=ranks)
             return _show_plan(job, options) if ranks.rank == 0 else DONE
-        job = calibrated_on(job, options.kv_text, device=device, ranks=ranks)
-        report = run(
-            job,
-            Path(str(options.out)),
-            device=device,
-            progress=not options.quiet,
-            ranks=ranks,
-            resume=options.resume,
-        )
-    if ranks.rank:
-        return DONE
-    if options.json:
-        print_json({"path": report.path, **report.to_dict()})
-    elif not options.quiet:
-        print(report.summary())
-    return DONE if options.push_to_hub is None else _push(report.path, options)
+
+        def write(folder: Path, elsewhere: bool) -> ExportReport:
+            return run(
+                job,
+                folder,
+                device=device,
+                progress=not options.quiet,
+                ranks=ranks,
+                resume=options.resume,
+                elsewhere=elsewhere,
+            )
+
+        with opened_place(str(options.out), ranks, job) as place:  # before an hour of measuring
+            job = within_budget(job, device=device, progress=not options.quiet, ranks=ranks)
+            job = calibrated_on(job, options.kv_text, device=device, ranks=ranks)
+            report = place.export(job, write, resume=options.resume)
+            if ranks.rank:
+                return DONE
+            if options.json:
+                print_json({"path": report.path, **report.to_dict()})
+            elif not options.quiet:
+                print(report.summary())
+            return DONE if options.push_to_hub is None else _push(place.folder, options)
 
 
-def _push(folder: str, options: Namespace) -> int:
+def _push(folder: Path, options: Namespace) -> int:
     """Uploads an export that its readers will understand; one that fails stays where it is."""
     from daq_lightning.audit.verify import verify_checkpoint
     from daq_lightning.model.hub import HubError, push_folder
@@ -170,10 +179,13 @@ def _show_plan(job: Job, options: Namespace) -> int:
 
 
 def _check_out(job: Job, options: Namespace) -> None:
-    from daq_lightning.checkpoint.destination import check_destination, check_inputs
+    from daq_lightning.checkpoint.destination import check_inputs
+    from daq_lightning.checkpoint.urls import is_url
+    from daq_lightning.export.place import check_place
 
-    check_inputs(Path(options.out), job.inputs())
-    check_destination(Path(options.out))
+    if not is_url(options.out):
+        check_inputs(Path(options.out), job.inputs())
+    check_place(options.out, write=False)
 
 
 def chain(options: Namespace) -> int:
@@ -205,7 +217,9 @@ def chain(options: Namespace) -> int:
 def verify(options: Namespace) -> int:
     """Checks a quantized folder against what its readers need."""
     from daq_lightning.audit.verify import checklist, run_checks
+    from daq_lightning.checkpoint.urls import check_local
 
+    check_local(options.out, "OUT")
     checks = run_checks(options.out)
     if options.json:
         print_json({"path": options.out, "checks": [dataclasses.asdict(check) for check in checks]})

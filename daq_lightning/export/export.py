@@ -9,15 +9,16 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from daq_lightning.checkpoint.destination import check_destination
 from daq_lightning.checkpoint.kv_cache import KVCache
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, SchemeName
+from daq_lightning.checkpoint.urls import check_local
 from daq_lightning.export.calibration import Calibration
 from daq_lightning.export.job import prepare
 from daq_lightning.export.kv_text import calibrated_on, check_text
 from daq_lightning.export.mixed import within_budget
+from daq_lightning.export.place import opened as opened_place
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import check_device, run
 from daq_lightning.export.settings import ExportSettings
@@ -67,6 +68,8 @@ def export_checkpoint(
             computes its tensors is read once and held.
         base: The model it was trained from, likewise. A quantized folder is dequantized.
         out: Destination folder. An earlier export there is replaced on success; anything else is refused.
+            Or a URL of fsspec ("s3://bucket/fp8"): written to a folder in TMPDIR, then uploaded, the manifest
+            last. One export at a time writes there; a second one is refused.
         adapter: Folder of a LoRA adapter (PEFT), merged into `weights` (then the folder it was trained on) in
             float32.
         scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel,
@@ -151,6 +154,8 @@ def export_checkpoint(
 
         def opened() -> tuple[Source, Mapping[str, Tensor], Calibration | None]:
             check_device(device)
+            for role, given in (("weights", weights), ("base", base), ("adapter", adapter)):
+                check_local(given, role)
             before = base if isinstance(base, Mapping) else Checkpoint(local_folder(base))
             after = weights if isinstance(weights, Mapping) else local_folder(weights)
             source = Source.of(after, None if adapter is None else local_folder(adapter))
@@ -167,14 +172,24 @@ def export_checkpoint(
             ranks=ranks,
             calibration=calibration,
         )
-        place = Path(out).expanduser()
-        if budget is not None:  # before anything is measured
-            ranks.first(lambda: check_destination(place))
-        job = within_budget(job, device=device, progress=progress, ranks=ranks)
-        job = calibrated_on(job, text, device=device, ranks=ranks)
-        report = run(job, place, device=device, progress=progress, ranks=ranks, resume=resume)
-        if push_to_hub is not None:
-            ranks.first(lambda: push_folder(place, push_to_hub, private=private))
+        with opened_place(out, ranks, job) as place:  # before anything is measured
+            job = within_budget(job, device=device, progress=progress, ranks=ranks)
+            job = calibrated_on(job, text, device=device, ranks=ranks)
+
+            def write(folder: Path, elsewhere: bool) -> ExportReport:
+                return run(
+                    job,
+                    folder,
+                    device=device,
+                    progress=progress,
+                    ranks=ranks,
+                    resume=resume,
+                    elsewhere=elsewhere,
+                )
+
+            report = place.export(job, write, resume=resume)
+            if push_to_hub is not None:
+                ranks.first(lambda: push_folder(place.folder, push_to_hub, private=private))
         return report
     finally:
         ranks.close()

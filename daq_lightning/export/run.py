@@ -60,6 +60,7 @@ def run(
     resume: bool = False,
     judge: Judge | None = None,
     timings: Timings | None = None,
+    elsewhere: bool = False,
 ) -> ExportReport:
     """Writes the checkpoint of a job.
 
@@ -74,6 +75,7 @@ def run(
         judge: Called on all ranks when the files are written and not yet published, with their folder and
             names and the report; returns the report to publish. If it raises, nothing is published.
         timings: A clock to be told how long it took, on all ranks or on none.
+        elsewhere: Whether it will be uploaded, so that paths from its folder mean nothing.
 
     Returns:
         The report, also written as `daq_report.json` and `daq_report.html`; the same on every rank.
@@ -144,7 +146,8 @@ def run(
         )
         if judge is not None:
             report = judge(writer.folder, tuple(shards), report)
-        ranks.together(lambda: _publish(job, writer, report, every.prints, out) if ranks.rank == 0 else None)
+        here = None if elsewhere else out
+        ranks.together(lambda: _publish(job, writer, report, every.prints, here) if ranks.rank == 0 else None)
     if timings is not None:
         ranks.together(lambda: timings.weigh(out) if ranks.rank == 0 else None)
         timings.collect(ranks)
@@ -242,7 +245,7 @@ def _publish(
     writer: CheckpointWriter,
     report: ExportReport,
     prints: Mapping[str, TensorPrints],
-    out: Path,
+    out: Path | None,
 ) -> None:
     """Everything but the tensors, the manifest last; then the folder gets its name."""
     Records.remove(writer.folder)
