@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from daq_lightning.checkpoint.reader import Checkpoint
     from daq_lightning.export.job import Job
-    from daq_lightning.report.figures import ExportReport
 
 _SHOWN = 5  # problems that are named
 
@@ -112,20 +112,11 @@ def quantize(options: Namespace) -> int:
             job = within_budget(job, device=device, progress=not options.quiet, ranks=ranks)
             return _show_plan(job, options) if ranks.rank == 0 else DONE
 
-        def write(folder: Path, elsewhere: bool) -> ExportReport:
-            return run(
-                job,
-                folder,
-                device=device,
-                progress=not options.quiet,
-                ranks=ranks,
-                resume=options.resume,
-                elsewhere=elsewhere,
-            )
-
         with opened_place(str(options.out), ranks, job) as place:  # before an hour of measuring
             job = within_budget(job, device=device, progress=not options.quiet, ranks=ranks)
             job = calibrated_on(job, options.kv_text, device=device, ranks=ranks)
+            shown = {"device": device, "progress": not options.quiet}
+            write = partial(run, job, ranks=ranks, resume=options.resume, **shown)
             report = place.export(job, write, resume=options.resume)
             if ranks.rank:
                 return DONE

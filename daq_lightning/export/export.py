@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -175,18 +176,7 @@ def export_checkpoint(
         with opened_place(out, ranks, job) as place:  # before anything is measured
             job = within_budget(job, device=device, progress=progress, ranks=ranks)
             job = calibrated_on(job, text, device=device, ranks=ranks)
-
-            def write(folder: Path, elsewhere: bool) -> ExportReport:
-                return run(
-                    job,
-                    folder,
-                    device=device,
-                    progress=progress,
-                    ranks=ranks,
-                    resume=resume,
-                    elsewhere=elsewhere,
-                )
-
+            write = partial(run, job, device=device, progress=progress, ranks=ranks, resume=resume)
             report = place.export(job, write, resume=resume)
             if push_to_hub is not None:
                 ranks.first(lambda: push_folder(place.folder, push_to_hub, private=private))

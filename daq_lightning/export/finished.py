@@ -219,6 +219,27 @@ class Record:
         return _name(self.file), {"digest": self.digest, "sha256": _sha256(tensors), "tensors": tensors}
 
 
+class InterruptedExportError(KeyboardInterrupt):
+    """An export was interrupted, and can go on from what it completed."""
+
+
+def interrupted(records: Records, folder: Path, total: int) -> InterruptedExportError | None:
+    """What to say of an interrupted export; None if no file of it is complete.
+
+    Args:
+        records: Of the export.
+        folder: Where its files are.
+        total: How many there will be.
+    """
+    complete = records.count(folder) if records.possible else 0
+    if not complete:
+        return None
+    return InterruptedExportError(
+        f"{complete} of {total} files are complete in {folder}: run again with --resume (in Python "
+        "resume=True) to go on from them; without it, they are removed."
+    )
+
+
 def find_leftover(out: Path, records: Records) -> Path | None:
     """The unfinished export to a destination that has most files in common with this one."""
     if not records.possible:

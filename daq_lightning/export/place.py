@@ -1,7 +1,7 @@
 """Where an export goes: a folder of this machine, or one elsewhere that it is uploaded to when it is whole.
 
     with opened(out, ranks) as place:            refused before anything is measured; nobody else writes there
-        report = place.export(job, write)        write(folder), then the upload
+        report = place.export(job, write)        writes it to a folder, then the upload
 
 What goes elsewhere is written to a folder in TMPDIR first, see `staging_folder`. It is removed when the
 upload is complete, and kept when that failed: the same export with `resume` then goes on with the upload.
@@ -26,7 +26,7 @@ from daq_lightning.checkpoint.remote import Remote, staging_folder
 from daq_lightning.checkpoint.reservation import reserved
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.checkpoint.urls import is_url, local_path
-from daq_lightning.export.finished import Records
+from daq_lightning.export.finished import InterruptedExportError, Records
 from daq_lightning.report.figures import ExportReport
 
 if TYPE_CHECKING:
@@ -49,15 +49,17 @@ class Place:
     ranks: Ranks
     _delivered: bool = field(default=False, init=False)
 
-    def export(
-        self, job: Job, write: Callable[[Path, bool], ExportReport], *, resume: bool = False
-    ) -> ExportReport:
+    @property
+    def where(self) -> Path | str:
+        """The destination: the folder, or the URL."""
+        return self.url or self.folder
+
+    def export(self, job: Job, write: Callable[..., ExportReport], *, resume: bool = False) -> ExportReport:
         """Writes an export and uploads it. A collective.
 
         Args:
             job: What is exported.
-            write: Writes it to a folder; told whether it will go elsewhere, so that paths from that folder
-                mean nothing.
+            write: `run` with all arguments but the place: the folder `out`, and whether it goes `elsewhere`.
             resume: Whether to take an export that is whole, and was not uploaded, as it is.
 
         Returns:
@@ -70,7 +72,7 @@ class Place:
         if self.url and resume:
             report = self.ranks.first(lambda: self._whole(job))
         if report is None:
-            report = write(self.folder, bool(self.url))
+            report = write(out=self.folder, elsewhere=bool(self.url))
         if not self.url:
             return report
         self.ranks.first(lambda: self._upload(job))
@@ -83,10 +85,15 @@ class Place:
         try:
             Remote(self.url).upload(self.folder)
         except CheckpointError as error:
-            again = " or run again with --resume (in Python resume=True), which uploads it" * records.possible
+            again = ", or run again with --resume (in Python resume=True) to upload it" * records.possible
             raise CheckpointError(
                 f"The export was not uploaded: {error} It is complete in {self.folder}: copy it from there, "
-                f"daq_manifest.json last,{again}."
+                f"daq_manifest.json last{again}."
+            ) from error
+        except KeyboardInterrupt as error:
+            again = ": run again with --resume (in Python resume=True) to upload it" * records.possible
+            raise InterruptedExportError(
+                f"The export is complete in {self.folder} and was not uploaded{again}."
             ) from error
         self._delivered = True
 

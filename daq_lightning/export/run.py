@@ -28,7 +28,15 @@ from daq_lightning.checkpoint.writer import CheckpointWriter, plan_shards
 from daq_lightning.export.account import batch_reports, config_of, notes_of
 from daq_lightning.export.behind import Behind
 from daq_lightning.export.card import existing_card, make_card, make_recipe
-from daq_lightning.export.finished import Finished, Records, TensorPrints, find_leftover, prints_of
+from daq_lightning.export.disk import bytes_of, check_room
+from daq_lightning.export.finished import (
+    Finished,
+    Records,
+    TensorPrints,
+    find_leftover,
+    interrupted,
+    prints_of,
+)
 from daq_lightning.export.kv_cache import check_found, kept_reasons, report_of
 from daq_lightning.export.manifest import make_manifest
 from daq_lightning.export.ranks import ALONE, Agreement, RankLostError, Ranks
@@ -84,6 +92,7 @@ def run(
         CheckpointError: A tensor cannot be read, the destination cannot be written, the ranks do not see the
             same files or do not plan the same, or one of them is gone.
         ValueError: NaN or Inf in a weight, by name.
+        InterruptedExportError: An interrupt, after some files were complete; they stay.
     """
     clock = Timings() if timings is None else timings
     ranks.together(lambda: None)  # until rank 0 has removed what an export before this one left
@@ -96,6 +105,7 @@ def run(
         )
     )
     shards = plan_shards(job.plan.stored_together, job.settings.max_shard_bytes)
+    ranks.first(lambda: check_room(out, bytes_of(shards), elsewhere=elsewhere))
     records = Records(job)
     found = ranks.first(lambda: find_leftover(out, records) if resume else None)
     done = Finished() if found is None else _verified(found, records, job, shards, ranks)
@@ -130,6 +140,10 @@ def run(
         except RankLostError:
             writer.keep = records.possible
             raise
+        except KeyboardInterrupt as error:
+            told = interrupted(records, writer.folder, len(shards))
+            writer.keep = writer.keep or told is not None
+            raise (told or error) from error
         except Exception as error:
             ranks.wait_after(error)  # until nobody writes into the folder that is removed now
             raise
