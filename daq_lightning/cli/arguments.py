@@ -60,7 +60,9 @@ def make_parser() -> ArgumentParser:
         "--base", metavar="FOLDER", help="model that POST was trained from (with --adapter: POST)"
     )
     quantize.add_argument(
-        "--out", metavar="FOLDER", help="where to write; an earlier export there is replaced"
+        "--out",
+        metavar="FOLDER",
+        help="where to write, or a URL such as s3://bucket/fp8; an earlier export there is replaced",
     )
     quantize.add_argument(
         "--adapter", metavar="FOLDER", help="LoRA adapter (PEFT), merged into POST in float32"
@@ -134,6 +136,13 @@ def make_parser() -> ArgumentParser:
         "--device",
         metavar="DEVICE",
         help="where to search: cuda (all GPUs of this machine), cuda:1, ...; left out, the CPU",
+    )
+    quantize.add_argument(
+        "--max-memory",
+        type=str,
+        metavar="B",
+        help="what tensors on their way may take at a time in each process, such as 2GB, beyond what it has "
+        "already; not what --calibrate and --kv-text need. Left out, a few of the largest",
     )
     quantize.add_argument(
         "--resume",

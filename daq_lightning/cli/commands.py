@@ -30,13 +30,15 @@ _SHOWN = 5  # problems that are named
 
 def quantize(options: Namespace) -> int:
     """Writes a quantized checkpoint, or shows what would be written."""
+    from daq_lightning.checkpoint.budget import memory_of
     from daq_lightning.cli.ranks import all_ranks, device_of_rank
     from daq_lightning.export.calibration import Calibration
+    from daq_lightning.export.checks import check_device
     from daq_lightning.export.job import prepare
     from daq_lightning.export.kv_text import calibrated_on, check_text
     from daq_lightning.export.mixed import within_budget
     from daq_lightning.export.place import opened as opened_place
-    from daq_lightning.export.run import check_device, run
+    from daq_lightning.export.run import run
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.export.source import Source
     from daq_lightning.model.hub import is_repository
@@ -78,6 +80,7 @@ def quantize(options: Namespace) -> int:
             ladder=tuple(options.ladder),
         )
         check_text(options.kv_cache, options.kv_text)
+        most = None if options.max_memory is None else memory_of(options.max_memory)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     if options.calibrate is None and options.calibrate_sha256 is not None:
@@ -105,6 +108,7 @@ def quantize(options: Namespace) -> int:
             chain_from=options.chain_from,
             ranks=ranks,
             calibration=calibration,
+            max_memory=most,
         )
         if options.dry_run:
             if options.out is not None and choices.budget is not None:  # before an hour of measuring

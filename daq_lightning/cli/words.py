@@ -72,5 +72,5 @@ def about() -> str:
 def in_options(message: str) -> str:
     """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
     names = "scheme|rounding|calibrate|container|scale_format|kv_cache|kv_text|missing_base|parent|chain_from"
-    named = rf"\b({names}|budget|device)='([^']*)'"
+    named = rf"\b({names}|budget|device|max_memory)='([^']*)'"
     return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)

@@ -10,18 +10,20 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from daq_lightning.checkpoint.budget import memory_of
 from daq_lightning.checkpoint.kv_cache import KVCache
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, SchemeName
 from daq_lightning.checkpoint.urls import check_local
 from daq_lightning.export.calibration import Calibration
+from daq_lightning.export.checks import check_device
 from daq_lightning.export.job import prepare
 from daq_lightning.export.kv_text import calibrated_on, check_text
 from daq_lightning.export.mixed import within_budget
 from daq_lightning.export.place import opened as opened_place
 from daq_lightning.export.ranks import ALONE, Ranks
-from daq_lightning.export.run import check_device, run
+from daq_lightning.export.run import run
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.model.hub import local_folder, push_folder
@@ -55,6 +57,7 @@ def export_checkpoint(
     parent: str | None = None,
     chain_from: ChainFrom | None = None,
     device: str | None = None,
+    max_memory: str | int | None = None,
     progress: bool = False,
     distributed: bool = False,
     resume: bool = False,
@@ -105,6 +108,8 @@ def export_checkpoint(
         chain_from: Makes this a stage of a chain: whether it was trained from the parent's high-precision
             "weights" or its "deployed" ones.
         device: Where to search; None searches where each weight lies.
+        max_memory: What tensors on their way through the export may take at a time, in bytes or as "2GB", in
+            each process and beyond what it has already: bounds reading ahead and writing behind.
         progress: Whether to show a progress bar.
         distributed: Whether all ranks of `torch.distributed` call this and share the work, each with whole
             files. They need a file system in common.
@@ -150,6 +155,7 @@ def export_checkpoint(
     )
     text = None if kv_text is None else Path(kv_text)
     check_text(kv_cache, text)
+    most = None if max_memory is None else memory_of(max_memory)
     ranks = Ranks.all() if distributed else ALONE
     try:
 
@@ -172,6 +178,7 @@ def export_checkpoint(
             chain_from=chain_from,
             ranks=ranks,
             calibration=calibration,
+            max_memory=most,
         )
         with opened_place(out, ranks, job) as place:  # before anything is measured
             job = within_budget(job, device=device, progress=progress, ranks=ranks)

@@ -28,6 +28,7 @@ from daq_lightning.checkpoint.writer import CheckpointWriter, plan_shards
 from daq_lightning.export.account import batch_reports, config_of, notes_of
 from daq_lightning.export.behind import Behind
 from daq_lightning.export.card import existing_card, make_card, make_recipe
+from daq_lightning.export.checks import check_finite
 from daq_lightning.export.disk import bytes_of, check_room
 from daq_lightning.export.finished import (
     Finished,
@@ -39,11 +40,12 @@ from daq_lightning.export.finished import (
 )
 from daq_lightning.export.kv_cache import check_found, kept_reasons, report_of
 from daq_lightning.export.manifest import make_manifest
+from daq_lightning.export.memory import Room, batches_fit, check_memory, needed
 from daq_lightning.export.ranks import ALONE, Agreement, RankLostError, Ranks
 from daq_lightning.export.rounding import choose_codes
 from daq_lightning.export.sampled import curve_names, look
 from daq_lightning.export.scales import search_scales
-from daq_lightning.export.stream import Pair, stream
+from daq_lightning.export.stream import Batch, Pair, stream
 from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import Work, open_on_all, share_out
 from daq_lightning.numerics.search.stages import SearchResult
@@ -109,13 +111,11 @@ def run(
     records = Records(job)
     found = ranks.first(lambda: find_leftover(out, records) if resume else None)
     done = Finished() if found is None else _verified(found, records, job, shards, ranks)
-    work = share_out(
-        job.plan,
-        shards,
-        ranks,
-        together=job.settings.search.alpha_scope == "group",
-        complete=done.files,
-    )
+    shared = partial(share_out, job.plan, shards, ranks, complete=done.files)
+    work = shared(together=job.settings.search.alpha_scope == "group")
+    if not all(ranks.gather(batches_fit(job, work, ranks.rank))):
+        work = shared(together=False)
+    ranks.together(lambda: check_memory(job, work, ranks.rank))
     with contextlib.ExitStack() as stack:
         job = ranks.together(lambda: _calibrated(job, work, ranks, stack, device=device, progress=progress))
         writer = open_on_all(
@@ -208,11 +208,13 @@ def _write_tensors(
 ) -> Finished:
     """Searches and writes what is dealt to this rank, in step with the others."""
     mine, curves = Finished(), curve_names(job)
-    agreement = Agreement(ranks)
+    agreement, room = Agreement(ranks), Room(job.max_memory)
     files = {file: records.of(file, writer.shards[file]) for file in work.files(ranks.rank)}
     with (
         Behind() as behind,
-        contextlib.closing(stream(job, work, ranks, agreement, device=device, progress=progress)) as batches,
+        contextlib.closing(
+            stream(job, work, ranks, agreement, device=device, progress=progress, room=room)
+        ) as batches,
     ):
 
         def write(plan: TensorPlan, stored: Mapping[str, Tensor], prints: TensorPrints) -> None:
@@ -233,20 +235,27 @@ def _write_tensors(
         def finish_kept(plan: TensorPlan, stored: Mapping[str, Tensor]) -> None:
             write(plan, stored, prints_of(stored))
 
+        def export(batch: Batch) -> None:
+            """Afterwards only what is to be written is held."""
+            if not batch[0].plan.quantize:
+                [(plan, tensor, _)] = batch
+                check_finite(tensor, plan.spec.name)
+                behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
+                return
+            with clock.searching():
+                chosen = choose_codes(job, batch, partial(search_scales, job))
+            samples = look(job, batch, [one.result for one in chosen], curves)
+            reports = batch_reports(job, batch, chosen, samples)
+            for pair, report, one in zip(batch, reports, chosen, strict=True):
+                mine.reports[pair.plan.spec.name] = report
+                behind.run(finish, pair, one.result)
+
         for batch in batches:
             with agreement.attempt():
-                if not batch[0].plan.quantize:
-                    [(plan, tensor, _)] = batch
-                    _check_finite(tensor, plan.spec.name)
-                    behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
-                    continue
-                with clock.searching():
-                    chosen = choose_codes(job, batch, partial(search_scales, job))
-                samples = look(job, batch, [one.result for one in chosen], curves)
-                reports = batch_reports(job, batch, chosen, samples)
-                for pair, report, one in zip(batch, reports, chosen, strict=True):
-                    mine.reports[pair.plan.spec.name] = report
-                    behind.run(finish, pair, one.result)
+                export(batch)
+            done = room.giver(needed(job, [pair.plan for pair in batch]) if room.limit else 0)
+            del batch
+            behind.then(done)
         with agreement.attempt():
             behind.wait()
             writer.finish()
@@ -275,24 +284,3 @@ def _publish(
     writer.add_text(CARD, make_card(job, report, bool(recipe)))
     writer.write_json(MANIFEST, make_manifest(job, prints, writer.folder, out).to_dict())
     writer.publish()
-
-
-def _check_finite(tensor: Tensor, name: str) -> None:
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return
-    low, high = tensor.detach().aminmax()
-    if not bool(low.isfinite() & high.isfinite()):
-        raise ValueError(
-            f"{name} has {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} Inf values: the "
-            "training run has diverged or the file is damaged. Export an earlier checkpoint."
-        )
-
-
-def check_device(device: str | torch.device | None) -> None:
-    """Raises ValueError for a device that does not exist here or does not compute, such as "meta"."""
-    if device is None:
-        return
-    try:
-        torch.ones(1, dtype=torch.float32, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
