@@ -142,8 +142,10 @@ def run(
             raise
         except KeyboardInterrupt as error:
             told = interrupted(records, writer.folder, len(shards))
-            writer.keep = writer.keep or told is not None
-            raise (told or error) from error
+            if told is None:
+                raise
+            writer.keep = True
+            raise told from error
         except Exception as error:
             ranks.wait_after(error)  # until nobody writes into the folder that is removed now
             raise
