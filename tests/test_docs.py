@@ -21,7 +21,8 @@ import text_models
 import tiny_models
 
 from daq_lightning import DeltaAwareQuantization, ScaleSearch, export_checkpoint
-from daq_lightning.cli.arguments import make_parser, normalized
+from daq_lightning.cli.arguments import make_parser
+from daq_lightning.cli.normalized import normalized
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no `val_dataloader`.*")
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,26 @@ _UNITS: Mapping[str, int] = {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30,
 }  # fmt: skip
 EXPECTED = "mean bits of a quantized weight ('4.5 bits'), or bytes of all of them ('2.1 GB', 2_100_000_000)"
+
+
+def memory_of(memory: str | int) -> int:
+    """Bytes of memory as a user says them.
+
+    Raises:
+        ValueError: It is no number of bytes.
+
+    Example:
+        >>> memory_of("2GB"), memory_of("1.5 GiB"), memory_of(4096)
+        (2000000000, 1610612736, 4096)
+    """
+    said = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(memory))
+    try:
+        size = float(said[1]) * _UNITS[said[2] or "B"] if said else 0
+    except (KeyError, ValueError):
+        size = 0
+    if size < 1 or isinstance(memory, bool):
+        raise ValueError(f"max_memory is a number of bytes, such as '2GB' or '500 MB', got {memory!r}.")
+    return int(size)
 
 
 @dataclass(frozen=True, kw_only=True)

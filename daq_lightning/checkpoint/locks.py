@@ -22,6 +22,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
 
 def check_locks() -> None:
     """Refuses a system that has no such locks.
@@ -49,7 +51,7 @@ def lock(path: Path, *, wait: bool = True, new: bool = False) -> int | None:
         `wait`), or has removed the new file before it was locked.
 
     Raises:
-        CheckpointError: As `check_locks`.
+        CheckpointError: As `check_locks`, or the file system has no locks.
         OSError: The file cannot be made or opened, or, if it must be new, is there.
     """
     check_locks()
@@ -63,8 +65,14 @@ def lock(path: Path, *, wait: bool = True, new: bool = False) -> int | None:
         except BlockingIOError:
             os.close(descriptor)
             return None
-        except BaseException:
+        except BaseException as error:
             os.close(descriptor)
+            if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+                raise CheckpointError(
+                    f"The file system of {path.parent} has no file locks (flock: {error.strerror}), which "
+                    "keep two exports apart. NFS has them where its lock service runs; Lustre with the "
+                    "mount option flock. Choose a destination on another file system."
+                ) from error
             raise
         os.close(descriptor)
         if new:

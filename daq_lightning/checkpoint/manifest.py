@@ -5,10 +5,11 @@
     tensor kept                                 fingerprints of every other tensor, as stored files
     every other file with size and SHA-256 fingerprint                          SHA-256 of all of this
 
-A manifest holds no time and no absolute path: the same weights give the same bytes in any place, on one
-machine. Another processor, or a machine without the compiled kernels, adds float sums in another order: for
-one scale, codes and counts are equal and sums agree to 2e-6 of their size; but of two candidates that are as
-good as equal either may win, so the scales of a few groups, and with them codes and fingerprints, may differ.
+A manifest holds no time and no absolute path (but where an export is uploaded elsewhere, there are no
+others): the same weights give the same bytes in any place, on one machine. Another processor, or a machine
+without the compiled kernels, adds float sums in another order: for one scale, codes and counts are equal and
+sums agree to 2e-6 of their size; but of two candidates that are as good as equal either may win, so the
+scales of a few groups, and with them codes and fingerprints, may differ.
 """
 
 from __future__ import annotations
@@ -222,17 +223,28 @@ def foreign_files(folder: Path) -> list[str]:
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if (Path(place) / name).is_symlink()]
         found += [(Path(place) / name).relative_to(folder).as_posix() for name in (*files, *links)]
+    known, shards = own_files(folder, manifest)
+    return sorted(
+        name
+        for name in found
+        if name not in known and not (name in shards and _holds_only(folder / name, manifest))
+    )
+
+
+def own_files(folder: Path, manifest: Manifest) -> tuple[set[str], set[str]]:
+    """The files that an export may have written: those that its manifest lists, and those of its weights.
+
+    Args:
+        folder: Where its index and model card are.
+        manifest: Of the export.
+    """
     index = read_index(folder)
     shards = set(index["weight_map"].values()) if index else {SINGLE}
     known = {*manifest.files, MANIFEST, INDEX}
     card = folder / CARD
     if CARD in known and card.is_file() and sha256_of(card) != manifest.files[CARD]["sha256"]:
         known.remove(CARD)
-    return sorted(
-        name
-        for name in found
-        if name not in known and not (name in shards and _holds_only(folder / name, manifest))
-    )
+    return known, shards
 
 
 def _holds_only(file: Path, manifest: Manifest) -> bool:
@@ -248,8 +260,10 @@ def _holds_only(file: Path, manifest: Manifest) -> bool:
     )
 
 
-def relative_to(path: str, folder: Path) -> str:
-    """A path as a manifest in `folder` holds it: relative, or empty."""
+def relative_to(path: str, folder: Path | None) -> str:
+    """A path as a manifest in `folder` holds it: relative, or empty; absolute in one of another machine."""
+    if folder is None:
+        return os.path.abspath(path) if path else ""
     return os.path.relpath(path, folder) if path else ""
 
 

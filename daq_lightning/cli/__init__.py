@@ -11,7 +11,7 @@ torch is imported once the arguments are known to be right, so that `--help` and
 once.
 
 Exit codes are those of `daq_lightning.cli.words.EXIT_CODES`: 0 done, 1 an input was refused, 2 the command
-line is wrong, 3 a check found problems, 70 a mistake of this program, 130 interrupted.
+line is wrong, 3 a check found problems, 70 a mistake of this program, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from daq_lightning.cli import commands
-from daq_lightning.cli.arguments import make_parser, normalized
+from daq_lightning.cli.arguments import make_parser
 from daq_lightning.cli.evaluate import evaluate
 from daq_lightning.cli.inputs import UsageError
+from daq_lightning.cli.inspect import inspect
 from daq_lightning.cli.logs import LOGGER, log_versions, logged
+from daq_lightning.cli.normalized import normalized
 from daq_lightning.cli.ranks import speaker, spread_over_gpus
-from daq_lightning.cli.words import INTERRUPTED, MISTAKE, NO_READER, REFUSED, USAGE, in_options
+from daq_lightning.cli.words import INTERRUPTED, MISTAKE, NO_READER, REFUSED, TERMINATED, USAGE, in_options
 from daq_lightning.model.imports import without_collections
 
 _COMMANDS = {
     "quantize": commands.quantize,
-    "inspect": commands.inspect,
+    "inspect": inspect,
     "evaluate": evaluate,
     "chain": commands.chain,
     "verify": commands.verify,
@@ -94,9 +96,10 @@ def _run(argv: list[str], own: bool) -> int:
         debug = chosen.debug or chosen.log_level == "debug"
         with logged(chosen.log_level):
             return _command(options.subcommand, chosen, argv, own)
-    except KeyboardInterrupt:
-        print(f"\n{speaker()}: interrupted; nothing was published.", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        what = "terminated" if isinstance(_cause(error), _TerminatedError) else "interrupted"
+        print(f"\n{speaker()}: {what}; nothing was published. {error}".rstrip(), file=sys.stderr)
+        return TERMINATED if what == "terminated" else INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NO_READER
@@ -128,10 +131,36 @@ def _command(name: str, chosen: Any, argv: list[str], own: bool) -> int:
             chosen[option] = os.path.expanduser(chosen[option])
     if own and not chosen.get("dry_run"):
         spread_over_gpus(argv, chosen.get("device"))
-    code = _COMMANDS[name](chosen)
+    with _terminating():
+        code = _COMMANDS[name](chosen)
     sys.stdout.flush()
     LOGGER.info("%s: exit code %d after %.1f s", name, code, time.monotonic() - start)
     return code
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what it completed can be gone on from."""
+
+
+def _cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _cause(error.__cause__)
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """Turns SIGTERM, as schedulers and service managers send it, into an interrupt."""
+
+    def end(*_: object) -> None:
+        raise _TerminatedError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -60,7 +60,9 @@ def make_parser() -> ArgumentParser:
         "--base", metavar="FOLDER", help="model that POST was trained from (with --adapter: POST)"
     )
     quantize.add_argument(
-        "--out", metavar="FOLDER", help="where to write; an earlier export there is replaced"
+        "--out",
+        metavar="FOLDER",
+        help="where to write, or a URL such as s3://bucket/fp8; an earlier export there is replaced",
     )
     quantize.add_argument(
         "--adapter", metavar="FOLDER", help="LoRA adapter (PEFT), merged into POST in float32"
@@ -134,6 +136,13 @@ def make_parser() -> ArgumentParser:
         "--device",
         metavar="DEVICE",
         help="where to search: cuda (all GPUs of this machine), cuda:1, ...; left out, the CPU",
+    )
+    quantize.add_argument(
+        "--max-memory",
+        type=str,
+        metavar="B",
+        help="what tensors on their way may take at a time in each process, such as 2GB, beyond what it has "
+        "already; not what --calibrate and --kv-text need. Left out, a few of the largest",
     )
     quantize.add_argument(
         "--resume",
@@ -280,20 +289,3 @@ def _add_output(parser: ArgumentParser, *, checks: bool = True) -> None:
         "and how long it took, debug adds versions and tracebacks. Left out, warnings come as they are",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def normalized(argv: list[str]) -> list[str]:
-    """Accepts underscores in names of options, and reads --config first, so that other options go before."""
-    options = [
-        part if not part.startswith("--") or part.startswith("--print") else _dashed(part) for part in argv
-    ]
-    for index, part in enumerate(options[1:], 1):
-        width = 2 if part == "--config" else 1
-        if part.partition("=")[0] == "--config":
-            return [options[0], *options[index : index + width], *options[1:index], *options[index + width :]]
-    return options
-
-
-def _dashed(option: str) -> str:
-    name, equals, value = option.partition("=")
-    return name.replace("_", "-") + equals + value

@@ -8,16 +8,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daq_lightning.cli.inputs import (
     UsageError,
     checkpoint_of,
-    export_folder,
     model_folder,
     print_json,
-    weights_of,
 )
 from daq_lightning.cli.words import DONE, PROBLEMS, REFUSED
 
@@ -27,17 +26,20 @@ if TYPE_CHECKING:
     from daq_lightning.checkpoint.reader import Checkpoint
     from daq_lightning.export.job import Job
 
-_SHOWN = 5  # differing weights in the text of inspect
+_SHOWN = 5  # problems that are named
 
 
 def quantize(options: Namespace) -> int:
     """Writes a quantized checkpoint, or shows what would be written."""
+    from daq_lightning.checkpoint.budget import memory_of
     from daq_lightning.cli.ranks import all_ranks, device_of_rank
     from daq_lightning.export.calibration import Calibration
+    from daq_lightning.export.checks import check_device
     from daq_lightning.export.job import prepare
     from daq_lightning.export.kv_text import calibrated_on, check_text
     from daq_lightning.export.mixed import within_budget
-    from daq_lightning.export.run import check_device, run
+    from daq_lightning.export.place import opened as opened_place
+    from daq_lightning.export.run import run
     from daq_lightning.export.settings import ExportSettings
     from daq_lightning.export.source import Source
     from daq_lightning.model.hub import is_repository
@@ -79,6 +81,7 @@ def quantize(options: Namespace) -> int:
             ladder=tuple(options.ladder),
         )
         check_text(options.kv_cache, options.kv_text)
+        most = None if options.max_memory is None else memory_of(options.max_memory)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     if options.calibrate is None and options.calibrate_sha256 is not None:
@@ -106,31 +109,30 @@ def quantize(options: Namespace) -> int:
             chain_from=options.chain_from,
             ranks=ranks,
             calibration=calibration,
+            max_memory=most,
         )
-        if options.out is not None and choices.budget is not None:  # before an hour of measuring
-            ranks.first(lambda: _check_out(job, options))
-        job = within_budget(job, stack=stack, device=device, progress=not options.quiet, ranks=ranks)
         if options.dry_run:
+            if options.out is not None and choices.budget is not None:  # before an hour of measuring
+                ranks.first(lambda: _check_out(job, options))
+            job = within_budget(job, stack=stack, device=device, progress=not options.quiet, ranks=ranks)
             return _show_plan(job, options) if ranks.rank == 0 else DONE
-        job = calibrated_on(job, options.kv_text, device=device, ranks=ranks)
-        report = run(
-            job,
-            Path(str(options.out)),
-            device=device,
-            progress=not options.quiet,
-            ranks=ranks,
-            resume=options.resume,
-        )
-    if ranks.rank:
-        return DONE
-    if options.json:
-        print_json({"path": report.path, **report.to_dict()})
-    elif not options.quiet:
-        print(report.summary())
-    return DONE if options.push_to_hub is None else _push(report.path, options)
+
+        with opened_place(str(options.out), ranks, job) as place:  # before an hour of measuring
+            job = within_budget(job, stack=stack, device=device, progress=not options.quiet, ranks=ranks)
+            job = calibrated_on(job, options.kv_text, device=device, ranks=ranks)
+            shown = {"device": device, "progress": not options.quiet}
+            write = partial(run, job, ranks=ranks, resume=options.resume, **shown)
+            report = place.export(job, write, resume=options.resume)
+            if ranks.rank:
+                return DONE
+            if options.json:
+                print_json({"path": report.path, **report.to_dict()})
+            elif not options.quiet:
+                print(report.summary())
+            return DONE if options.push_to_hub is None else _push(place.folder, options)
 
 
-def _push(folder: str, options: Namespace) -> int:
+def _push(folder: Path, options: Namespace) -> int:
     """Uploads an export that its readers will understand; one that fails stays where it is."""
     from daq_lightning.audit.verify import verify_checkpoint
     from daq_lightning.model.hub import HubError, push_folder
@@ -173,70 +175,13 @@ def _show_plan(job: Job, options: Namespace) -> int:
 
 
 def _check_out(job: Job, options: Namespace) -> None:
-    from daq_lightning.checkpoint.destination import check_destination, check_inputs
+    from daq_lightning.checkpoint.destination import check_inputs
+    from daq_lightning.checkpoint.urls import is_url
+    from daq_lightning.export.place import check_place
 
-    check_inputs(Path(options.out), job.inputs())
-    check_destination(Path(options.out))
-
-
-def inspect(options: Namespace) -> int:
-    """Shows what an export kept of the update, weight by weight."""
-    from daq_lightning.audit.recompute import differences, recompute
-    from daq_lightning.checkpoint.manifest import Manifest
-    from daq_lightning.report.figures import ExportReport
-    from daq_lightning.report.html import check_page, save_page
-    from daq_lightning.report.text import table, worst_first
-
-    post, base = options.post, options.base
-    if options.limit is not None and options.limit < 0:
-        raise UsageError(f"--limit says how many weights to show, expected 0 or more, got {options.limit}.")
-    if options.adapter is not None:
-        post, base = post or base, base or post
-    if (post is None) != (base is None) or (options.adapter is not None and post is None):
-        raise UsageError(
-            "--base and --post (or --base and --adapter) belong together: figures need all of them."
-        )
-    report = found = ExportReport.load(export_folder(options.out))
-    manifest = None
-    if options.html is not None:
-        check_page(options.html)
-        manifest = Manifest.load(options.out)
-    if base is not None:
-        progress = sys.stderr.isatty()
-        found = recompute(
-            report, weights_of(post, options.adapter), checkpoint_of(base, "--base"), progress=progress
-        )
-    differing = differences(report, found)
-    if options.html is not None:
-        differ = f"{len(differing)} weights have other figures in daq_report.json; these were computed again."
-        notes = (*found.notes, differ) if differing else found.notes
-        save_page(dataclasses.replace(found, notes=notes), options.html, manifest)
-    if options.json:
-        content = found.to_dict()
-        names = [tensor.name for tensor in worst_first(found)][: options.limit]
-        content["tensors"] = {name: content["tensors"][name] for name in names}
-        print_json({"path": found.path, "recomputed": base is not None, "differences": differing, **content})
-        return PROBLEMS if differing else DONE
-    print(table(found, options.limit))
-    if base is not None:
-        print(
-            f"computed again from the files: {len(report.tensors) - len(differing)} of {len(report.tensors)} "
-            "weights agree with daq_report.json"
-        )
-    for name, sums in list(differing.items())[:_SHOWN]:
-        print(
-            f"DIFFERS {name}: {'; '.join(sums[:2])}"
-            + (f"; and {len(sums) - 2} more" if len(sums) > 2 else "")
-        )
-    if differing:
-        more = f"and {len(differing) - _SHOWN} more weights. " if len(differing) > _SHOWN else ""
-        print(
-            f"{more}The files were changed after the export, or base and post are not the models it was made "
-            "from."
-        )
-    if options.html is not None:
-        print(f"page: {options.html}")
-    return PROBLEMS if differing else DONE
+    if not is_url(options.out):
+        check_inputs(Path(options.out), job.inputs())
+    check_place(options.out, write=False)
 
 
 def chain(options: Namespace) -> int:
@@ -268,7 +213,9 @@ def chain(options: Namespace) -> int:
 def verify(options: Namespace) -> int:
     """Checks a quantized folder against what its readers need."""
     from daq_lightning.audit.verify import checklist, run_checks
+    from daq_lightning.checkpoint.urls import check_local
 
+    check_local(options.out, "OUT")
     checks = run_checks(options.out)
     if options.json:
         print_json({"path": options.out, "checks": [dataclasses.asdict(check) for check in checks]})

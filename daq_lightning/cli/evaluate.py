@@ -37,7 +37,7 @@ def evaluate(options: Namespace) -> int:
 
     from daq_lightning.audit.evaluate import evaluate
     from daq_lightning.checkpoint.text_file import read_documents
-    from daq_lightning.export.run import check_device
+    from daq_lightning.export.checks import check_device
     from daq_lightning.model.hub import is_repository
     from daq_lightning.model.tokens import load_tokenizer, most_tokens, windows_of
     from daq_lightning.report.levels import quality_class

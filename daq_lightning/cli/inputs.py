@@ -36,8 +36,10 @@ def checkpoint_of(path: str, role: str) -> Checkpoint:
 
 def model_folder(path: str, role: str) -> str:
     """The path, if it is a folder, or that of a model of this name on the Hub; else an error."""
+    from daq_lightning.checkpoint.urls import check_local
     from daq_lightning.model.hub import HubError, local_folder
 
+    check_local(path, role)
     if not Path(path).exists() and role not in ("OUT", "FOLDER"):
         try:
             path = str(local_folder(path))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-DONE, REFUSED, USAGE, PROBLEMS, MISTAKE, INTERRUPTED, NO_READER = 0, 1, 2, 3, 70, 130, 141
+DONE, REFUSED, USAGE, PROBLEMS, MISTAKE, INTERRUPTED, NO_READER, TERMINATED = 0, 1, 2, 3, 70, 130, 141, 143
 EXIT_CODES: Mapping[int, str] = {
     DONE: "done; where something was checked, all is well",
     REFUSED: "an input, device or package that is missing or does not fit, or a place that cannot be written",
@@ -17,6 +17,7 @@ EXIT_CODES: Mapping[int, str] = {
     MISTAKE: "a mistake in this program; please report it",
     INTERRUPTED: "interrupted; nothing was published",
     NO_READER: "the reader of a pipe went away",
+    TERMINATED: "terminated (SIGTERM); nothing was published",
 }
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -97,5 +98,5 @@ def _table(codes: Mapping[int, str]) -> str:
 def in_options(message: str) -> str:
     """A message that speaks of arguments (scheme='auto') in the words of the command line (--scheme auto)."""
     names = "scheme|rounding|calibrate|container|scale_format|kv_cache|kv_text|missing_base|parent|chain_from"
-    named = rf"\b({names}|budget|device)='([^']*)'"
+    named = rf"\b({names}|budget|device|max_memory)='([^']*)'"
     return re.sub(named, lambda match: f"--{match[1].replace('_', '-')} {match[2]}", message)

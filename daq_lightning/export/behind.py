@@ -28,6 +28,13 @@ class Behind:
         while len(self._pending) > 1:
             self._pending.popleft().result()
 
+    def then(self, act: Callable[[], None]) -> None:
+        """Acts when what is queued now is done, however it ended; waits for nothing."""
+        if self._pending:
+            self._pending[-1].add_done_callback(lambda _: act())
+        else:
+            act()
+
     def wait(self) -> None:
         """Waits for all calls."""
         while self._pending:

@@ -37,13 +37,13 @@ _HEAD = """# Makes this export again. Paths are relative to the folder of this f
 """
 
 
-def make_recipe(job: Job, folder: Path, out: Path) -> str:
+def make_recipe(job: Job, folder: Path, out: Path | None) -> str:
     """The content of recipe.yaml; "" where the command line cannot say what was done.
 
     Args:
         job: What was exported.
         folder: Where its files are now, beside `out`.
-        out: Where they will be.
+        out: Where they will be; None for another machine, where paths are absolute.
     """
     source, base = job.source.weights, job.base
     if not (isinstance(source, Checkpoint) and _is_plain(source) and isinstance(base, Checkpoint)):
@@ -155,13 +155,15 @@ def _is_plain(checkpoint: Checkpoint) -> bool:
     return checkpoint.path.is_dir() and checkpoint.dtype == usual
 
 
-def _from(folder: Path, out: Path, path: Path) -> str:
+def _from(folder: Path, out: Path | None, path: Path) -> str:
     """A path from the folder of an export: as the manifest has it, or without links where that fails; of a
     model in the Hub's cache, its name and commit, which are the same on every machine."""
     repository = repository_of(path.absolute())
     if repository:
         return f"{repository}@{path.name}"
-    short = relative_to(str(path.absolute()), out.absolute())
+    short = relative_to(str(path.absolute()), None if out is None else out.absolute())
+    if out is None:
+        return short
     if os.path.exists(folder / short) and os.path.samefile(folder / short, path):
         return short
     return os.path.relpath(path.resolve(), folder.resolve())

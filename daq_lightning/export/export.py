@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from daq_lightning.checkpoint.destination import check_destination
+from daq_lightning.checkpoint.budget import memory_of
 from daq_lightning.checkpoint.kv_cache import KVCache
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, Container, SchemeName
+from daq_lightning.checkpoint.urls import check_local
 from daq_lightning.export.calibration import Calibration
+from daq_lightning.export.checks import check_device
 from daq_lightning.export.job import prepare
 from daq_lightning.export.kv_text import calibrated_on, check_text
 from daq_lightning.export.mixed import within_budget
+from daq_lightning.export.place import opened as opened_place
 from daq_lightning.export.ranks import ALONE, Ranks
-from daq_lightning.export.run import check_device, run
+from daq_lightning.export.run import run
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.model.hub import local_folder, push_folder
@@ -54,6 +58,7 @@ def export_checkpoint(
     parent: str | None = None,
     chain_from: ChainFrom | None = None,
     device: str | None = None,
+    max_memory: str | int | None = None,
     progress: bool = False,
     distributed: bool = False,
     resume: bool = False,
@@ -68,6 +73,8 @@ def export_checkpoint(
             computes its tensors is read once and held.
         base: The model it was trained from, likewise. A quantized folder is dequantized.
         out: Destination folder. An earlier export there is replaced on success; anything else is refused.
+            Or a URL of fsspec ("s3://bucket/fp8"): written to a folder in TMPDIR, then uploaded, the manifest
+            last. One export at a time writes there; a second one is refused.
         adapter: Folder of a LoRA adapter (PEFT), merged into `weights` (then the folder it was trained on) in
             float32.
         scheme: "FP8_BLOCK" (a scale per 128 x 128 block), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel,
@@ -102,6 +109,8 @@ def export_checkpoint(
         chain_from: Makes this a stage of a chain: whether it was trained from the parent's high-precision
             "weights" or its "deployed" ones.
         device: Where to search; None searches where each weight lies.
+        max_memory: What tensors on their way through the export may take at a time, in bytes or as "2GB", in
+            each process and beyond what it has already: bounds reading ahead and writing behind.
         progress: Whether to show a progress bar.
         distributed: Whether all ranks of `torch.distributed` call this and share the work, each with whole
             files. They need a file system in common.
@@ -147,11 +156,14 @@ def export_checkpoint(
     )
     text = None if kv_text is None else Path(kv_text)
     check_text(kv_cache, text)
+    most = None if max_memory is None else memory_of(max_memory)
     ranks = Ranks.all() if distributed else ALONE
     try:
 
         def opened() -> tuple[Source, Mapping[str, Tensor], Calibration | None]:
             check_device(device)
+            for role, given in (("weights", weights), ("base", base), ("adapter", adapter)):
+                check_local(given, role)
             before = base if isinstance(base, Mapping) else Checkpoint(local_folder(base))
             after = weights if isinstance(weights, Mapping) else local_folder(weights)
             source = Source.of(after, None if adapter is None else local_folder(adapter))
@@ -167,16 +179,15 @@ def export_checkpoint(
             chain_from=chain_from,
             ranks=ranks,
             calibration=calibration,
+            max_memory=most,
         )
-        place = Path(out).expanduser()
-        if budget is not None:  # before anything is measured
-            ranks.first(lambda: check_destination(place))
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, opened_place(out, ranks, job) as place:  # before any measuring
             job = within_budget(job, stack=stack, device=device, progress=progress, ranks=ranks)
             job = calibrated_on(job, text, device=device, ranks=ranks)
-            report = run(job, place, device=device, progress=progress, ranks=ranks, resume=resume)
-        if push_to_hub is not None:
-            ranks.first(lambda: push_folder(place, push_to_hub, private=private))
+            write = partial(run, job, device=device, progress=progress, ranks=ranks, resume=resume)
+            report = place.export(job, write, resume=resume)
+            if push_to_hub is not None:
+                ranks.first(lambda: push_folder(place.folder, push_to_hub, private=private))
         return report
     finally:
         ranks.close()

@@ -138,11 +138,12 @@ class Records:
 
     Attributes:
         possible: Whether there are any.
+        digest: Of all that decides about the files; "" where there are no records.
     """
 
     def __init__(self, job: Job) -> None:
         self.possible = isinstance(job.source.weights, Checkpoint) and isinstance(job.base, Checkpoint)
-        self._digest = _digest(job) if self.possible else ""
+        self.digest = _digest(job) if self.possible else ""
         self._plan = {tensor.spec.name: tensor for tensor in job.plan.tensors}
 
     def of(self, file: str, specs: Sequence[TensorSpec]) -> Record:
@@ -153,7 +154,7 @@ class Records:
             for name, tensor in self._plan.items()
             if any(spec.name in stored for spec in tensor.stored.values())
         ]
-        return Record(file=file, digest=self._digest, names=tuple(names), left=set(names))
+        return Record(file=file, digest=self.digest, names=tuple(names), left=set(names))
 
     def read(self, folder: Path, file: str, specs: Sequence[TensorSpec]) -> Finished:
         """What a file of an unfinished export holds, after checking it; nothing if it is not complete."""
@@ -163,7 +164,7 @@ class Records:
         try:
             content = read_json(path)
             tensors: Any = content.get("tensors")
-            if content.get("digest") != self._digest or content.get("sha256") != _sha256(tensors):
+            if content.get("digest") != self.digest or content.get("sha256") != _sha256(tensors):
                 return Finished()
             done = Finished.from_dict(tensors, (file,))
             entries = read_header(folder / file)
@@ -184,7 +185,7 @@ class Records:
         found = 0
         for path in folder.glob(_name("*")):
             try:
-                found += read_json(path).get("digest") == self._digest
+                found += read_json(path).get("digest") == self.digest
             except CheckpointError:
                 continue
         return found
@@ -216,6 +217,27 @@ class Record:
         """Name and content of the record."""
         tensors = finished.to_dict(self.names)
         return _name(self.file), {"digest": self.digest, "sha256": _sha256(tensors), "tensors": tensors}
+
+
+class InterruptedExportError(KeyboardInterrupt):
+    """An export was interrupted, and can go on from what it completed."""
+
+
+def interrupted(records: Records, folder: Path, total: int) -> InterruptedExportError | None:
+    """What to say of an interrupted export; None if no file of it is complete.
+
+    Args:
+        records: Of the export.
+        folder: Where its files are.
+        total: How many there will be.
+    """
+    complete = records.count(folder) if records.possible else 0
+    if not complete:
+        return None
+    return InterruptedExportError(
+        f"{complete} of {total} files are complete in {folder}: run again with --resume (in Python "
+        "resume=True) to go on from them; without it, they are removed."
+    )
 
 
 def find_leftover(out: Path, records: Records) -> Path | None:

@@ -61,6 +61,7 @@ class Job:
         cache: The scales of cached keys and values; None without, and until they are found.
         placement: Which weights the budget put on which rung; None without one, or before it is measured.
         kept: The format of the base, where that is kept.
+        max_memory: Bytes that tensors on their way may take at a time; None for as many as there are.
     """
 
     source: Source
@@ -78,6 +79,7 @@ class Job:
     cache: CacheScales | None = None
     placement: Placement | None = field(default=None, repr=False)
     kept: KeptFormat | None = field(default=None, repr=False)
+    max_memory: int | None = None
 
     @property
     def quantization_config(self) -> dict[str, Any]:
@@ -174,6 +176,7 @@ def prepare(
     ranks: Ranks = ALONE,
     curvature: Curvature | None = None,
     calibration: Calibration | None = None,
+    max_memory: int | None = None,
 ) -> Job:
     """Plans an export, finds the base of every weight and checks its place in a chain. Writes nothing.
 
@@ -190,6 +193,7 @@ def prepare(
         curvature: What codes are chosen along; may be filled later. Without it, `rounding="auto"` is nearest,
             unless the format of the base is kept.
         calibration: What it is collected from by `run`, in its place.
+        max_memory: Bytes that tensors on their way may take at a time.
 
     Raises:
         CheckpointError: Nothing to quantize, a base that does not fit, a base that is not what `chain_from`
@@ -234,6 +238,7 @@ def prepare(
         calibration=calibration,
         cache=constant_scales(plan, settings),
         kept=kept,
+        max_memory=max_memory,
     )
     ranks.check_equal("The plan of the export", job.parts)
     return job

@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from daq_lightning.export.job import Job
 
 
-def make_manifest(job: Job, prints: Mapping[str, TensorPrints], folder: Path, out: Path) -> Manifest:
+def make_manifest(job: Job, prints: Mapping[str, TensorPrints], folder: Path, out: Path | None) -> Manifest:
     """The manifest of an export.
 
     Args:
         job: What was exported.
         prints: Tensor name -> its fingerprints.
         folder: Where its files are now.
-        out: Where they will be; paths are kept relative to it.
+        out: Where they will be, and paths are kept relative to it; None for another machine.
     """
     plan, lineage = job.plan, job.lineage
     tensors = {tensor.spec.name: prints[tensor.spec.name] for tensor in plan.quantized}
     kept = {tensor.spec.name: prints[tensor.spec.name] for tensor in plan.tensors if not tensor.quantize}
-    here, budget = out.absolute(), job.settings.budget
+    here, budget = None if out is None else out.absolute(), job.settings.budget
     weight_files = frozenset(file.name for file in folder.glob("*.safetensors"))
     training = dict(job.training)
     if training.get("checkpoint"):

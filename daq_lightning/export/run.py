@@ -28,15 +28,25 @@ from daq_lightning.checkpoint.writer import CheckpointWriter, plan_shards
 from daq_lightning.export.account import batch_reports, config_of, notes_of
 from daq_lightning.export.behind import Behind
 from daq_lightning.export.card import existing_card, make_card, make_recipe
+from daq_lightning.export.checks import check_finite
 from daq_lightning.export.curvature import with_curvature
-from daq_lightning.export.finished import Finished, Records, TensorPrints, find_leftover, prints_of
+from daq_lightning.export.disk import bytes_of, check_room
+from daq_lightning.export.finished import (
+    Finished,
+    Records,
+    TensorPrints,
+    find_leftover,
+    interrupted,
+    prints_of,
+)
 from daq_lightning.export.kv_cache import check_found, kept_reasons, report_of
 from daq_lightning.export.manifest import make_manifest
+from daq_lightning.export.memory import Room, batches_fit, check_memory, needed
 from daq_lightning.export.ranks import ALONE, Agreement, RankLostError, Ranks
 from daq_lightning.export.rounding import choose_codes
 from daq_lightning.export.sampled import curve_names, look
 from daq_lightning.export.scales import search_scales
-from daq_lightning.export.stream import Pair, stream
+from daq_lightning.export.stream import Batch, Pair, stream
 from daq_lightning.export.timings import Timings
 from daq_lightning.export.work import Work, open_on_all, share_out
 from daq_lightning.numerics.search.stages import SearchResult
@@ -61,6 +71,7 @@ def run(
     resume: bool = False,
     judge: Judge | None = None,
     timings: Timings | None = None,
+    elsewhere: bool = False,
 ) -> ExportReport:
     """Writes the checkpoint of a job.
 
@@ -75,6 +86,7 @@ def run(
         judge: Called on all ranks when the files are written and not yet published, with their folder and
             names and the report; returns the report to publish. If it raises, nothing is published.
         timings: A clock to be told how long it took, on all ranks or on none.
+        elsewhere: Whether it will be uploaded, so that paths from its folder mean nothing.
 
     Returns:
         The report, also written as `daq_report.json` and `daq_report.html`; the same on every rank.
@@ -83,6 +95,7 @@ def run(
         CheckpointError: A tensor cannot be read, the destination cannot be written, the ranks do not see the
             same files or do not plan the same, or one of them is gone.
         ValueError: NaN or Inf in a weight, by name.
+        InterruptedExportError: An interrupt, after some files were complete; they stay.
     """
     clock = Timings() if timings is None else timings
     ranks.together(lambda: None)  # until rank 0 has removed what an export before this one left
@@ -95,16 +108,15 @@ def run(
         )
     )
     shards = plan_shards(job.plan.stored_together, job.settings.max_shard_bytes)
+    ranks.first(lambda: check_room(out, bytes_of(shards), elsewhere=elsewhere))
     records = Records(job)
     found = ranks.first(lambda: find_leftover(out, records) if resume else None)
     done = Finished() if found is None else _verified(found, records, job, shards, ranks)
-    work = share_out(
-        job.plan,
-        shards,
-        ranks,
-        together=job.settings.search.alpha_scope == "group",
-        complete=done.files,
-    )
+    shared = partial(share_out, job.plan, shards, ranks, complete=done.files)
+    work = shared(together=job.settings.search.alpha_scope == "group")
+    if not all(ranks.gather(batches_fit(job, work, ranks.rank))):
+        work = shared(together=False)
+    ranks.together(lambda: check_memory(job, work, ranks.rank))
     with contextlib.ExitStack() as stack:
         job = with_curvature(job, work, ranks, stack, device=device, progress=progress)
         writer = open_on_all(
@@ -129,6 +141,12 @@ def run(
         except RankLostError:
             writer.keep = records.possible
             raise
+        except KeyboardInterrupt as error:
+            told = interrupted(records, writer.folder, len(shards))
+            if told is None:
+                raise
+            writer.keep = True
+            raise told from error
         except Exception as error:
             ranks.wait_after(error)  # until nobody writes into the folder that is removed now
             raise
@@ -145,7 +163,8 @@ def run(
         )
         if judge is not None:
             report = judge(writer.folder, tuple(shards), report)
-        ranks.together(lambda: _publish(job, writer, report, every.prints, out) if ranks.rank == 0 else None)
+        here = None if elsewhere else out
+        ranks.together(lambda: _publish(job, writer, report, every.prints, here) if ranks.rank == 0 else None)
     if timings is not None:
         ranks.together(lambda: timings.weigh(out) if ranks.rank == 0 else None)
         timings.collect(ranks)
@@ -174,11 +193,13 @@ def _write_tensors(
 ) -> Finished:
     """Searches and writes what is dealt to this rank, in step with the others."""
     mine, curves = Finished(), curve_names(job)
-    agreement = Agreement(ranks)
+    agreement, room = Agreement(ranks), Room(job.max_memory)
     files = {file: records.of(file, writer.shards[file]) for file in work.files(ranks.rank)}
     with (
         Behind() as behind,
-        contextlib.closing(stream(job, work, ranks, agreement, device=device, progress=progress)) as batches,
+        contextlib.closing(
+            stream(job, work, ranks, agreement, device=device, progress=progress, room=room)
+        ) as batches,
     ):
 
         def write(plan: TensorPlan, stored: Mapping[str, Tensor], prints: TensorPrints) -> None:
@@ -199,20 +220,27 @@ def _write_tensors(
         def finish_kept(plan: TensorPlan, stored: Mapping[str, Tensor]) -> None:
             write(plan, stored, prints_of(stored))
 
+        def export(batch: Batch) -> None:
+            """Afterwards only what is to be written is held."""
+            if not batch[0].plan.quantize:
+                [(plan, tensor, _)] = batch
+                check_finite(tensor, plan.spec.name)
+                behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
+                return
+            with clock.searching():
+                chosen = choose_codes(job, batch, partial(search_scales, job))
+            samples = look(job, batch, [one.result for one in chosen], curves)
+            reports = batch_reports(job, batch, chosen, samples)
+            for pair, report, one in zip(batch, reports, chosen, strict=True):
+                mine.reports[pair.plan.spec.name] = report
+                behind.run(finish, pair, one.result)
+
         for batch in batches:
             with agreement.attempt():
-                if not batch[0].plan.quantize:
-                    [(plan, tensor, _)] = batch
-                    _check_finite(tensor, plan.spec.name)
-                    behind.run(finish_kept, plan, {KEPT: tensor.to(plan.stored[KEPT].dtype)})
-                    continue
-                with clock.searching():
-                    chosen = choose_codes(job, batch, partial(search_scales, job))
-                samples = look(job, batch, [one.result for one in chosen], curves)
-                reports = batch_reports(job, batch, chosen, samples)
-                for pair, report, one in zip(batch, reports, chosen, strict=True):
-                    mine.reports[pair.plan.spec.name] = report
-                    behind.run(finish, pair, one.result)
+                export(batch)
+            done = room.giver(needed(job, [pair.plan for pair in batch]) if room.limit else 0)
+            del batch
+            behind.then(done)
         with agreement.attempt():
             behind.wait()
             writer.finish()
@@ -225,7 +253,7 @@ def _publish(
     writer: CheckpointWriter,
     report: ExportReport,
     prints: Mapping[str, TensorPrints],
-    out: Path,
+    out: Path | None,
 ) -> None:
     """Everything but the tensors, the manifest last; then the folder gets its name."""
     Records.remove(writer.folder)
@@ -241,24 +269,3 @@ def _publish(
     writer.add_text(CARD, make_card(job, report, bool(recipe)))
     writer.write_json(MANIFEST, make_manifest(job, prints, writer.folder, out).to_dict())
     writer.publish()
-
-
-def _check_finite(tensor: Tensor, name: str) -> None:
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return
-    low, high = tensor.detach().aminmax()
-    if not bool(low.isfinite() & high.isfinite()):
-        raise ValueError(
-            f"{name} has {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} Inf values: the "
-            "training run has diverged or the file is damaged. Export an earlier checkpoint."
-        )
-
-
-def check_device(device: str | torch.device | None) -> None:
-    """Raises ValueError for a device that does not exist here or does not compute, such as "meta"."""
-    if device is None:
-        return
-    try:
-        torch.ones(1, dtype=torch.float32, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error

@@ -22,6 +22,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.buffers import Buffers
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.tensor_file import LazyTensors
+from daq_lightning.export.memory import Room, check_memory, needed
 from daq_lightning.export.progress import with_progress
 from daq_lightning.export.ranks import ALONE, Agreement, Ranks
 from daq_lightning.numerics.backends.heap import return_freed_memory
@@ -61,6 +62,7 @@ def stream(
     device: str | torch.device | None = None,
     progress: bool = False,
     what: str = "Export",
+    room: Room | None = None,
 ) -> Generator[Batch, None, None]:
     """The tensors of a job that this rank exports, in batches.
 
@@ -75,27 +77,46 @@ def stream(
         device: Where pairs are moved to; None leaves each where it lies.
         progress: Whether to show how far all ranks are, on rank 0.
         what: What is done, in a word, for that.
+        room: What tensors may take at a time. Whoever passes it gives back what a batch takes; else a batch
+            is done with when the next is asked for.
+
+    Raises:
+        CheckpointError: As for `check_memory`, and whatever reading raises.
     """
     agreement = Agreement(ranks) if agreement is None else agreement
     shown = with_progress(work.rounds, _size, what) if progress and ranks.rank == 0 else work.rounds
-    with contextlib.closing(_ReadAhead(job, work, ranks)) as ahead:
+    given, room = room is not None, room or Room(job.max_memory)
+    check_memory(job, work, ranks.rank)
+    with contextlib.closing(_ReadAhead(job, work, ranks, room)) as ahead:
         for turn in shown:
-            pairs: list[Pair] = []
-            for _ in range(ahead.asked_in(turn)):
-                with agreement.attempt():
-                    pair = ahead.take()
-                    if pair is not None:
-                        pairs.append(_on_device(pair, device))
-            if pairs and not agreement.failed:
-                yield tuple(pairs)
+            done = room.giver(needed(job, turn[ranks.rank]) if room.limit else 0)
+            pairs = _pairs(ahead, turn, agreement, device)
+            handed_out = bool(pairs) and not agreement.failed
+            if handed_out:
+                yield pairs
+            del pairs  # before the next are read
+            if not (given and handed_out):
+                done()
             agreement.settle()
+
+
+def _pairs(
+    ahead: _ReadAhead, turn: Round, agreement: Agreement, device: str | torch.device | None
+) -> tuple[Pair, ...]:
+    pairs: list[Pair] = []
+    for _ in range(ahead.asked_in(turn)):
+        with agreement.attempt():
+            pair = ahead.take()
+            if pair is not None:
+                pairs.append(_on_device(pair, device))
+    return tuple(pairs)
 
 
 class _ReadAhead:
     """Pairs in order. What lies in a folder is read ahead; what lives in memory is taken when due."""
 
-    def __init__(self, job: Job, work: Work, ranks: Ranks) -> None:
-        self._job, self._rank = job, ranks.rank
+    def __init__(self, job: Job, work: Work, ranks: Ranks, room: Room) -> None:
+        self._job, self._rank, self._room = job, ranks.rank, room
         self._made = {} if job.cache is None else job.cache.tensors
         self._shared = any(
             isinstance(mapping, LazyTensors) and mapping.collective
@@ -103,7 +124,8 @@ class _ReadAhead:
         )
         self._steps = (step for turn in work.rounds for step in self._steps_in(turn))
         self._ahead: deque[tuple[TensorPlan, Read, Read]] = deque()
-        self._buffers = Buffers()
+        self._upcoming: tuple[int, TensorPlan, int] | None = None
+        self._buffers = None if room.limit else Buffers()  # which are held for what may come
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="read-ahead")
 
     def asked_in(self, turn: Round) -> int:
@@ -112,8 +134,11 @@ class _ReadAhead:
 
     def take(self) -> Pair | None:
         """The next pair, if this rank is the one that exports it."""
-        while len(self._ahead) < _AHEAD and (step := next(self._steps, None)) is not None:
-            owner, plan = step
+        while len(self._ahead) < _AHEAD and (step := self._upcoming or next(self._steps, None)) is not None:
+            owner, plan, size = self._upcoming = step
+            if not self._room.take(size, wait=not self._ahead):
+                break
+            self._upcoming = None
             base_name = self._job.base_names.get(plan.spec.name)
             base = _nothing if base_name is None else self._ask(self._job.base, base_name, owner)
             made = plan.spec.name in self._made
@@ -130,13 +155,16 @@ class _ReadAhead:
         """Ends the threads and lets the buffers go."""
         self._pool.shutdown(cancel_futures=True)
         self._ahead.clear()
-        self._buffers.close()
+        if self._buffers is not None:
+            self._buffers.close()
         return_freed_memory()
 
-    def _steps_in(self, turn: Round) -> Iterator[tuple[int, TensorPlan]]:
+    def _steps_in(self, turn: Round) -> Iterator[tuple[int, TensorPlan, int]]:
+        """Who exports what; with the first of a batch, the bytes that the batch needs."""
         for owner, batch in enumerate(turn):
             if self._shared or owner == self._rank:
-                yield from ((owner, plan) for plan in batch)
+                size = needed(self._job, batch) if self._room.limit and owner == self._rank else 0
+                yield from ((owner, plan, 0 if i else size) for i, plan in enumerate(batch))
 
     def _ask(self, mapping: Mapping[str, Tensor], name: str, owner: int) -> Read:
         if isinstance(mapping, LazyTensors) and mapping.collective:

@@ -173,6 +173,6 @@ def _wait_for(folder: Path, ranks: Ranks) -> None:
             raise CheckpointError(
                 f"Rank {ranks.rank} on {socket.gethostname()} does not see {folder}, which rank 0 made: the "
                 "ranks write one checkpoint together and need a file system that all of them share. Choose a "
-                "destination on one (NFS, Lustre, ...), or run on one node."
+                "destination (with a URL, a TMPDIR) on one (NFS, Lustre, ...), or run on one node."
             )
         time.sleep(0.05)

@@ -14,17 +14,16 @@ Source: lightning 2.6 `Trainer.fit`, `ModelCheckpoint`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from daq_lightning.checkpoint.destination import check_destination
 from daq_lightning.checkpoint.kv_cache import KVCache
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, SchemeName
+from daq_lightning.export.place import check_place
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.rounding.settings import RoundingChoice
@@ -48,7 +47,8 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
     """Exports the trained model as a quantized checkpoint that keeps what training changed.
 
     Args:
-        dirpath: Folder of the exports; each is `dirpath/<filename>/`.
+        dirpath: Folder of the exports; each is `dirpath/<filename>/`. Or a URL of fsspec, "s3://bucket/run":
+            exports are written to a folder in TMPDIR and uploaded, the manifest last.
         base: The weights before training: "auto", "snapshot", "memory", a Hugging Face folder, or a Lightning
             `.ckpt`, file or folder. See `daq_lightning.training.base`.
         scheme: "FP8_BLOCK" (128 x 128), "FP8_DYNAMIC" (per channel), "FP8A16" (per channel, 16-bit
@@ -218,7 +218,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         check_savers(trainer, self.schedule)
         check_judging(trainer, self._settings)
         self._ranks = Ranks.all()
-        self._ranks.first(lambda: check_destination(Path(self._settings.dirpath) / "step=0"))
+        self._ranks.first(lambda: check_place(self._settings.place("step=0"), write=True))
         place_after_averaging(trainer, self)
 
     @override

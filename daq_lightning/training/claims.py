@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -56,16 +56,20 @@ def claim(folder: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def free_name(folder: Path) -> Iterator[Path]:
+def free_name(folder: Path, taken: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
     """Claims the name, or the first of `<name>-v1`, `<name>-v2` ... that is free: what an earlier or another
     run wrote or writes stays.
+
+    Args:
+        folder: The folder.
+        taken: Whether a name is in use elsewhere.
 
     Yields:
         A folder that does not exist, and that no other process makes.
     """
     for name in versions(folder):
         with claim(name, wait=False) as claimed:
-            if claimed and not name.exists():
+            if claimed and not name.exists() and not taken(name.name):
                 yield name
                 return
 

@@ -76,7 +76,7 @@ def collector_of(
             "use curvature='activations'."
         )
     layers = layers_of(model, tensors, experts=collecting.source != "gradients")
-    collector = Collector(layers, collecting, Path(settings.dirpath).absolute(), trainer, model.model)
+    collector = Collector(layers, collecting, settings.folder.absolute(), trainer, model.model)
     rank_zero_info(collector.describe() + " It is collected anew in this resumed run." * resumed)
     return collector
 

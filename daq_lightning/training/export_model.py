@@ -12,21 +12,23 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from daq_lightning.checkpoint.destination import check_destination
 from daq_lightning.checkpoint.manifest import ChainFrom, Lineage
 from daq_lightning.checkpoint.reader import Checkpoint
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, SchemeName
+from daq_lightning.export.checks import check_device
 from daq_lightning.export.job import lineage_of, prepare
 from daq_lightning.export.mixed import within_budget
+from daq_lightning.export.place import check_place
+from daq_lightning.export.place import opened as opened_place
 from daq_lightning.export.ranks import Ranks
-from daq_lightning.export.run import check_device, run
+from daq_lightning.export.run import run
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.export.source import Source
 from daq_lightning.model.complete import check_complete
@@ -88,7 +90,8 @@ def export_model(
         base: The weights before training: a Hugging Face folder, `org/name` on the Hub, or a copy of the
             module's `state_dict` (`copy.deepcopy`; it must not be sharded). "auto": the frozen weights under
             PEFT adapters.
-        out: Destination folder. An earlier export there is replaced on success; anything else is refused.
+        out: Destination: a folder, or a URL of fsspec. An earlier export there is replaced on success;
+            anything else is refused.
         scheme: As for `export_checkpoint`.
         search: As for `export_checkpoint`.
         rounding: "nearest"; "curvature" for codes along the update; "auto" is "nearest" here, but with
@@ -146,11 +149,11 @@ def export_model(
         budget=budget,
         ladder=tuple(ladder),
     )
-    place, ranks = Path(out).expanduser(), Ranks.all()
+    ranks = Ranks.all()
 
     def opened() -> tuple[LiveModel, Source, Mapping[str, Tensor], Lineage]:
         check_device(device)
-        check_destination(place)
+        check_place(out, write=False)
         inner = unwrapped(module)
         model = LiveModel(inner, submodule, merge=merge_adapters, trained=module)
         check_complete(model)
@@ -170,8 +173,9 @@ def export_model(
                 chain_from=chain_from,
                 ranks=ranks,
             )
+            place = stack.enter_context(opened_place(out, ranks, job))
             job = within_budget(job, stack=stack, device=device, progress=progress, ranks=ranks)
-            report = run(job, place, device=device, progress=progress, ranks=ranks)
+            report = place.export(job, partial(run, job, device=device, progress=progress, ranks=ranks))
     finally:
         ranks.close()
     warn_if_unchanged(report)

@@ -17,17 +17,21 @@ Source: lightning 2.6 `_MultiProcessingLauncher._recover_results_in_main_process
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from daq_lightning.checkpoint.folder import read_json, replace_json
+from daq_lightning.checkpoint.folder import REPORT, read_json, replace_json
+from daq_lightning.checkpoint.remote import Remote
+from daq_lightning.checkpoint.urls import is_url
 from daq_lightning.export.timings import Timings
 from daq_lightning.metrics import delta_metrics
 from daq_lightning.report.figures import ExportReport
@@ -44,7 +48,7 @@ class Published:
     """Metrics and report of the last export, and the folders of all that are kept.
 
     Attributes:
-        exports: Folders, oldest first.
+        exports: Folders, oldest first; of those that were uploaded, the URL as text.
         metrics: Figures of the last export, as they are: where nothing changed some are NaN, which loggers
             and the Trainer are not told.
         report: Report of the last export.
@@ -52,7 +56,7 @@ class Published:
         in_worker: Whether this process is such a rank.
     """
 
-    exports: list[Path] = field(default_factory=list)
+    exports: list[Path | str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     report: ExportReport | None = None
     record: Path = field(default_factory=_new_record, compare=False)
@@ -63,7 +67,9 @@ class Published:
         self.exports = []
         self.in_worker = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
-    def publish(self, trainer: Trainer, report: ExportReport, exports: list[Path], timings: Timings) -> None:
+    def publish(
+        self, trainer: Trainer, report: ExportReport, exports: list[Path | str], timings: Timings
+    ) -> None:
         """Tells of an export; on every rank.
 
         Args:
@@ -76,7 +82,8 @@ class Published:
         warn_if_unchanged(report)
         share(trainer, self.metrics)
         if self.in_worker and trainer.is_global_zero:
-            content = {"exports": [str(path.absolute()) for path in exports], "metrics": self.metrics}
+            places = [path if isinstance(path, str) else str(path.absolute()) for path in exports]
+            content = {"exports": places, "metrics": self.metrics}
             replace_json(self.record, content)
 
     def known(self) -> Published:
@@ -85,9 +92,10 @@ class Published:
             content = read_json(self.record)
             self.record.unlink()
             # those that `keep_last` removed after the last message are left out
-            self.exports = [path for path in map(Path, content["exports"]) if path.is_dir()]
+            places = [place if is_url(place) else Path(place) for place in content["exports"]]
+            self.exports = [place for place in places if isinstance(place, str) or place.is_dir()]
             self.metrics = content["metrics"]
-            self.report = ExportReport.load(self.exports[-1]) if self.exports else None
+            self.report = _report_of(self.exports[-1]) if self.exports else None
         return self
 
 
@@ -112,9 +120,17 @@ class PublishedExports:
         return self._published.known().report
 
     @property
-    def exports(self) -> list[Path]:
-        """Folders of the exports of this run that are kept, oldest first."""
+    def exports(self) -> list[Any]:
+        """Folders of the exports of this run that are kept, oldest first; of uploaded ones, the URLs."""
         return self._published.known().exports
+
+
+def _report_of(export: Path | str) -> ExportReport:
+    if isinstance(export, Path):
+        return ExportReport.load(export)
+    with tempfile.TemporaryDirectory() as folder:
+        Remote(export).fetch([REPORT], Path(folder))
+        return dataclasses.replace(ExportReport.load(folder), path=export)
 
 
 def metrics_of(report: ExportReport) -> dict[str, float]:

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from daq_lightning.checkpoint.destination import check_inputs
 from daq_lightning.checkpoint.manifest import Lineage
 from daq_lightning.checkpoint.writer import plan_shards
+from daq_lightning.export.disk import bytes_of
 from daq_lightning.export.job import Job, parts_of, plan_of, prepare
 from daq_lightning.export.mixed import within_budget
+from daq_lightning.export.place import Place, opened
 from daq_lightning.export.plan import ExportPlan
 from daq_lightning.export.ranks import ALONE, Ranks
 from daq_lightning.export.run import run
@@ -38,13 +40,14 @@ from daq_lightning.report.figures import ExportReport
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.base import read_lightning_checkpoint, resolve_base, take_snapshot
 from daq_lightning.training.calibration import calibrated
-from daq_lightning.training.claims import free_name, remove_own
+from daq_lightning.training.claims import remove_own
 from daq_lightning.training.collecting import settled
 from daq_lightning.training.curvature import collector_of
 from daq_lightning.training.fallback import check_fallbacks, export_judged
 from daq_lightning.training.judge import Judge, judge_in
 from daq_lightning.training.layer_logs import log_layers
 from daq_lightning.training.other_callbacks import best_path, saves_on_exception
+from daq_lightning.training.placed import free_place, shows_progress, warn_of_little_room
 from daq_lightning.training.published import Published
 from daq_lightning.training.references import Base, BaseRequest
 from daq_lightning.training.resume import own_state, reference_of
@@ -106,7 +109,7 @@ class Run:
         own = settings.description(model=model_name, place=place)
         state = own_state(states, own) if resumed_from else None
         where, saved = reference_of(state, settings.base, names)
-        dirpath = Path(settings.dirpath).absolute()
+        dirpath = settings.folder.absolute()
         shards = plan_shards(plan.stored_together, settings.choices.max_shard_bytes)
         parts = dealt(plan, shards, deal(shards, ranks.size), ranks)
         request = BaseRequest(
@@ -134,6 +137,7 @@ class Run:
                 curvature=None if self.collector is None else {},
             )
             ranks.together(lambda: check_inputs(dirpath / "step=0", self._job.inputs()))
+            warn_of_little_room(settings, bytes_of(shards))
             ranks.together(lambda: check_fallbacks(self._job, settings.validation.schemes))
             self.survival = survival_in(trainer, model, self._job, self.base, settings, ranks)
         except Exception:
@@ -229,21 +233,17 @@ class Run:
         model.gather_adapters()
         if self.collector is not None:
             self.collector.observe_validation(self.ranks)
-        collected = None if self.collector is None else self.collector.curvature
-        known = (training_of(trainer, checkpoint), collected)
+        known = (training_of(trainer, checkpoint), self.collector and self.collector.curvature)
         job = self.ranks.together(lambda: self._job.after_training(source_of(trainer, model), *known))
         job = calibrated(job, trainer, model, state, self.ranks)
-        with contextlib.ExitStack() as stack:
-            name = Path(settings.dirpath) / settings.schedule.name(trainer)
-            out = self.ranks.first(lambda: stack.enter_context(free_name(name)))
+        free = free_place(settings, settings.schedule.name(trainer), self.ranks)
+        with free as where, opened(where, self.ranks) as place, contextlib.ExitStack() as stack:
             timings = Timings()
             job = within_budget(job, stack=stack, device=trainer.strategy.root_device, ranks=self.ranks)
-            if self._judge is not None:
-                judge = self._judge(job=job, model=model, state=state, ranks=self.ranks)
-                report = export_judged(judge, lambda job, judge: self._run(job, out, timings, judge))
-            else:
-                report = self._run(job, out, timings)
-        self._kept.exports.append(out)
+            write, judging = partial(self._run, place, timings), self._judge
+            judge = judging and judging(job=job, model=model, state=state, ranks=self.ranks)
+            report = export_judged(judge, write) if judge else write(job)
+        self._kept.exports.append(place.where)
         self.step = trainer.global_step
         self._published.publish(trainer, report, self._kept.exports, timings)
         if settings.logs.per_layer:
@@ -257,17 +257,17 @@ class Run:
                 self.survival.retake_base()
         self._kept.forget_old(remove=trainer.is_global_zero)
 
-    def _run(self, job: Job, out: Path, timings: Timings, judge: Judge | None = None) -> ExportReport:
-        bar = self._trainer.progress_bar_callback
-        return run(
+    def _run(self, place: Place, timings: Timings, job: Job, judge: Judge | None = None) -> ExportReport:
+        write = partial(
+            run,
             job,
-            out,
             device=self._trainer.strategy.root_device,
-            progress=isinstance(bar, TQDMProgressBar) and bar.is_enabled,
+            progress=shows_progress(self._trainer),
             ranks=self.ranks,
             judge=judge,
             timings=timings,
         )
+        return place.export(job, write)
 
     def _planned(self) -> tuple[str, LiveModel, Source, ExportPlan]:
         """What this rank has, and what happens to it."""
@@ -292,7 +292,7 @@ class Run:
         )
 
     def _snapshot(self, model: LiveModel) -> Base:
-        folder = Path(self._settings.dirpath).absolute() / f"base-step={self._trainer.global_step}"
+        folder = self._settings.folder.absolute() / f"base-step={self._trainer.global_step}"
         names = [tensor.spec.name for tensor in self._job.plan.quantized]
         base = take_snapshot(model.weights, names, folder, self.ranks, own=self._kept.snapshots)
         if base.created:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from daq_lightning.checkpoint.kv_cache import KVCache
 from daq_lightning.checkpoint.manifest import ChainFrom
+from daq_lightning.checkpoint.remote import staging_folder
 from daq_lightning.checkpoint.schemes import SchemeName
+from daq_lightning.checkpoint.urls import is_url
 from daq_lightning.export.settings import ExportSettings
 from daq_lightning.model.hub import is_repository
 from daq_lightning.numerics.formats import ScaleFormat
@@ -71,14 +74,30 @@ class RunSettings:
         check.flag("merge_adapters", self.merge_adapters)
         repository = self.push_to_hub is None or is_repository(self.push_to_hub)
         check.require(repository, "push_to_hub", self.push_to_hub, "None or 'org/name', a repository")
-        base = check.path("base", self.base, "'auto', 'snapshot', 'memory' or a path")
+        base = check.local("base", check.path("base", self.base, "'auto', 'snapshot', 'memory' or a path"))
         places = {
-            "dirpath": check.local_path("dirpath", self.dirpath, "a path, such as 'exports'"),
+            "dirpath": check.destination("dirpath", self.dirpath, "a path, such as 'exports'"),
             "base": base,
             "parent": check.chain(self.parent, self.chain_from, base),
         }
         for name, value in places.items():  # with `~` as the user's home
             object.__setattr__(self, name, value)
+        if self.push_to_hub is not None and is_url(self.dirpath):
+            raise MisconfigurationException(
+                f"push_to_hub={self.push_to_hub!r} uploads from a local dirpath, and this one is "
+                f"{self.dirpath!r}: leave one of them out."
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The local `dirpath`; of a URL, where exports are before they are uploaded, and snapshots stay."""
+        if is_url(self.dirpath):
+            return staging_folder(f"{self.dirpath}/export").parent
+        return Path(self.dirpath)
+
+    def place(self, name: str) -> str:
+        """Where an export of this name goes: a path, or a URL."""
+        return f"{self.dirpath}/{name}" if is_url(self.dirpath) else str(Path(self.dirpath) / name)
 
     @property
     def deals_anew(self) -> bool:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from daq_lightning.checkpoint.remote import Remote
 from daq_lightning.training import settings_check as check
 from daq_lightning.training.claims import remove_own
 
@@ -112,12 +113,12 @@ class Kept:
 
     Attributes:
         keep_last: How many exports to keep; None keeps all.
-        exports: Exports.
+        exports: Exports; a URL as text.
         snapshots: Bases that were taken after exports; one more of them is kept, since the last is in use.
     """
 
     keep_last: int | None
-    exports: list[Path] = field(default_factory=list)
+    exports: list[Path | str] = field(default_factory=list)
     snapshots: list[Path] = field(default_factory=list)
 
     def forget_old(self, *, remove: bool = True) -> None:
@@ -132,4 +133,11 @@ class Kept:
             while len(folders) > count:
                 folder = folders.pop(0)
                 if remove:
-                    remove_own(folder)
+                    _remove(folder)
+
+
+def _remove(folder: Path | str) -> None:
+    if isinstance(folder, str):
+        Remote(folder).remove()
+    else:
+        remove_own(folder)

@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from daq_lightning.checkpoint.urls import is_url, local_path
+
 
 def require(ok: bool, name: str, value: object, expected: str) -> None:
     """Raises MisconfigurationException, with what was expected of an argument and what came, if not ok."""
@@ -53,13 +55,17 @@ def path(name: str, value: Any, expected: str) -> str:
     return os.path.expanduser(value)
 
 
-def local_path(name: str, value: Any, expected: str) -> str:
-    """The path as a string; one on another machine is refused."""
+def destination(name: str, value: Any, expected: str) -> str:
+    """A path as a string, or a URL of another file system as it is."""
     value = path(name, value, expected)
-    if "://" in value:
+    return value.rstrip("/") if is_url(value) else str(local_path(value))
+
+
+def local(name: str, value: str) -> str:
+    """A path as it is; a URL is refused."""
+    if is_url(value):
         raise MisconfigurationException(
-            f"{name}={value!r}: exports are renamed into place, which needs a local file system. Export to a "
-            "local folder and upload it afterwards."
+            f"{name}={value!r}: only local folders and files are read. Copy it to this machine first."
         )
     return value
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from daq_lightning.export.ranks import Ranks
 
 
-def upload_last(exports: list[Path], repository: str | None, ranks: Ranks) -> HubError | None:
+def upload_last(exports: list[Path | str], repository: str | None, ranks: Ranks) -> HubError | None:
     """Uploads the last export in one commit, from rank 0. A collective.
 
     Args:

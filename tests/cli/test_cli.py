@@ -22,7 +22,8 @@ from daq_lightning import Chain, ExportReport, ScaleSearch, export_checkpoint, l
 from daq_lightning.audit.verify import verify_checkpoint
 from daq_lightning.checkpoint.schemes import SchemeName
 from daq_lightning.cli import _without_interrupts, main
-from daq_lightning.cli.arguments import make_parser, normalized
+from daq_lightning.cli.arguments import make_parser
+from daq_lightning.cli.normalized import normalized
 from daq_lightning.export.job import ExportSettings
 from daq_lightning.numerics.objectives import METRICS
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -14,9 +16,11 @@ import text_models
 import tiny_models
 
 from daq_lightning import ScaleSearch, export_checkpoint
+from daq_lightning.checkpoint.writer import CheckpointWriter
 from daq_lightning.cli import main
 from daq_lightning.cli.arguments import make_parser
 from daq_lightning.cli.words import EXIT_CODES
+from daq_lightning.export import scales as module
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = make_parser()._subcommands_action._name_parser_map  # type: ignore[union-attr]
@@ -180,3 +184,42 @@ def test_without_shtab_completion_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "zsh"]) == 1
     assert "pip install 'daq-lightning[cli]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "what"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_export_that_is_ended_by_a_signal_is_gone_on_with(
+    made, tmp_path, capsys, monkeypatch, number, code, what
+):
+    out, before = tmp_path / "out", signal.getsignal(number)
+    inputs = ["quantize", str(made / "post"), "--base", str(made / "base"), "--quiet", "--n-coarse", "2"]
+    inputs += ["--max-shard-bytes", "20000", "--out"]
+    assert main([*inputs, str(tmp_path / "whole")]) == 0
+    original = CheckpointWriter.write_json
+
+    def written(self, file, content):
+        original(self, file, content)
+        if file.startswith(".model-00003"):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(CheckpointWriter, "write_json", written)
+    assert main([*inputs, str(out)]) == code
+    monkeypatch.undo()
+    said = capsys.readouterr().err
+    assert f"daq-lightning: {what}; nothing was published. " in said
+    complete, total = re.search(
+        r" (\d+) of (\d+) files are complete in .*: run again with --resume", said
+    ).groups()
+    assert 3 <= int(complete) < int(total)
+    assert not out.exists()
+    assert signal.getsignal(number) is before
+    read = []
+    search = module.search_batch
+    monkeypatch.setattr(module, "search_batch", lambda *a, **k: (read.append(1), search(*a, **k))[1])
+    assert main([*inputs, str(out), "--resume"]) == 0
+    assert 0 < len(read) < int(total)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
