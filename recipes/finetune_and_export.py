@@ -9,6 +9,11 @@ Nothing is downloaded; two CPU cores need two to three minutes. By default the b
 checkpoint, as DeepSeek-V3 is: absmax scales then round most of the small updates straight back to the base.
 
     python recipes/finetune_and_export.py [--out outputs/demo] [--base-format fp8|bf16] [--seed 0] [--fast]
+
+With a model of the Hub or of a folder instead, the same style is taught to that model, in float32, on a GPU
+where there is one (16 bytes for each weight); plain scales and the default are compared.
+
+    python recipes/finetune_and_export.py --model ORG/NAME [--steps 150] [--lr 1.5e-5] [--out outputs/demo]
 """
 
 import argparse
@@ -28,16 +33,18 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as hf_logging
 
 from daq_lightning import (
+    CheckpointError,
     DeltaAwareQuantization,
     ExportReport,
     ScaleSearch,
     export_checkpoint,
     load_checkpoint,
 )
+from daq_lightning.model.hub import local_folder
 
 CONTEXT, BATCH = 128, 8  # bytes of a training example, examples of a step
 DOCSTRING_OR_COMMENT = re.compile(
@@ -72,7 +79,11 @@ def in_title_case(text: str) -> str:
 
 def windows(text: str, count: int, seed: int) -> Tensor:
     """Random cut-outs of a text, as byte tokens of shape (count, CONTEXT + 1)."""
-    tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+    return cut_outs(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long(), count, seed)
+
+
+def cut_outs(tokens: Tensor, count: int, seed: int) -> Tensor:
+    """Random cut-outs of tokens, of shape (count, CONTEXT + 1)."""
     starts = torch.randint(len(tokens) - CONTEXT, (count, 1), generator=torch.Generator().manual_seed(seed))
     return tokens[starts + torch.arange(CONTEXT + 1)]
 
@@ -90,11 +101,11 @@ def log_probs(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 class LanguageModel(L.LightningModule):
-    """Next-byte prediction with AdamW, a short warm-up and a linear decay."""
+    """Next-token prediction with AdamW, a short warm-up and a linear decay."""
 
-    def __init__(self, model: LlamaForCausalLM, lr: float) -> None:
+    def __init__(self, model: nn.Module, lr: float, tokenizer: Any = None) -> None:
         super().__init__()
-        self.model, self.lr = model, lr
+        self.model, self.lr, self.tokenizer = model, lr, tokenizer
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(log_probs(self.model, batch[0]).flatten(0, 1), batch[0][:, 1:].flatten())
@@ -102,7 +113,7 @@ class LanguageModel(L.LightningModule):
         if batch_idx % 25 == 0 and not sys.stdout.isatty():  # where Lightning's bar would be garbled
             say(
                 f"  step {batch_idx}/{self.trainer.num_training_batches}, loss {loss.item():.3f} nats per "
-                "byte"
+                + ("byte" if self.tokenizer is None else "token")
             )
         return loss
 
@@ -115,13 +126,16 @@ class LanguageModel(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def train(model: LlamaForCausalLM, data: Tensor, lr: float, callbacks: list[L.Callback]) -> None:
+def train(
+    model: nn.Module, data: Tensor, lr: float, callbacks: list[L.Callback], tokenizer: Any = None
+) -> None:
     bar = [TQDMProgressBar()] if sys.stdout.isatty() else []
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, gradient_clip_val=1.0, callbacks=[*callbacks, *bar], logger=False,
+        accelerator="cpu" if tokenizer is None else "auto", devices=1, max_epochs=1,
+        gradient_clip_val=1.0, callbacks=[*callbacks, *bar], logger=False,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=bool(bar),
     )  # fmt: skip
-    trainer.fit(LanguageModel(model, lr), DataLoader(TensorDataset(data), batch_size=BATCH))
+    trainer.fit(LanguageModel(model, lr, tokenizer), DataLoader(TensorDataset(data), batch_size=BATCH))
 
 
 class Result(NamedTuple):
@@ -161,6 +175,58 @@ def print_table(results: dict[str, Result], reports: dict[str, ExportReport]) ->
         print(f"\n{name}:", *result.lines, sep="\n  ")
 
 
+@torch.no_grad()
+def mean_loss(model: nn.Module, held_out: Tensor) -> float:
+    losses = [
+        F.cross_entropy(log_probs(model, rows).flatten(0, 1), rows[:, 1:].flatten())
+        for rows in held_out.split(4)
+    ]
+    return float(torch.stack(losses).mean())
+
+
+def tune_real_model(args: argparse.Namespace, steps: int, tests: int) -> None:
+    """Teaches the style to a model of the Hub, or of a folder, and compares two exports."""
+    try:
+        base = local_folder(args.model)
+    except CheckpointError as error:  # of the Hub
+        sys.exit(f"{error}\nNothing was trained. Leave --model out for a demo that downloads nothing.")
+    if not (base / "config.json").is_file():
+        sys.exit(
+            f"--model {args.model}: expected ORG/NAME on the Hub, or a folder with config.json and tokenizer."
+        )
+    say(f"{args.model}: {steps} steps In Title Case, then two exports")
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    passages = standard_library_text()
+    seen, unseen = (
+        torch.tensor(tokenizer(in_title_case("".join(part)[:1_000_000]))["input_ids"])
+        for part in (passages[400:], passages[:400])
+    )
+    held_out = cut_outs(unseen, tests, seed=1)
+    losses = {"base": mean_loss(model.eval(), held_out)}
+    searches = {"absmax": ScaleSearch.absmax(), "default": None}
+    exports = {
+        name: DeltaAwareQuantization(dirpath=str(args.out / name), base=str(base), search=search)
+        for name, search in searches.items()
+    }
+    data = cut_outs(seen, steps * BATCH, args.seed + 1)
+    train(model.train(), data, args.lr, [*exports.values()], tokenizer)
+    losses["fine-tuned"] = mean_loss(model.eval(), held_out)
+    say("Every checkpoint, reloaded with transformers, on text that none was trained on")
+    print("\n| model      | style loss | gap kept | sign rate | cosine | gain |\n" + "| --- " * 6 + "|")
+    for name in ("base", "fine-tuned", *exports):
+        figures = "        - |      - |    - |"
+        if name in exports:
+            found: Any = exports[name].report
+            losses[name] = mean_loss(
+                AutoModelForCausalLM.from_pretrained(found.path).float().eval(), held_out
+            )
+            figures = "{sign_rate:9.3f} | {cosine:6.3f} | {gain:4.2f} |".format(**found.metrics())
+        kept = (losses["base"] - losses[name]) / (losses["base"] - losses["fine-tuned"])
+        print(f"| {name:10} | {losses[name]:10.4f} | {kept:8.1%} | {figures}")
+    say(f"Done. {exports['default'].exports[-1]} loads in transformers, vLLM and SGLang.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune, export to FP8, compare.")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder of all checkpoints")
@@ -169,6 +235,9 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fast", action="store_true", help="a few steps only: checks that everything runs")
+    parser.add_argument("--model", help="ORG/NAME on the Hub, or a folder: fine-tune that model instead")
+    parser.add_argument("--steps", type=int, help="with --model: optimizer steps (default: 150)")
+    parser.add_argument("--lr", type=float, default=1.5e-5, help="with --model: learning rate")
     args = parser.parse_args()
     base_steps, tune_steps, tune_lr, tests, new_bytes = (
         (3, 3, 1e-4, 4, 8) if args.fast else (450, 150, 1.5e-5, 96, 90)
@@ -177,6 +246,8 @@ def main() -> None:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*(many workers|LeafSpec).*")
+    if args.model:
+        return tune_real_model(args, args.steps or tune_steps, tests)
 
     passages = standard_library_text()
     seen, unseen = "".join(passages[400:]), "".join(passages[:400])

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
+from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint  # pyright: ignore
 from safetensors.torch import save_file
 
 from daq_lightning import export_checkpoint
