@@ -35,7 +35,7 @@ from daq_lightning.export.turns import in_turn, shares
 from daq_lightning.export.work import deal, files_of, open_on_all
 from daq_lightning.model.live import LiveModel
 from daq_lightning.model.saved_state import adapters_in
-from daq_lightning.training.claims import claim, mark_shared, versions
+from daq_lightning.training.claims import claim, mark_shared, tidy, versions
 from daq_lightning.training.references import (
     Base,
     BaseRequest,
@@ -60,6 +60,7 @@ def resolve_base(request: BaseRequest, model: LiveModel, ranks: Ranks) -> Base:
         CheckpointError: A folder or file that cannot be read.
     """
     saved, resumed = request.saved, request.resumed_from is not None
+    ranks.first(lambda: tidy(request.dirpath))
     if resumed and saved is not None and saved["kind"] == "snapshot":
         base = open_resumed(saved, request.dirpath, ranks)
     elif request.base in ("auto", "snapshot", "memory"):
