@@ -1,4 +1,4 @@
-"""SIGKILL at random times: what is there afterwards is whole, and the next run ends as if nothing had happened.
+"""SIGKILL at random times: what is there afterwards is whole, and the next run ends as if it had not been.
 
     python tests/kills.py --kills 500 --seed 0        prints a table; exit code 1 if anything was broken
 
@@ -11,9 +11,9 @@
 | snapshot | copies the weights before training | the copy whole, or none | uses or makes it, same bytes |
 | training | exports beside every checkpoint | every step's folder whole, or none | goes on, same bytes |
 
-Everything is imported once; each run is a fork, made before any thread is started. A run is killed at a moment
-between its start and the time that an undisturbed one takes. Whole means: the same files with the same bytes
-as those of a run that nobody killed, on which `verify` found nothing.
+Everything is imported once; each run is a fork, made before any thread is started. A run is killed between
+its start and 1.2 times what an undisturbed one takes. Whole means: the same files with the same bytes as
+those of a run that nobody killed, on which `verify` found nothing.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def works(inputs: Path) -> dict[str, Work]:
 
     from daq_lightning import DeltaAwareQuantization, ScaleSearch, export_checkpoint
     from daq_lightning.training.base import take_snapshot
-    from daq_lightning.training.claims import tidy
+    from daq_lightning.training.tidy import tidy
 
     search = ScaleSearch(n_coarse=4, n_fine=2)
     base, post = inputs / "base", inputs / "post"
@@ -209,7 +209,7 @@ class Campaign:
         killed = 0
         while killed < count:
             process = child(lambda: self.work.run(self.place))
-            time.sleep(self.chance.uniform(0, 1) * self.seconds)
+            time.sleep(self.chance.uniform(0, 1.2) * self.seconds)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
             status = os.waitpid(process, 0)[1]

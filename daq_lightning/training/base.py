@@ -35,7 +35,7 @@ from daq_lightning.export.turns import in_turn, shares
 from daq_lightning.export.work import deal, files_of, open_on_all
 from daq_lightning.model.live import LiveModel
 from daq_lightning.model.saved_state import adapters_in
-from daq_lightning.training.claims import claim, mark_shared, tidy, versions
+from daq_lightning.training.claims import claim, mark_shared, versions
 from daq_lightning.training.references import (
     Base,
     BaseRequest,
@@ -46,6 +46,7 @@ from daq_lightning.training.references import (
     open_resumed,
     read_fingerprints,
 )
+from daq_lightning.training.tidy import tidy
 
 _SNAPSHOT_VERSION = 1
 

@@ -4,7 +4,6 @@
     mark_shared(folder)  a second run uses what one has made: it stays, whatever becomes of either
     free_name(folder)    the name, or the first of `<name>-v1`, `<name>-v2` ... that neither exists nor is
     claimed
-    tidy(dirpath)        removes what runs that were killed left there
 
 A claim is a lock on the hidden file `.<name>.claim` beside the folder. The system takes the lock from a
 process that ends, however it ends; the file itself is removed with the claim and means nothing without a
@@ -14,21 +13,16 @@ lock.
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from daq_lightning.checkpoint.destination import alone, remove_leftovers
 from daq_lightning.checkpoint.locks import lock
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 
 _SHARED = "shared"  # an empty file in the folder
-# what a writer of a folder of this name, or a claim of the name, leaves beside it when it is killed
-_LEFT = re.compile(r"\.(.+?)(?:\.partial-[0-9a-f]{8}(?:\.lock)?|\.earlier-[0-9a-f]{8}|\.lock|\.claim)")
 
 
 @contextlib.contextmanager
@@ -74,23 +68,6 @@ def free_name(folder: Path) -> Iterator[Path]:
             if claimed and not name.exists():
                 yield name
                 return
-
-
-def tidy(dirpath: Path) -> None:
-    """Removes what runs that were killed left in a `dirpath`: unfinished folders, locks that nobody holds.
-
-    A later run need not write the same folders, so it looks for all. What `quantize --resume` can go on from
-    stays, and what a living process has.
-    """
-    with contextlib.suppress(OSError, CheckpointError):  # who cannot write there hears of it soon enough
-        matches = [match for path in dirpath.glob(".*") if (match := _LEFT.fullmatch(path.name))]
-        for name in sorted({match[1] for match in matches}):
-            if any(dirpath.glob(f".{glob.escape(name)}.partial-*/.*.done")):
-                continue
-            with claim(dirpath / name, wait=False) as claimed:
-                if claimed:
-                    with alone(dirpath / name):
-                        remove_leftovers(dirpath / name)
 
 
 def mark_shared(folder: Path) -> None:

@@ -113,14 +113,13 @@ def a_base_of_links(place):
 
 
 def adapter_of_links(place):
-    shutil.copyfile(
-        place / "adapter" / "adapter_model.safetensors", place / "stage1" / "model-00001-of-00001.safetensors"
-    )
-    (place / "adapter" / "adapter_model.safetensors").unlink()
-    (place / "adapter" / "adapter_model.safetensors").symlink_to(
-        place / "stage1" / "model-00001-of-00001.safetensors"
-    )
-    return [place / "base", "--adapter", place / "adapter", "--out", place / "stage1"]
+    snapshot, blobs = place / "hub" / "snapshots" / "abc", place / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(place / "stage1", blobs)
+    for file in (place / "adapter").iterdir():
+        shutil.copyfile(file, blobs / f"of-{file.name}")
+        (snapshot / file.name).symlink_to(blobs / f"of-{file.name}")
+    return [place / "base", "--adapter", snapshot, "--out", blobs]
 
 
 def parent_is_out(place):
