@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from daq_lightning.checkpoint.fingerprint import fingerprint
-from daq_lightning.checkpoint.folder import CARD, INDEX, MANIFEST, RawCheckpoint, sha256_of
+from daq_lightning.checkpoint.folder import CARD, INDEX, MANIFEST, RawCheckpoint, inside, sha256_of
 from daq_lightning.checkpoint.manifest import Manifest
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.report.figures import ExportReport
@@ -117,8 +117,12 @@ def _verify_stage(stage: Stage) -> Iterator[str]:
         file = folder / name
         if not file.is_file():
             yield f"{file} is missing"
-        elif sha256_of(file) != described["sha256"]:
-            yield f"{file} was altered"
+            continue
+        try:
+            if sha256_of(inside(folder, name)) != described["sha256"]:
+                yield f"{file} was altered"
+        except CheckpointError as error:  # a link out of the folder
+            yield str(error)
     try:
         ExportReport.load(folder)
         raw = RawCheckpoint(folder)

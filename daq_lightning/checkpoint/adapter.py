@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from daq_lightning.checkpoint.adapter_config import CONFIG, MERGE, PREFIX, WEIGHTS, is_number, read_config
+from daq_lightning.checkpoint.folder import inside
 from daq_lightning.checkpoint.patterns import BoundedMatcher
 from daq_lightning.checkpoint.tensor_file import (
     CheckpointError,
@@ -80,7 +81,8 @@ class AdapterFolder:
         self.config = read_config(self.path)
         self._matcher = BoundedMatcher(str(self.path / CONFIG))
         entries = {
-            name.removeprefix(PREFIX): entry for name, entry in read_header(self.path / WEIGHTS).items()
+            name.removeprefix(PREFIX): entry
+            for name, entry in read_header(inside(self.path, WEIGHTS)).items()
         }
         self._replaced: dict[str, TensorEntry] = {}
         parts: dict[str, dict[str, TensorEntry]] = {}

@@ -29,6 +29,8 @@ REPORT = "daq_report.json"
 PAGE = "daq_report.html"
 CARD = "README.md"
 RECIPE = "recipe.yaml"
+_MOST_JSON = 1 << 30  # bytes; a report of 70,000 weights, as the largest models have, takes a tenth
+_DEEPEST = 100  # levels
 
 
 class RawCheckpoint(Mapping[str, Tensor]):
@@ -88,12 +90,19 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty if there is no such file.
 
     Raises:
-        CheckpointError: The file is not a JSON object.
+        CheckpointError: The file is not a JSON object, is deeper or larger than any of a model, or is a link
+            out of its folder.
     """
     if not path.is_file():
         return {}
+    if path.is_symlink():
+        inside(path.parent, path.name)
     try:
+        if path.stat().st_size > _MOST_JSON:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
         content = json.loads(path.read_text("utf-8"))
+        if _depth(content) > _DEEPEST:
+            raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     except OSError as error:
@@ -101,6 +110,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should hold a JSON object, got {type(content).__name__}.")
     return content
+
+
+def _depth(content: Any) -> int:
+    """How deep lists and objects are nested; whoever follows them recursively needs as many frames."""
+    depth, level = 0, [content]
+    while level and depth <= _DEEPEST:
+        depth += 1
+        parts = (
+            part.values() if isinstance(part, dict) else part
+            for part in level
+            if isinstance(part, (dict, list))
+        )
+        level = [value for part in parts for value in part if isinstance(value, (dict, list))]
+    return depth
 
 
 def read_card(folder: Path) -> str:
@@ -112,7 +135,7 @@ def read_card(folder: Path) -> str:
     """
     if not (folder / CARD).is_file():
         return ""
-    path = _inside(folder, CARD)
+    path = inside(folder, CARD)
     try:
         return path.read_bytes().decode("utf-8", "surrogateescape")
     except OSError as error:
@@ -128,7 +151,11 @@ def replace_json(path: Path, content: Any) -> None:
 
 def sha256_of(file: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while piece := content.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -182,7 +209,7 @@ def companion_files(folder: Path) -> list[Path]:
     files = [file for pattern in ("*", "chat_templates/*") for file in sorted(folder.glob(pattern))]
     kept = [file for file in files if file.suffix in suffixes and not file.name.endswith(".index.json")]
     return [
-        _inside(folder, str(file.relative_to(folder)))
+        inside(folder, str(file.relative_to(folder)))
         for file in kept
         if file.name not in skipped and file.is_file()
     ]
@@ -199,9 +226,9 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     index = read_index(path)
     if index:
-        return [_inside(path, file) for file in sorted(set(index["weight_map"].values()))]
+        return [inside(path, file) for file in sorted(set(index["weight_map"].values()))]
     if (path / SINGLE).exists():
-        return [_inside(path, SINGLE)]
+        return [inside(path, SINGLE)]
     files = sorted(file.name for file in path.glob("*.safetensors"))
     if not files:
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
@@ -214,11 +241,15 @@ def _weight_files(path: Path) -> list[Path]:
         raise CheckpointError(
             f"{path} has no safetensors files: expected {SINGLE} or shards with {INDEX}.{hint}"
         )
-    return [_inside(path, file) for file in files]
+    return [inside(path, file) for file in files]
 
 
-def _inside(folder: Path, file: str) -> Path:
-    """The path of a file, if it lies in the folder (or is a link of a Hugging Face cache)."""
+def inside(folder: Path, file: str) -> Path:
+    """The path of a file, if it lies in the folder (or is a link of a Hugging Face cache).
+
+    Raises:
+        CheckpointError: It is not there, or is a link out of the folder.
+    """
     path, root = folder / file, folder.resolve()
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, though the index of the folder names it.")

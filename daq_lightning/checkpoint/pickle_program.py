@@ -11,8 +11,10 @@ Sources: Python's `pickletools` (opcodes), torch 2.13 `_utils` (`_rebuild_*`) an
 
 from __future__ import annotations
 
+import math
 import pickletools
 from collections.abc import Callable, Mapping
+from reprlib import repr as shown  # that of Python fills the memory where tuples hold one another many times
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -36,6 +38,8 @@ _DTYPES = {
     "ComplexFloatStorage": torch.complex64,
     "UntypedStorage": torch.uint8,
 }
+
+_MOST_REPEATED = 1 << 30  # bytes of a tensor that shows the bytes of its storage several times (stride 0)
 
 
 def run_pickle(program: bytes, find_storage: FindStorage) -> Any:
@@ -281,14 +285,16 @@ def _tensor(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> An
         if not isinstance(known, torch.dtype):
             return _OBJECT
         storage = storage._replace(dtype=known)
-    shaped = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)
-    if not shaped or not all(type(number) is int and number >= 0 for number in (offset, *size, *stride)):
+    shaped = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= 64
+    if not shaped or not all(type(n) is int and 0 <= n < 1 << 63 for n in (offset, *size, *stride)):
         raise ValueError(
-            f"a tensor has the size {str(size)[:80]}, stride {str(stride)[:80]}, offset {str(offset)[:80]}"
+            f"a tensor has size {shown(size)[:80]}, stride {shown(stride)[:80]}, offset {shown(offset)[:80]}"
         )
     last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
     if 0 not in size and (last + 1) * storage.dtype.itemsize > storage.data.nbytes():
         raise ValueError(
-            f"a tensor of size {str(size)[:80]} reaches beyond its storage of {storage.data.nbytes()} bytes"
+            f"a tensor of size {shown(size)[:80]} reaches beyond its storage of {storage.data.nbytes()} bytes"
         )
+    if math.prod(size) * storage.dtype.itemsize > max(storage.data.nbytes(), _MOST_REPEATED):
+        raise ValueError(f"a tensor of size {shown(size)[:80]} repeats its storage too often")
     return torch.empty(0, dtype=storage.dtype, device="cpu").set_(storage.data, offset, size, stride)

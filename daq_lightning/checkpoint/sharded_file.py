@@ -6,7 +6,8 @@
 
 A tensor is read when it is asked for, its pieces put together, by any single process. The metadata is a
 pickle and foreign input: only the classes that torch writes into it are made, anything else is refused before
-it is imported.
+it is imported; and what it says is held against the files: pieces fill their tensors, lie in files of this
+folder, and are together no larger than those.
 
 Source: torch 2.13 `torch.distributed.checkpoint` (`FileSystemReader`, `metadata`); lightning 2.6
 `ModelParallelStrategy.save_checkpoint` (the prefix "state_dict.").
@@ -15,29 +16,36 @@ Source: torch 2.13 `torch.distributed.checkpoint` (`FileSystemReader`, `metadata
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.folder import inside
 from daq_lightning.checkpoint.tensor_file import CheckpointError, DescribedTensors, TensorSpec
 
 _METADATA, _PREFIX = ".metadata", "state_dict."
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        "TensorProperties", "TensorStorageMetadata",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
     "torch": {"Size"},
-    "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
     "collections": {"OrderedDict"},
+}  # fmt: skip
+# of these only what a call gives is made: a pickle could set attributes of the classes and functions too
+_CALLED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): lambda value: _memory_format(value),
+    ("torch.serialization", "_get_layout"): lambda name: torch.serialization._get_layout(name),
+    **{("pathlib", f"{kind}{system}Path"): lambda *parts: os.path.join(*parts)
+       for kind in ("", "Pure") for system in ("Posix", "Windows")},
 }  # fmt: skip
 
 
@@ -60,6 +68,7 @@ class ShardedFile(DescribedTensors):
         self._path = Path(path)
         with self._explained(), open(self._path / _METADATA, "rb") as file:
             metadata = _Metadata(file).load()
+            _check(metadata, self._path)
             found = metadata.state_dict_metadata.items()
             self.specs = {
                 name.removeprefix(_PREFIX): TensorSpec(
@@ -107,9 +116,86 @@ class ShardedFile(DescribedTensors):
 class _Metadata(pickle.Unpickler):
     """Makes what torch writes into `.metadata`, and nothing else."""
 
+    def load(self) -> Any:
+        """The content.
+
+        Raises:
+            UnpicklingError: It names something else, or sets attributes of classes.
+        """
+        self._before: dict[type, dict[str, Any]] = {}
+        try:
+            return super().load()
+        finally:
+            altered = [kind for kind, before in self._before.items() if dict(vars(kind)) != before]
+            for kind in altered:
+                _restore(kind, self._before[kind])
+            if altered:
+                raise pickle.UnpicklingError(
+                    f"its metadata alters {altered[0].__name__}, which torch never does"
+                )
+
     def find_class(self, module: str, name: str) -> Any:
+        """A class by its name."""
+        if (module, name) in _CALLED:
+            return _CALLED[module, name]
         known = name in _CLASSES.get(module, ())
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not (known or dtype):
             raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which torch does not write")
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        if isinstance(found, type):
+            self._before.setdefault(found, dict(vars(found)))
+        return found
+
+
+def _memory_format(value: Any) -> Any:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    return _MEM_FORMAT_ENCODING(value)
+
+
+def _restore(kind: type, before: Mapping[str, Any]) -> None:
+    for name in set(vars(kind)) - set(before):
+        delattr(kind, name)
+    for name, value in before.items():
+        if vars(kind).get(name) is not value:
+            setattr(kind, name, value)
+
+
+def _check(metadata: Any, folder: Path) -> None:
+    """Holds the metadata of the state against the files.
+
+    Raises:
+        ValueError: A piece lies elsewhere, or beyond the end of its file; pieces do not fill their tensor.
+    """
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    sizes: dict[str, int] = {}
+    total = 0
+    for place in metadata.storage_data.values():
+        name = place.relative_path
+        if Path(name).name != name:
+            raise ValueError(f"its metadata names the file {name!r:.80}, which is not in the folder")
+        if name not in sizes:
+            if not (folder / name).is_file():
+                raise ValueError(f"its piece {name} is missing")
+            sizes[name] = inside(folder, name).stat().st_size
+        if not 0 <= place.offset <= place.offset + place.length <= sizes[name]:
+            raise ValueError(f"a piece ends behind the end of {name}")
+        if place.transform_descriptors:
+            raise ValueError(f"the pieces in {name} are transformed, which Lightning never does")
+        total += place.length
+    if total > sum(sizes.values()):
+        raise ValueError("its pieces overlap")
+    for name, entry in metadata.state_dict_metadata.items():
+        if not name.startswith(_PREFIX) or not hasattr(entry, "size"):
+            continue
+        itemsize, held = entry.properties.dtype.itemsize, 0
+        for chunk in entry.chunks:
+            place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            count = math.prod(chunk.sizes)
+            if count * itemsize > place.length or len(chunk.sizes) != len(entry.size):
+                raise ValueError(f"a piece of {name} does not hold its {count} numbers")
+            held += count
+        if held != math.prod(entry.size):
+            raise ValueError(f"the pieces of {name} hold {held} numbers, it has {math.prod(entry.size)}")

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -264,10 +265,11 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
 
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
         raise wrong("lacks dtype, shape or data_offsets")
-    dtype, shape, offsets = _DTYPES.get(str(fields["dtype"])), fields["shape"], fields["data_offsets"]
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else None
     if dtype is None:
         raise wrong(
-            f"has the dtype {str(fields['dtype'])[:80]!r}, expected one of {', '.join(sorted(_DTYPES))}"
+            f"has the dtype {shown(fields['dtype'])[:80]}, expected one of {', '.join(sorted(_DTYPES))}"
         )
     if (
         not isinstance(shape, list)
@@ -275,11 +277,11 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
         or not all(type(size) is int and 0 <= size <= _MAX_ELEMENTS for size in shape)
         or prod(max(1, size) for size in shape) > _MAX_ELEMENTS
     ):
-        raise wrong(f"has the shape {str(shape)[:80]}, expected a list of sizes")
+        raise wrong(f"has the shape {shown(shape)[:80]}, expected a list of sizes")
     if not (
         isinstance(offsets, list) and len(offsets) == 2 and all(type(x) is int and x >= 0 for x in offsets)
     ):
-        raise wrong(f"has the offsets {str(offsets)[:80]}, expected [begin, end]")
+        raise wrong(f"has the offsets {shown(offsets)[:80]}, expected [begin, end]")
     entry = TensorEntry(name=name, dtype=dtype, shape=tuple(shape), path=path, offset=data_start + offsets[0])
     if offsets[1] - offsets[0] != entry.nbytes:
         raise wrong(

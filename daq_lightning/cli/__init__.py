@@ -26,16 +26,18 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
+from reprlib import repr as shown
+from typing import Any, TextIO, cast
 
 from daq_lightning.cli import commands
 from daq_lightning.cli.arguments import make_parser
 from daq_lightning.cli.evaluate import evaluate
-from daq_lightning.cli.inputs import UsageError
+from daq_lightning.cli.inputs import UsageError, check_recipe
 from daq_lightning.cli.inspect import inspect
 from daq_lightning.cli.logs import LOGGER, log_versions, logged
 from daq_lightning.cli.normalized import normalized
 from daq_lightning.cli.ranks import speaker, spread_over_gpus
+from daq_lightning.cli.visible import Visible, visible
 from daq_lightning.cli.words import INTERRUPTED, MISTAKE, NO_READER, REFUSED, TERMINATED, USAGE, in_options
 from daq_lightning.model.imports import without_collections
 
@@ -83,13 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     own = argv is None  # only then this process is the command, and may become another
     argv = normalized(list(sys.argv[1:] if argv is None else argv))
-    with _any_text():
+    with _any_text(), contextlib.redirect_stdout(cast(TextIO, Visible(sys.stdout))):
         return _run(argv, own)
 
 
 def _run(argv: list[str], own: bool) -> int:
     debug = "--debug" in argv
     try:
+        check_recipe(argv)
         with without_collections():
             options = make_parser().parse_args(argv)
         chosen = options[options.subcommand]
@@ -106,15 +109,18 @@ def _run(argv: list[str], own: bool) -> int:
     except (ValueError, OSError, ImportError) as error:
         if debug:
             traceback.print_exc()
-        print(f"{speaker()}: error: {in_options(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"{speaker()}: error: {visible(in_options(' '.join(str(error).split())))}", file=sys.stderr)
         return USAGE if isinstance(error, UsageError) else REFUSED
     except Exception as error:
         if debug:
             traceback.print_exc()
-        shown = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            print(f"{speaker()}: error: the memory of this machine is not enough.", file=sys.stderr)
+            return REFUSED
+        what = " ".join(f"{type(error).__name__}: {error}".split())
         print(
-            f"{speaker()}: unexpected error: {shown[:500]}. This is a mistake in daq-lightning: please "
-            "report it with the output of the same command with --debug.",
+            f"{speaker()}: unexpected error: {visible(what[:500])}. This is a mistake in daq-lightning: "
+            "please report it with the output of the same command with --debug.",
             file=sys.stderr,
         )
         return MISTAKE
@@ -128,6 +134,10 @@ def _command(name: str, chosen: Any, argv: list[str], own: bool) -> int:
     log_versions()
     for option in _PATHS:
         if chosen.get(option) is not None:
+            if not isinstance(chosen[option], str):  # of a recipe
+                raise UsageError(
+                    f"{option}: expected a path, got {shown(chosen[option])[:80]}; put it in quotes."
+                )
             chosen[option] = os.path.expanduser(chosen[option])
     if own and not chosen.get("dry_run"):
         spread_over_gpus(argv, chosen.get("device"))

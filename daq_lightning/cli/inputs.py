@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,31 @@ from daq_lightning.cli.logs import LOGGER
 if TYPE_CHECKING:
     from daq_lightning.checkpoint.reader import Checkpoint
 
+_MOST_CHARACTERS = 1 << 21  # of a recipe that is looked at
+
 
 class UsageError(ValueError):
     """A command line that says too little, or what cannot be meant; no file was looked at."""
+
+
+def check_recipe(argv: Sequence[str]) -> None:
+    """Refuses a recipe (--config FILE) that would fill the memory while it is read.
+
+    Raises:
+        UsageError: It has aliases, or is larger than any recipe.
+    """
+    from daq_lightning.report.front_matter import check_plain
+
+    named = [part.partition("=")[2] for part in argv if part.startswith("--config=")]
+    named += [after for part, after in pairwise(argv) if part == "--config"]
+    for name in named:
+        try:
+            with open(name, encoding="utf-8") as file:
+                check_plain(file.read(_MOST_CHARACTERS))
+        except OSError:  # the parser says what is wrong with it
+            continue
+        except ValueError as error:
+            raise UsageError(f"--config {name}: {error}.") from error
 
 
 def weights_of(post: str, adapter: str | None) -> Checkpoint:

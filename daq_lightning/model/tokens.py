@@ -100,11 +100,18 @@ def text_field(config: Mapping[str, Any], name: str) -> Any:
 def _tokens(document: Document, tokenizer: Any) -> list[int]:
     with quiet_and_offline():  # without a warning about texts that are longer than a window
         if document.messages is None:
-            return list(tokenizer(document.text).input_ids)
+            return _encoded(document, document.text, tokenizer)
         try:
             text = tokenizer.apply_chat_template(document.messages, tokenize=False)
         except Exception as error:  # a template is foreign code, and says what it will
             raise ValueError(
                 f"{document.place}: the messages do not fit the tokenizer's chat template: {error}"
             ) from error
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
+        return _encoded(document, text, tokenizer, add_special_tokens=False)
+
+
+def _encoded(document: Document, text: str | None, tokenizer: Any, **options: Any) -> list[int]:
+    try:
+        return list(tokenizer(text, **options).input_ids)
+    except Exception as error:  # its files are foreign, and may hold anything in any field
+        raise ValueError(f"{document.place}: the tokenizer cannot read the text: {error}") from error

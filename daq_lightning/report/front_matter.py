@@ -78,6 +78,27 @@ def merge(front: str, ours: Mapping[str, Any], replaced: Collection[str]) -> str
     return merged
 
 
+def check_plain(text: str) -> None:
+    """Refuses YAML that is larger when it is read: a few lines of aliases of aliases fill any memory.
+
+    Raises:
+        ValueError: It has aliases, more than a million characters, or is no YAML.
+
+    Example:
+        >>> check_plain("a: [1, 2]")
+    """
+    import yaml
+
+    if len(text) > _LARGEST:
+        raise ValueError(f"it has more than {_LARGEST} characters")
+    try:
+        aliased = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise ValueError(f"it is no YAML: {error}") from error
+    if aliased:
+        raise ValueError("it has aliases (*name), which no recipe needs: write what they stand for")
+
+
 def dump(content: Mapping[str, Any] | list[dict[str, Any]]) -> str:
     """YAML in blocks, in the order given; nothing for nothing."""
     import yaml

@@ -46,6 +46,7 @@ from daq_lightning.training.references import (
     open_resumed,
     read_fingerprints,
 )
+from daq_lightning.training.tidy import tidy
 
 _SNAPSHOT_VERSION = 1
 
@@ -60,6 +61,7 @@ def resolve_base(request: BaseRequest, model: LiveModel, ranks: Ranks) -> Base:
         CheckpointError: A folder or file that cannot be read.
     """
     saved, resumed = request.saved, request.resumed_from is not None
+    ranks.first(lambda: tidy(request.dirpath))
     if resumed and saved is not None and saved["kind"] == "snapshot":
         base = open_resumed(saved, request.dirpath, ranks)
     elif request.base in ("auto", "snapshot", "memory"):

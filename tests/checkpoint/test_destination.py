@@ -101,26 +101,25 @@ def out_through_a_link(place):
     return [place / "post", "--base", place / "runs" / "stage1", "--out", place / "link" / "stage1"]
 
 
-def a_base_of_links(place):
-    """As in the hub's cache: the folder is elsewhere, its files are links into the destination."""
+def links_of_a_cache(place, folder):
+    """As in the hub's cache: a folder whose files are links into another, which holds an export too."""
     snapshot, blobs = place / "hub" / "snapshots" / "abc", place / "hub" / "blobs"
     snapshot.mkdir(parents=True)
     shutil.copytree(place / "stage1", blobs)
-    for file in (place / "base").iterdir():
+    for file in (place / folder).iterdir():
         shutil.copyfile(file, blobs / f"of-{file.name}")
         (snapshot / file.name).symlink_to(blobs / f"of-{file.name}")
+    return snapshot, blobs
+
+
+def a_base_of_links(place):
+    snapshot, blobs = links_of_a_cache(place, "base")
     return [place / "post", "--base", snapshot, "--out", blobs]
 
 
 def adapter_of_links(place):
-    shutil.copyfile(
-        place / "adapter" / "adapter_model.safetensors", place / "stage1" / "model-00001-of-00001.safetensors"
-    )
-    (place / "adapter" / "adapter_model.safetensors").unlink()
-    (place / "adapter" / "adapter_model.safetensors").symlink_to(
-        place / "stage1" / "model-00001-of-00001.safetensors"
-    )
-    return [place / "base", "--adapter", place / "adapter", "--out", place / "stage1"]
+    snapshot, blobs = links_of_a_cache(place, "adapter")
+    return [place / "base", "--adapter", snapshot, "--out", blobs]
 
 
 def parent_is_out(place):

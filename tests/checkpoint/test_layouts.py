@@ -167,6 +167,7 @@ def test_integers_are_packed_as_compressed_tensors_does_it(shape):
     assert torch.equal(pack_rows(codes), pack_to_int32(codes, 4))
     assert torch.equal(pack_rows(codes.T).T.contiguous(), pack_to_int32(codes, 4, packed_dim=0))
     assert torch.equal(unpack_rows(pack_rows(codes), shape[1]), codes)
+    assert torch.equal(unpack_rows(pack_to_int32(codes, 4, packed_dim=0).T, shape[0]).T, codes)
     assert torch.equal(unpack_from_int32(pack_rows(codes), 4, shape), codes)
 
 

@@ -5,8 +5,6 @@ A manifest gets the fingerprint of its changed content, as a forger would give i
 """
 
 import contextlib
-import copy
-import hashlib
 import io
 import json
 import os
@@ -15,6 +13,7 @@ import shutil
 import pytest
 import tiny_models
 import transformers
+from fuzz import as_bytes, changed, places, signed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -48,40 +47,6 @@ HOSTILE = st.one_of(
 )  # fmt: skip
 
 
-def places(content, path=()):
-    """Every place of a JSON value, as a path of keys and indices."""
-    yield path
-    items = (
-        content.items()
-        if isinstance(content, dict)
-        else enumerate(content)
-        if isinstance(content, list)
-        else ()
-    )
-    for key, value in items:
-        yield from places(value, (*path, key))
-
-
-def changed(content, path, action, value):
-    """A copy with one place replaced, removed, renamed, or with a new neighbour."""
-    if not path:
-        return value
-    content = copy.deepcopy(content)
-    parent = content
-    for key in path[:-1]:
-        parent = parent[key]
-    key = path[-1]
-    if action == "replace":
-        parent[key] = value
-    elif action == "remove":
-        del parent[key]
-    elif isinstance(parent, list):
-        parent.append(value)
-    else:
-        parent[value if isinstance(value, str) else "new"] = parent.pop(key) if action == "rename" else value
-    return content
-
-
 @st.composite
 def mutations(draw, content):
     """What an attacker makes of a JSON file: its bytes, or the value they hold."""
@@ -103,18 +68,6 @@ def mutations(draw, content):
         action = draw(st.sampled_from(["replace", "replace", "replace", "remove", "rename", "add"]))
         content = changed(content, path, action, draw(HOSTILE))
     return content
-
-
-def as_bytes(content):
-    return content if isinstance(content, bytes) else json.dumps(content).encode()
-
-
-def signed(content):
-    """A manifest with the fingerprint of its content."""
-    if not isinstance(content, dict):
-        return content
-    content = {key: value for key, value in content.items() if key != "fingerprint"}
-    return content | {"fingerprint": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 @pytest.fixture(scope="module")
