@@ -103,6 +103,9 @@ ACTIVATIONS = Setting(rounding="activations", damping_in=0.001, damping_out=0.01
 ACTIVATIONS_UPDATE = Setting(
     rounding="activations", update=0.1, damping_in=0.001, damping_out=0.01, ordered=True
 )
+DAMPED, DAMPED_UPDATE = (
+    replace(one, damping_in=0.03, damping_out=0.1) for one in (ACTIVATIONS, ACTIVATIONS_UPDATE)
+)
 GRADIENTS = Setting(rounding="gradients", damping_in=0.001, damping_out=0.01, ordered=True)
 SELF = Setting(rounding="self", damping_in=0.001, damping_out=0.01, ordered=True)
 
@@ -126,7 +129,7 @@ def four_bit(scheme: str, model: str) -> list[Setting]:
     mse = Setting(scheme=scheme, objective="mse", low=0.5, high=2.0)
     nearest = [Setting(scheme=scheme), mse, replace(HYBRID, scheme=scheme)]
     scales = [mse] if model == "minilm" else nearest[:2]
-    chosen = [UPDATE, INPUTS_UPDATE, *gptq(), ACTIVATIONS, ACTIVATIONS_UPDATE]
+    chosen = [UPDATE, INPUTS_UPDATE, *gptq(), ACTIVATIONS, ACTIVATIONS_UPDATE, DAMPED, DAMPED_UPDATE]
     return nearest + [
         replace(one, scheme=scheme, objective=of.objective, low=of.low, high=of.high)
         for of in scales

@@ -144,12 +144,19 @@ ROUNDING: list[tuple[str, Setting]] = [
 ]
 
 
+FOUR_BIT: list[tuple[str, Setting]] = [
+    *ROUNDING,
+    ("activations (K-FAC), .03/.1", s.DAMPED),
+    ("activations, .03/.1, + .1 update", s.DAMPED_UPDATE),
+]
+
+
 def _label(setting: Setting) -> str:
     """Of a row in four bit."""
     scales = f"{setting.objective} scales"
     if setting.rounding == "nearest":
         return f"nearest, {scales}"
-    labels = {(one.rounding, one.update, one.damping_in, one.ordered): label for label, one in ROUNDING}
+    labels = {(one.rounding, one.update, one.damping_in, one.ordered): label for label, one in FOUR_BIT}
     return f"{labels[setting.rounding, setting.update, setting.damping_in, setting.ordered]}, {scales}"
 
 

@@ -177,6 +177,7 @@ class _Sides:
             inputs=statistics.inputs is not None,
             outputs=statistics.outputs is not None,
             low_rank=self._low_rank,
+            bits=pair.plan.layout.scheme.format.bits,
         )
         if self._kept:
             settings = dataclasses.replace(settings, update=RoundingSettings.update)

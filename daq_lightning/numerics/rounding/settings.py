@@ -17,8 +17,8 @@ RoundingChoice: TypeAlias = Literal["auto", "nearest", "curvature"]
 class RoundingSettings:
     """How to mix and damp; checked when it is made. Shares are of a matrix whose mean diagonal is 1.
 
-    The defaults are those that were best for full fine-tuning with K-FAC statistics; `suited` has those for
-    less than that.
+    The defaults are those that were best for full fine-tuning with K-FAC statistics in 8 bit; `suited` has
+    those for less than that.
 
     Attributes:
         update: Share of the update's own D^T D and D D^T beside the statistics, >= 0.
@@ -41,7 +41,7 @@ class RoundingSettings:
     order: bool = True
 
     @classmethod
-    def suited(cls, *, inputs: bool, outputs: bool, low_rank: bool) -> RoundingSettings:
+    def suited(cls, *, inputs: bool, outputs: bool, low_rank: bool, bits: int = 8) -> RoundingSettings:
         """What measured best for the statistics that there are.
 
         Args:
@@ -49,6 +49,8 @@ class RoundingSettings:
             outputs: Whether those of the outputs are known, likewise.
             low_rank: Whether the update is that of an adapter, whose few directions say nothing of the others
                 and which is left out.
+            bits: Of a code. Errors of four bits are large enough to show what a few batches got wrong: more
+                damping.
 
         Example:
             >>> RoundingSettings.suited(inputs=False, outputs=False, low_rank=False).order
@@ -58,7 +60,8 @@ class RoundingSettings:
             return cls(damping_in=0.1, damping_out=0.3, order=False)
         if not outputs:
             return cls(update=0.0, damping_out=0.1)
-        return cls(update=0.0 if low_rank else cls.update)
+        update = 0.0 if low_rank else cls.update
+        return cls(update=update) if bits > 4 else cls(update=update, damping_in=0.03, damping_out=0.1)
 
     def __post_init__(self) -> None:
         for name in ("update", "damping_in", "damping_out"):
