@@ -160,11 +160,11 @@ def test_experts_go_up_to_a_format_that_vllm_has_for_them(planned):
     rungs = [
         layout.scheme.name for layout in planned("MixtralForCausalLM", scheme="W4A16", budget="9 bits").rungs
     ]
-    assert rungs == ["W4A16", "FP8_DYNAMIC"]
+    assert rungs == ["W4A16", "W4A16_G32", "FP8_DYNAMIC"]
     dense = [
         layout.scheme.name for layout in planned("LlamaForCausalLM", scheme="W4A16", budget="9 bits").rungs
     ]
-    assert dense == ["W4A16", "FP8A16"]
+    assert dense == ["W4A16", "W4A16_G32", "FP8A16"]
     (note,) = planned("MixtralForCausalLM", scheme="FP8A16").notes
     assert "vLLM refuses it" in note
 
