@@ -10,7 +10,7 @@ from benchmarks.families.models import served_by
 
 SCHEMES = ("FP8_BLOCK", "FP8_DYNAMIC", "W4A16")
 WORDS = {"pass": "pass", "noted": "pass", "vllm": "vLLM only", "refused": "refused"}
-HEADER = "| family | vLLM 0.33 | quantized | kept in 16 bit | FP8_BLOCK | FP8_DYNAMIC | W4A16 |"
+HEADER = "| family | vLLM 0.33 | FP8_BLOCK | FP8_DYNAMIC | W4A16 | quantized | kept in 16 bit |"
 HEAD = """# Families of models
 
 A tiny random model of each family of decoders that transformers 5.23 ships and vLLM 0.33 serves, through each
@@ -51,14 +51,15 @@ def line(row: Row, notes: dict[str, int]) -> str:
     Raises:
         ValueError: An outcome that is neither a pass nor a refusal.
     """
-    return " | ".join([beginning(row), *(cell(row.outcomes[scheme], notes) for scheme in SCHEMES)]) + " |"
+    found = (cell(row.outcomes[scheme], notes) for scheme in SCHEMES)
+    return " | ".join([f"| {row.family}", served_by(row.family), *found, ending(row)])
 
 
-def beginning(row: Row) -> str:
-    """A row of the table up to its outcomes."""
+def ending(row: Row) -> str:
+    """A row of the table after its outcomes."""
     named = [", ".join(f"`{name}`" if name[0] != "*" else name for name in some)
              for some in (row.quantized, row.kept)]  # fmt: skip
-    return f"| {row.family} | {served_by(row.family)} | {' | '.join(named)}"
+    return f"{' | '.join(named)} |"
 
 
 def cell(outcome: Outcome, notes: dict[str, int]) -> str:
@@ -90,5 +91,5 @@ def states(text: str) -> dict[str, list[str]]:
     for row in text.splitlines():
         cells = [part.strip() for part in row.strip("|").split("|")]
         if len(cells) == len(HEADER.strip("|").split("|")) and cells[0] not in ("family", "---"):
-            found[cells[0]] = [re.sub(r" \(\d+\)$", "", word) for word in cells[-3:]]
+            found[cells[0]] = [re.sub(r" \(\d+\)$", "", word) for word in cells[2:5]]
     return found
