@@ -310,16 +310,43 @@ def overlapping(metadata, path):
         place.offset, place.length = 0, whole
 
 
-@pytest.mark.parametrize(
-    "lie", [elsewhere, absolute, beyond, before, compressed, huge, huge_piece, half_filled, overlapping]
-)
+def repeated(metadata, path):
+    """As sizes, what a product makes a text of 2^30 characters of."""
+    metadata.state_dict_metadata["state_dict.w"].chunks[0].sizes = ("x", 2**30)
+
+
+def many_dimensions(metadata, path):
+    """A product of so many factors takes long."""
+    entry = metadata.state_dict_metadata["state_dict.w"]
+    entry.size = entry.chunks[0].sizes = torch.Size([2**62] * 10**5)
+
+
+def other_place(metadata, path):
+    place_of(metadata).offset = [0]
+
+
+LIES = {
+    **dict.fromkeys((elsewhere, absolute), "is not in the folder"),
+    **dict.fromkeys((beyond, before), "ends behind the end"),
+    compressed: "are transformed",
+    huge: "hold 12 numbers, it has 4398046511104",
+    huge_piece: "does not hold its 4398046511104 numbers",
+    half_filled: "hold 4 numbers, it has 12",
+    overlapping: "overlap",
+    repeated: "other dimensions",
+    many_dimensions: "at most 64 dimensions",
+    other_place: "two numbers for its place",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
 def test_metadata_that_contradicts_the_files_is_refused(sharded, lie):
     assert torch.equal(read_lightning_checkpoint(sharded)["w"], torch.arange(12.0).view(3, 4))
     metadata = pickle.loads((sharded / ".metadata").read_bytes())
     shutil.copy(next(sharded.glob("*.distcp")), sharded.parent / "other.distcp")
     lie(metadata, sharded)
     (sharded / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=r"a\.ckpt cannot be read: "):
+    with pytest.raises(CheckpointError, match=rf"a\.ckpt cannot be read: .*{LIES[lie]}"):
         read_lightning_checkpoint(sharded)
 
 

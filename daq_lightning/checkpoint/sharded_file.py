@@ -5,9 +5,10 @@
     meta.pt           everything else (loops, callbacks), which is not read here
 
 A tensor is read when it is asked for, its pieces put together, by any single process. The metadata is a
-pickle and foreign input: only the classes that torch writes into it are made, anything else is refused before
-it is imported; and what it says is held against the files: pieces fill their tensors, lie in files of this
-folder, and are together no larger than those.
+pickle and foreign input: it is held to limits of time and memory first (`pickle_limits`); only the classes
+that torch writes into it are made, anything else is refused before it is imported; and what it says is held
+against the files: pieces fill their tensors, lie in files of this folder, and are together no larger than
+those.
 
 Source: torch 2.13 `torch.distributed.checkpoint` (`FileSystemReader`, `metadata`); lightning 2.6
 `ModelParallelStrategy.save_checkpoint` (the prefix "state_dict.").
@@ -16,6 +17,7 @@ Source: torch 2.13 `torch.distributed.checkpoint` (`FileSystemReader`, `metadata
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import pickle
@@ -28,9 +30,11 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.folder import inside
+from daq_lightning.checkpoint.pickle_limits import check_pickle
 from daq_lightning.checkpoint.tensor_file import CheckpointError, DescribedTensors, TensorSpec
 
 _METADATA, _PREFIX = ".metadata", "state_dict."
+_MOST_DIMENSIONS = 64  # of torch
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
@@ -66,8 +70,10 @@ class ShardedFile(DescribedTensors):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
-        with self._explained(), open(self._path / _METADATA, "rb") as file:
-            metadata = _Metadata(file).load()
+        with self._explained():
+            program = (self._path / _METADATA).read_bytes()
+            check_pickle(program)
+            metadata = _Metadata(io.BytesIO(program)).load()
             _check(metadata, self._path)
             found = metadata.state_dict_metadata.items()
             self.specs = {
@@ -162,6 +168,10 @@ def _restore(kind: type, before: Mapping[str, Any]) -> None:
             setattr(kind, name, value)
 
 
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, torch.Size) and len(value) <= _MOST_DIMENSIONS and all(n >= 0 for n in value)
+
+
 def _check(metadata: Any, folder: Path) -> None:
     """Holds the metadata of the state against the files.
 
@@ -174,6 +184,8 @@ def _check(metadata: Any, folder: Path) -> None:
     total = 0
     for place in metadata.storage_data.values():
         name = place.relative_path
+        if not (type(name) is str and type(place.offset) is type(place.length) is int):
+            raise ValueError("a piece has no name of a file and two numbers for its place in it")
         if Path(name).name != name:
             raise ValueError(f"its metadata names the file {name!r:.80}, which is not in the folder")
         if name not in sizes:
@@ -190,11 +202,16 @@ def _check(metadata: Any, folder: Path) -> None:
     for name, entry in metadata.state_dict_metadata.items():
         if not name.startswith(_PREFIX) or not hasattr(entry, "size"):
             continue
-        itemsize, held = entry.properties.dtype.itemsize, 0
+        dtype, held = entry.properties.dtype, 0
+        if not isinstance(dtype, torch.dtype) or not _is_shape(entry.size):
+            raise ValueError(f"{name!r:.80} has no dtype and a size of at most {_MOST_DIMENSIONS} dimensions")
         for chunk in entry.chunks:
-            place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            count = math.prod(chunk.sizes)
-            if count * itemsize > place.length or len(chunk.sizes) != len(entry.size):
+            where, shape = chunk.offsets, chunk.sizes
+            if not (_is_shape(where) and _is_shape(shape) and len(where) == len(shape) == len(entry.size)):
+                raise ValueError(f"a piece of {name!r:.80} has other dimensions than it")
+            place = metadata.storage_data[MetadataIndex(name, where)]
+            count = math.prod(shape)
+            if count * dtype.itemsize > place.length:
                 raise ValueError(f"a piece of {name} does not hold its {count} numbers")
             held += count
         if held != math.prod(entry.size):
