@@ -8,9 +8,9 @@ A tensor is read when it is asked for, its pieces put together, by any single pr
 pickle and foreign input: it is held to limits of time and memory first (`pickle_limits`); only the classes
 that torch writes into it are made, anything else is refused before it is imported; and what it says is held
 against the files: pieces fill their tensors, lie in files of this folder, and are together no larger than
-those.
+those. The pieces are read by `torch_archive`, which executes nothing.
 
-Source: torch 2.13 `torch.distributed.checkpoint` (`FileSystemReader`, `metadata`); lightning 2.6
+Source: torch 2.13 `torch.distributed.checkpoint` (`FileSystemReader.read_data`, `metadata`); lightning 2.6
 `ModelParallelStrategy.save_checkpoint` (the prefix "state_dict.").
 """
 
@@ -21,7 +21,6 @@ import io
 import math
 import os
 import pickle
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from torch import Tensor
 from daq_lightning.checkpoint.folder import inside
 from daq_lightning.checkpoint.pickle_limits import check_pickle
 from daq_lightning.checkpoint.tensor_file import CheckpointError, DescribedTensors, TensorSpec
+from daq_lightning.checkpoint.torch_archive import read_archive
 
 _METADATA, _PREFIX = ".metadata", "state_dict."
 _MOST_DIMENSIONS = 64  # of torch
@@ -90,16 +90,35 @@ class ShardedFile(DescribedTensors):
         self._metadata = metadata
 
     def __getitem__(self, name: str) -> Tensor:
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.metadata import MetadataIndex
 
         spec = self.specs[name]
-        reader = dcp.FileSystemReader(self._path)
-        reader.read_metadata = lambda *_, **__: self._metadata  # type: ignore[method-assign]  checked above
-        with self._explained(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")  # it is not needed
-            tensor = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
-            dcp.load({_PREFIX + name: tensor}, storage_reader=reader, no_dist=True)
+        with self._explained():
+            tensor = torch.zeros(spec.shape, dtype=spec.dtype, device="cpu")
+            for chunk in self._metadata.state_dict_metadata[_PREFIX + name].chunks:
+                place = self._metadata.storage_data[MetadataIndex(_PREFIX + name, chunk.offsets)]
+                part = tensor
+                for axis, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                    part = part.narrow(axis, start, length)
+                part.copy_(self._piece(name, place, part))
         return tensor
+
+    def _piece(self, name: str, place: Any, like: Tensor) -> Tensor:
+        """What `torch.save` wrote at a place: a tensor of a known dtype and shape."""
+        data = bytearray(place.length)
+        with open(self._path / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            if file.readinto(data) != len(data):
+                raise ValueError(f"its piece {place.relative_path} was cut off")
+        found = read_archive(
+            io.BytesIO(data), lambda: torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
+        )
+        if not (isinstance(found, Tensor) and (found.dtype, found.shape) == (like.dtype, like.shape)):
+            what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else "no tensor"
+            raise ValueError(
+                f"a piece of {name!r:.80} is {what[:80]}, expected {like.dtype} {tuple(like.shape)}"
+            )
+        return found
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -107,12 +126,8 @@ class ShardedFile(DescribedTensors):
             yield
         except CheckpointError:
             raise
-        except BaseException as error:  # torch's own is not an Exception
-            failures = getattr(error, "failures", None)
-            if failures is None and not isinstance(error, Exception):
-                raise
-            cause = next(iter(failures.values()))[0] if failures else error
-            what = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:300]
+        except Exception as error:  # anything that the metadata makes may be of another type than expected
+            what = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise CheckpointError(
                 f"{self._path} cannot be read: {what.rstrip('.')}. Expected a complete checkpoint folder "
                 "that Lightning's Trainer wrote with ModelParallelStrategy or FSDPStrategy."
