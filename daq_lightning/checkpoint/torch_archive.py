@@ -40,13 +40,13 @@ DAMAGED = (
 )
 
 
-def read_archive(file: BinaryIO, whole: Callable[[], torch.UntypedStorage]) -> Any:
+def read_archive(file: BinaryIO, whole: Callable[[], Any]) -> Any:
     """The object in an archive, made of containers, numbers, strings, tensors and stand-ins.
 
     Args:
         file: The archive.
-        whole: Gives all its bytes, of which the storages of the tensors are parts; called when a tensor first
-            asks for one.
+        whole: Gives the `UntypedStorage` of all its bytes, of which the storages of the tensors are parts;
+            called when a tensor first asks for one.
 
     Raises:
         DAMAGED: It is no such archive, cut off, or a tensor does not fit its storage.
@@ -120,9 +120,9 @@ class _Storages:
         records: Its records.
     """
 
-    def __init__(self, whole: Callable[[], torch.UntypedStorage], records: Mapping[str, _Record]) -> None:
+    def __init__(self, whole: Callable[[], Any], records: Mapping[str, _Record]) -> None:
         self._whole, self._records = whole, records
-        self._bytes: torch.UntypedStorage | None = None
+        self._bytes: Any = None
         self._known: dict[str, torch.UntypedStorage] = {}
 
     def __call__(self, key: str, nbytes: int) -> torch.UntypedStorage:
