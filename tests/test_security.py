@@ -10,6 +10,7 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import resource
 import shutil
 import struct
@@ -310,17 +311,85 @@ def overlapping(metadata, path):
         place.offset, place.length = 0, whole
 
 
-@pytest.mark.parametrize(
-    "lie", [elsewhere, absolute, beyond, before, compressed, huge, huge_piece, half_filled, overlapping]
-)
+def repeated(metadata, path):
+    """As sizes, what a product makes a text of 2^30 characters of."""
+    metadata.state_dict_metadata["state_dict.w"].chunks[0].sizes = ("x", 2**30)
+
+
+def many_dimensions(metadata, path):
+    """A product of so many factors takes long."""
+    entry = metadata.state_dict_metadata["state_dict.w"]
+    entry.size = entry.chunks[0].sizes = torch.Size([2**62] * 10**5)
+
+
+def other_place(metadata, path):
+    place_of(metadata).offset = [0]
+
+
+LIES = {
+    **dict.fromkeys((elsewhere, absolute), "is not in the folder"),
+    **dict.fromkeys((beyond, before), "ends behind the end"),
+    compressed: "are transformed",
+    huge: "hold 12 numbers, it has 4398046511104",
+    huge_piece: "does not hold its 4398046511104 numbers",
+    half_filled: "hold 4 numbers, it has 12",
+    overlapping: "overlap",
+    repeated: "other dimensions",
+    many_dimensions: "at most 64 dimensions",
+    other_place: "two numbers for its place",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
 def test_metadata_that_contradicts_the_files_is_refused(sharded, lie):
     assert torch.equal(read_lightning_checkpoint(sharded)["w"], torch.arange(12.0).view(3, 4))
     metadata = pickle.loads((sharded / ".metadata").read_bytes())
     shutil.copy(next(sharded.glob("*.distcp")), sharded.parent / "other.distcp")
     lie(metadata, sharded)
     (sharded / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=r"a\.ckpt cannot be read: "):
+    with pytest.raises(CheckpointError, match=rf"a\.ckpt cannot be read: .*{LIES[lie]}"):
         read_lightning_checkpoint(sharded)
+
+
+def with_piece(folder, content):
+    """Puts other bytes in the place of the piece of `w`."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    place = place_of(metadata)
+    (folder / "new.distcp").write_bytes(content)
+    place.relative_path, place.offset, place.length = "new.distcp", 0, len(content)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def saved(content, program=None):
+    """What `torch.save` writes, with another pickle if there is one."""
+    buffer, other = io.BytesIO(), io.BytesIO()
+    torch.save(content, buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(other, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, program if program and name.endswith("data.pkl") else old.read(name))
+    return other.getvalue()
+
+
+TWICE_FORTY_TIMES = b"\x80\2}K\1" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(40)) + b"Ns."
+
+
+@pytest.mark.parametrize(
+    ("piece", "said"),
+    [
+        (saved(torch.ones(3, 4), TWICE_FORTY_TIMES), "is no tensor, expected torch.float32 (3, 4)"),
+        (saved(torch.ones(3, 4, dtype=torch.float64)), "is torch.float64 (3, 4), expected torch.float32"),
+        (saved(torch.ones(4, 3)), "is torch.float32 (4, 3), expected"),
+        (saved([torch.ones(3, 4)]), "is no tensor"),
+    ],
+)
+def test_a_piece_is_read_as_data_and_has_to_be_what_the_metadata_says(sharded, monkeypatch, piece, said):
+    """torch's own reader, weights only, does not come back from the first."""
+    monkeypatch.setattr(torch, "load", None)
+    with_piece(sharded, piece)
+    state = read_lightning_checkpoint(sharded)
+    assert torch.equal(state["v"], torch.ones(5))
+    with pytest.raises(CheckpointError, match=re.escape(f"a piece of 'w' {said}")):
+        state["w"]
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class FourBitWeight:
             dtype: Of the result.
         """
         packed = read(self.parts[_CODES]).contiguous().flatten().view(torch.uint8)
-        values = read(self.parts[_MAP]).float()
+        values = read(self.parts[_MAP]).float().flatten()
         absmax, count = self._absmax(read), math.prod(self.shape)
         weight = torch.empty(count, dtype=dtype, device=packed.device)
         step = max(1, _BAND // self.block) * self.block
@@ -77,7 +77,8 @@ class FourBitWeight:
         stored = read(self.parts[_ABSMAX]).flatten()
         if self.nested_block is None:
             return stored.float()
-        values, nested = read(self.parts[_NESTED_MAP]).float(), read(self.parts[_NESTED]).float()
+        values = read(self.parts[_NESTED_MAP]).float().flatten()
+        nested = read(self.parts[_NESTED]).float().flatten()
         scale = nested.repeat_interleave(self.nested_block)[: len(stored)]
         return values[stored.int()] * scale + self.offset
 

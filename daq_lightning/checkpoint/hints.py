@@ -56,7 +56,7 @@ class Hints:
                 bits=frozenset(int(weights["num_bits"]) for weights in every if weights.get("num_bits")),
                 zero_points=bool(every) and all(weights.get("symmetric") is False for weights in every),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"{path}: the quantization_config {quantization} cannot be followed: {error}."
             ) from error

@@ -5,21 +5,22 @@
     meta.pt           everything else (loops, callbacks), which is not read here
 
 A tensor is read when it is asked for, its pieces put together, by any single process. The metadata is a
-pickle and foreign input: only the classes that torch writes into it are made, anything else is refused before
-it is imported; and what it says is held against the files: pieces fill their tensors, lie in files of this
-folder, and are together no larger than those.
+pickle and foreign input: it is held to limits of time and memory first (`pickle_limits`); only the classes
+that torch writes into it are made, anything else is refused before it is imported; and what it says is held
+against the files: pieces fill their tensors, lie in files of this folder, and are together no larger than
+those. The pieces are read by `torch_archive`, which executes nothing.
 
-Source: torch 2.13 `torch.distributed.checkpoint` (`FileSystemReader`, `metadata`); lightning 2.6
+Source: torch 2.13 `torch.distributed.checkpoint` (`FileSystemReader.read_data`, `metadata`); lightning 2.6
 `ModelParallelStrategy.save_checkpoint` (the prefix "state_dict.").
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import pickle
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,12 @@ import torch
 from torch import Tensor
 
 from daq_lightning.checkpoint.folder import inside
+from daq_lightning.checkpoint.pickle_limits import check_pickle
 from daq_lightning.checkpoint.tensor_file import CheckpointError, DescribedTensors, TensorSpec
+from daq_lightning.checkpoint.torch_archive import read_archive
 
 _METADATA, _PREFIX = ".metadata", "state_dict."
+_MOST_DIMENSIONS = 64  # of torch
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
@@ -66,8 +70,10 @@ class ShardedFile(DescribedTensors):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
-        with self._explained(), open(self._path / _METADATA, "rb") as file:
-            metadata = _Metadata(file).load()
+        with self._explained():
+            program = (self._path / _METADATA).read_bytes()
+            check_pickle(program)
+            metadata = _Metadata(io.BytesIO(program)).load()
             _check(metadata, self._path)
             found = metadata.state_dict_metadata.items()
             self.specs = {
@@ -84,16 +90,35 @@ class ShardedFile(DescribedTensors):
         self._metadata = metadata
 
     def __getitem__(self, name: str) -> Tensor:
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.metadata import MetadataIndex
 
         spec = self.specs[name]
-        reader = dcp.FileSystemReader(self._path)
-        reader.read_metadata = lambda *_, **__: self._metadata  # type: ignore[method-assign]  checked above
-        with self._explained(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")  # it is not needed
-            tensor = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
-            dcp.load({_PREFIX + name: tensor}, storage_reader=reader, no_dist=True)
+        with self._explained():
+            tensor = torch.zeros(spec.shape, dtype=spec.dtype, device="cpu")
+            for chunk in self._metadata.state_dict_metadata[_PREFIX + name].chunks:
+                place = self._metadata.storage_data[MetadataIndex(_PREFIX + name, chunk.offsets)]
+                part = tensor
+                for axis, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                    part = part.narrow(axis, start, length)
+                part.copy_(self._piece(name, place, part))
         return tensor
+
+    def _piece(self, name: str, place: Any, like: Tensor) -> Tensor:
+        """What `torch.save` wrote at a place: a tensor of a known dtype and shape."""
+        data = bytearray(place.length)
+        with open(self._path / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            if file.readinto(data) != len(data):
+                raise ValueError(f"its piece {place.relative_path} was cut off")
+        found = read_archive(
+            io.BytesIO(data), lambda: torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
+        )
+        if not (isinstance(found, Tensor) and (found.dtype, found.shape) == (like.dtype, like.shape)):
+            what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else "no tensor"
+            raise ValueError(
+                f"a piece of {name!r:.80} is {what[:80]}, expected {like.dtype} {tuple(like.shape)}"
+            )
+        return found
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -101,12 +126,8 @@ class ShardedFile(DescribedTensors):
             yield
         except CheckpointError:
             raise
-        except BaseException as error:  # torch's own is not an Exception
-            failures = getattr(error, "failures", None)
-            if failures is None and not isinstance(error, Exception):
-                raise
-            cause = next(iter(failures.values()))[0] if failures else error
-            what = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:300]
+        except Exception as error:  # anything that the metadata makes may be of another type than expected
+            what = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise CheckpointError(
                 f"{self._path} cannot be read: {what.rstrip('.')}. Expected a complete checkpoint folder "
                 "that Lightning's Trainer wrote with ModelParallelStrategy or FSDPStrategy."
@@ -162,6 +183,10 @@ def _restore(kind: type, before: Mapping[str, Any]) -> None:
             setattr(kind, name, value)
 
 
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, torch.Size) and len(value) <= _MOST_DIMENSIONS and all(n >= 0 for n in value)
+
+
 def _check(metadata: Any, folder: Path) -> None:
     """Holds the metadata of the state against the files.
 
@@ -174,6 +199,8 @@ def _check(metadata: Any, folder: Path) -> None:
     total = 0
     for place in metadata.storage_data.values():
         name = place.relative_path
+        if not (type(name) is str and type(place.offset) is type(place.length) is int):
+            raise ValueError("a piece has no name of a file and two numbers for its place in it")
         if Path(name).name != name:
             raise ValueError(f"its metadata names the file {name!r:.80}, which is not in the folder")
         if name not in sizes:
@@ -190,11 +217,16 @@ def _check(metadata: Any, folder: Path) -> None:
     for name, entry in metadata.state_dict_metadata.items():
         if not name.startswith(_PREFIX) or not hasattr(entry, "size"):
             continue
-        itemsize, held = entry.properties.dtype.itemsize, 0
+        dtype, held = entry.properties.dtype, 0
+        if not isinstance(dtype, torch.dtype) or not _is_shape(entry.size):
+            raise ValueError(f"{name!r:.80} has no dtype and a size of at most {_MOST_DIMENSIONS} dimensions")
         for chunk in entry.chunks:
-            place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            count = math.prod(chunk.sizes)
-            if count * itemsize > place.length or len(chunk.sizes) != len(entry.size):
+            where, shape = chunk.offsets, chunk.sizes
+            if not (_is_shape(where) and _is_shape(shape) and len(where) == len(shape) == len(entry.size)):
+                raise ValueError(f"a piece of {name!r:.80} has other dimensions than it")
+            place = metadata.storage_data[MetadataIndex(name, where)]
+            count = math.prod(shape)
+            if count * dtype.itemsize > place.length:
                 raise ValueError(f"a piece of {name} does not hold its {count} numbers")
             held += count
         if held != math.prod(entry.size):

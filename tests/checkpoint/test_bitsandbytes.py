@@ -62,6 +62,15 @@ def test_codes_may_be_stored_under_another_dtype(tmp_path):
     assert torch.equal(checkpoint["nf4_plain.weight"], MADE["expected.nf4_plain.weight"])
 
 
+def test_maps_may_have_any_shape(tmp_path):
+    def upright(tensors):
+        for name in ("quant_map", "nested_quant_map", "nested_absmax"):
+            tensors[f"nf4_nested.weight.{name}"] = tensors[f"nf4_nested.weight.{name}"][:, None]
+
+    checkpoint = load_checkpoint(folder_of(tmp_path, upright))
+    assert torch.equal(checkpoint["nf4_nested.weight"], MADE["expected.nf4_nested.weight"])
+
+
 def test_its_format_is_not_kept(tmp_path):
     (tmp_path / "base").mkdir()
     base = load_checkpoint(folder_of(tmp_path / "base"))

@@ -332,6 +332,11 @@ REFUSED = {
     "config a list": ({"a.weight": one()}, [1], "not a JSON object"),
     "block size of zero": ({"a.weight": one()}, {"weight_block_size": [0, 128]}, "cannot be followed"),
     "block size no list": ({"a.weight": one()}, {"weight_block_size": 128}, "cannot be followed"),
+    "group size of infinity": (
+        {"a.weight": one()},
+        {"config_groups": {"a": {"weights": {"strategy": "group", "group_size": float("inf")}}}},
+        "cannot be followed",
+    ),
     "groups no object": ({"a.weight": one()}, {"config_groups": ["a"]}, "cannot be followed"),
     "weights no object": ({"a.weight": one()}, {"config_groups": {"a": {"weights": [1]}}},
     "cannot be followed"),
