@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
 import re
 from pathlib import Path
 
 from daq_lightning.checkpoint.destination import alone, remove_leftovers
+from daq_lightning.checkpoint.locks import lock
 from daq_lightning.checkpoint.tensor_file import CheckpointError
 from daq_lightning.training.claims import claim
 
 # what a writer of a folder of this name, or a claim of the name, leaves beside it when it is killed
-_LEFT = re.compile(r"\.(.+?)(?:\.partial-[0-9a-f]{8}(?:\.lock)?|\.earlier-[0-9a-f]{8}|\.lock|\.claim)")
+_LEFT = re.compile(
+    r"\.(.+?)(?:\.partial-[0-9a-f]{8}(?:\.lock)?|\.earlier-[0-9a-f]{8}|\.lock|\.claim|\.writing)"
+)
 
 
 def tidy(dirpath: Path) -> None:
@@ -26,7 +30,14 @@ def tidy(dirpath: Path) -> None:
         for name in sorted({match[1] for match in matches}):
             if any(dirpath.glob(f".{glob.escape(name)}.partial-*/.*.done")):
                 continue
-            with claim(dirpath / name, wait=False) as claimed:
-                if claimed:
-                    with alone(dirpath / name):
-                        remove_leftovers(dirpath / name)
+            out, writing = dirpath / name, dirpath / f".{name}.writing"
+            with claim(out, wait=False) as claimed:
+                held = lock(writing, wait=False) if claimed else None
+                if held is None:
+                    continue
+                try:
+                    with alone(out):
+                        remove_leftovers(out)
+                finally:
+                    writing.unlink()
+                    os.close(held)

@@ -247,9 +247,9 @@ class StubbornError(Exception):
 def _spoiled_strangely(folder: Path) -> None:
     from test_when import quantization
 
-    from daq_lightning.training import run as module
+    from daq_lightning.training import placed as module
 
-    def fail(folder):  # rank 0 alone chooses the name
+    def fail(folder, taken):  # rank 0 alone chooses the name
         raise StubbornError("one", "two")
 
     module.free_name = fail
