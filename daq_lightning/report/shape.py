@@ -123,7 +123,7 @@ def _is_curve(entry: Any) -> bool:
     if not (_is_list(alpha, is_finite) and _is_list(score, _is_number_or_none)):
         return False
     ascending = all(one < two for one, two in itertools.pairwise(alpha))
-    return len(alpha) == len(score) >= 1 and ascending and _is_number_or_none(entry.get("found"))
+    return len(alpha) == len(score) >= 1 and ascending and _is_number_or_none(entry.get("found", ""))
 
 
 def _is_list(value: Any, holds: Callable[[object], bool]) -> bool:

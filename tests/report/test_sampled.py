@@ -151,6 +151,7 @@ WRONG = {
     "no alphas": lambda entry: entry.update(curve={"sampled": 1, "alpha": [], "score": [], "found": None}),
     "an infinite score": lambda entry: entry["curve"].update(found=float("inf")),
     "a missing field": lambda entry: entry["curve"].pop("sampled"),
+    "no found": lambda entry: entry["curve"].pop("found"),
 }
 
 
