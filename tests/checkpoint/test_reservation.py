@@ -15,20 +15,30 @@ from daq_lightning.checkpoint.reservation import reserved
 from daq_lightning.cli import main
 
 
-@pytest.fixture
-def held(tmp_path):
-    """The pid of another process that holds `tmp_path/out`."""
+def holding(out):
+    """The pid of a new process that holds a destination."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        with reserved(tmp_path / "out"):
+        with reserved(out):
             os.write(write, b"x")
             signal.pause()
         os._exit(0)
     assert os.read(read, 1) == b"x"
-    yield child
+    return child
+
+
+def kill(child):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+@pytest.fixture
+def held(tmp_path):
+    """The pid of another process that holds `tmp_path/out`."""
+    child = holding(tmp_path / "out")
+    yield child
+    kill(child)
 
 
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path, held):
@@ -52,16 +62,7 @@ def test_the_command_is_refused_before_it_reads_a_weight(tmp_path, held, capsys,
 
 
 def test_the_lock_of_a_killed_process_does_not_block(tmp_path):
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        with reserved(tmp_path / "out"):
-            os.write(write, b"x")
-            signal.pause()
-        os._exit(0)
-    os.read(read, 1)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    kill(holding(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == [tmp_path / ".out.writing"]
     with reserved(tmp_path / "out"):
         pass
