@@ -18,8 +18,8 @@ _UNITS: Mapping[str, int] = {
 EXPECTED = "mean bits of a quantized weight ('4.5 bits'), or bytes of all of them ('2.1 GB', 2_100_000_000)"
 
 
-def memory_of(memory: str | int) -> int:
-    """Bytes of memory as a user says them.
+def memory_of(memory: str | int, name: str = "max_memory") -> int:
+    """Bytes of memory as a user says them; `name` is the argument's, for the message.
 
     Raises:
         ValueError: It is no number of bytes.
@@ -33,8 +33,8 @@ def memory_of(memory: str | int) -> int:
         size = float(said[1]) * _UNITS[said[2] or "B"] if said else 0
     except (KeyError, ValueError):
         size = 0
-    if size < 1 or isinstance(memory, bool):
-        raise ValueError(f"max_memory is a number of bytes, such as '2GB' or '500 MB', got {memory!r}.")
+    if not 1 <= size < math.inf or isinstance(memory, bool):
+        raise ValueError(f"{name}={memory!r}: expected a number of bytes, such as '2 GB' or '2GB'.")
     return int(size)
 
 
@@ -65,11 +65,12 @@ class Budget:
         unit = unit.strip()
         try:
             value = math.nan if isinstance(budget, bool) else float(number)
-        except ValueError:
+            value *= 1 if unit == "bits" else _UNITS[unit or "B"]
+        except (KeyError, ValueError):
             value = math.nan
-        if not (math.isfinite(value) and value > 0 and unit in {"", "bits", *_UNITS}):
+        if not 0 < value < math.inf:
             raise ValueError(f"budget is {EXPECTED}, got {budget!r}.")
-        return cls(bits=value) if unit == "bits" else cls(size=int(value * _UNITS[unit or "B"]))
+        return cls(bits=value) if unit == "bits" else cls(size=int(value))
 
     def bytes_for(self, elements: int) -> int:
         """How many bytes weights of so many elements may take."""

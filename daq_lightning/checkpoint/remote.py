@@ -77,8 +77,8 @@ class Remote:
             self._files, root = url_to_fs(self.url)
         except ImportError as error:
             raise CheckpointError(
-                f"{url}: the package for this file system is missing: {str(error).rstrip('.')} (pip), or "
-                "choose a local destination."
+                f"{url}: the package for this file system is missing ({str(error).rstrip('.')}): install "
+                "it with pip, or choose a local destination."
             ) from error
         except Exception as error:  # of any file system
             raise CheckpointError(f"{url} cannot be used: {error}.") from error

@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from daq_lightning.checkpoint.budget import memory_of
 from daq_lightning.checkpoint.kv_cache import KVCache
 from daq_lightning.checkpoint.manifest import ChainFrom
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES, SchemeName
@@ -29,7 +30,7 @@ from daq_lightning.numerics.objectives import Metric
 from daq_lightning.numerics.rounding.settings import RoundingChoice
 from daq_lightning.numerics.search.settings import ScaleSearch
 from daq_lightning.training import settings_check as check
-from daq_lightning.training.collecting import Collecting, Source, bytes_of
+from daq_lightning.training.collecting import Collecting, Source
 from daq_lightning.training.due import ExportsWhenDue
 from daq_lightning.training.gate import OnFailure, ValidationSettings
 from daq_lightning.training.other_callbacks import averaged_state, check_savers, place_after_averaging
@@ -178,9 +179,11 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
             scheme, metric, alpha_range, search, ignore, scale_format, missing_base, max_shard_bytes,
             rounding, kv_cache, budget, ladder,
         )  # fmt: skip
+        with check.as_misconfiguration():
+            memory = memory_of(curvature_memory, "curvature_memory")
         collecting = Collecting(
             source=curvature,
-            memory=bytes_of(curvature_memory),
+            memory=memory,
             steps=curvature_steps,
             required=rounding == "curvature",
             at_end=self.schedule.only_at_end and not self._has_policy,

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from daq_lightning.training.run_settings import RunSettings
 
 Source: TypeAlias = Literal["auto", "activations", "gradients", "validation"]
-_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,21 +98,3 @@ def batches_left(trainer: Trainer, batch_idx: int) -> int | None:
         accumulated = trainer.accumulate_grad_batches
         ends.append((trainer.max_steps - trainer.global_step) * accumulated - batch_idx % accumulated)
     return min(ends, default=None)
-
-
-def bytes_of(memory: str | int) -> int:
-    """A number of bytes, or one with a unit.
-
-    Example:
-        >>> bytes_of("2 GB"), bytes_of(1000)
-        (2000000000, 1000)
-    """
-    number, _, unit = str(memory).strip().partition(" ")
-    expected = "a number of bytes, or one with a unit after a space, such as '2 GB'"
-    check.require(not isinstance(memory, bool), "curvature_memory", memory, expected)
-    try:
-        size = float(number) * (_UNITS[unit.strip()] if unit else 1)
-    except (ValueError, KeyError):
-        size = math.nan
-    check.require(math.isfinite(size) and size >= 1, "curvature_memory", memory, expected)
-    return int(size)

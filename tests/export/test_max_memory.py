@@ -98,7 +98,7 @@ def test_the_command_refuses_too_little_in_words(pair, tmp_path, capsys):
     assert main([*arguments, "2GB", "--budget", "9 bits"]) == 0
 
 
-@pytest.mark.parametrize("said", ["much", "", "-1GB", "2 bits", "GB", True, "1.2.3 GB", 0])
+@pytest.mark.parametrize("said", ["much", "", "-1GB", "2 bits", "GB", True, "1.2.3 GB", 0, "9" * 400 + "GB"])
 def test_what_is_no_amount_of_memory_is_refused(said):
     with pytest.raises(ValueError, match="max_memory"):
         memory_of(said)

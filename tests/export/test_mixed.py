@@ -350,6 +350,7 @@ def test_budgets_are_bits_or_bytes(budget):
         ({"budget": "-2 bits"}, "mean bits"),
         ({"budget": True}, "mean bits"),
         ({"budget": "nan bits"}, "mean bits"),
+        ({"budget": "1e308 GB"}, "mean bits"),
         ({"ladder": ("W4A16", "16")}, "give a budget"),
         ({"budget": 9, "ladder": ("W4A16",)}, "two or more"),
         ({"budget": 9, "ladder": ("16", "W4A16")}, "'16' last"),
