@@ -1,4 +1,4 @@
-"""What quantized weights may take together, as a user says it. Imports nothing.
+"""Amounts as a user says them: what quantized weights may take together, and memory. Imports nothing.
 
 "4.5 bits"       the mean over the weights that are quantized, scales counted
 "2.1 GB", 9000   the bytes of all of them
