@@ -3,7 +3,7 @@
 import pytest
 import torch
 from exact_oracle import EXACT_METRICS, best_scale
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from daq_lightning.numerics.backends import delta_stats, reference
@@ -47,8 +47,17 @@ def pair(kind, shape, seed):
 
 
 def slack(weight, metric):
-    """What rounding the scale to float32 can cost: absolute, in units of the score."""
+    """What float32 sums can cost: absolute, in units of the score."""
     return 1e-9 * float(weight.double().square().amax()) if metric == "mse" else 2e-6
+
+
+def moved_by_rounding(weight, base, scale, granularity):
+    """How far a cosine can move, as a scale rounded to float32 moves Q by 2^-24 |Q|: 2^-24 |W| / |D_q|, of
+    each group."""
+    scale_G1 = scale.reshape(-1, 1)
+    weight_sq = delta_stats(weight, torch.zeros_like(base), scale_G1, granularity).delta_sq[:, 0]
+    delta_q_sq = delta_stats(weight, base, scale_G1, granularity).delta_q_sq[:, 0]
+    return 2**-24 * (weight_sq / delta_q_sq.clamp(min=1e-30)).sqrt()
 
 
 def scores(weight, base, scale_GK, granularity, metric):
@@ -56,6 +65,10 @@ def scores(weight, base, scale_GK, granularity, metric):
 
 
 @settings(max_examples=60, deadline=None)
+@example(
+    kind="dense", shape=(33, 2), granularity=PerChannel(), metric="hybrid", scale_format="float32", steps=1,
+    seed=2,
+)  # fmt: skip
 @given(
     kind=st.sampled_from(KINDS),
     shape=st.tuples(st.integers(1, 40), st.integers(1, 70)),
@@ -77,6 +90,8 @@ def test_no_scale_beats_the_oracle_and_it_keeps_its_promise(
     has_promise = promise.flatten().isfinite()
     realized = scores(weight, base, best.reshape(-1, 1), granularity, metric)[:, 0]
     tolerance = slack(weight, metric) + 1e-5 * realized.abs()
+    if metric in ("hybrid", "cosine"):
+        tolerance = tolerance + moved_by_rounding(weight, base, best, granularity)
     assert bool(((realized - promise.flatten()).abs() <= tolerance)[has_promise].all())
 
     generator = torch.Generator().manual_seed(seed + 1)
