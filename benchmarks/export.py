@@ -140,8 +140,8 @@ def snapshot(post: Path, base: Path, out: Path, scheme: str) -> float:
 
 
 def write(post: Path, base: Path, out: Path, scheme: str) -> float:
+    from daq_lightning.checkpoint.flat_bytes import tensor_bytes
     from daq_lightning.checkpoint.folder import RawCheckpoint
-    from daq_lightning.checkpoint.tensor_file import tensor_bytes
 
     weights = dict(RawCheckpoint(base))
     start = time.perf_counter()

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.flat_bytes import flat_bytes
 from daq_lightning.checkpoint.tensor_file import CheckpointError, TensorSpec
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -60,7 +61,7 @@ class FourBitWeight:
             read: Gives the tensor of a name.
             dtype: Of the result.
         """
-        packed = read(self.parts[_CODES]).contiguous().flatten().view(torch.uint8)
+        packed = flat_bytes(read(self.parts[_CODES]))
         values = read(self.parts[_MAP]).float().flatten()
         absmax, count = self._absmax(read), math.prod(self.shape)
         weight = torch.empty(count, dtype=dtype, device=packed.device)

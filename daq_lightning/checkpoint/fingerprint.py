@@ -19,6 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.flat_bytes import flat_bytes
 from daq_lightning.numerics.backends import fold, library
 
 _ROW = 1 << 16
@@ -36,10 +37,7 @@ def fingerprint(tensor: Tensor) -> str:
         >>> fingerprint(torch.zeros(3)) == fingerprint(torch.zeros(3)) != fingerprint(torch.zeros(4))
         True
     """
-    if tensor.numel():
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    else:
-        data = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    data = flat_bytes(tensor)
     if data.storage_offset() % 8 or data.data_ptr() % 8:  # a slice that does not begin at a whole word
         data = data.clone()
     aligned = data.numel() // 8 * 8

@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from daq_lightning.checkpoint.tensor_file import tensor_bytes
+from daq_lightning.checkpoint.flat_bytes import tensor_bytes
 
 
 class Spill:

@@ -245,12 +245,6 @@ def make_header(specs: Iterable[TensorSpec], path: Path) -> tuple[bytes, list[Te
     return len(text).to_bytes(8, "little") + text, entries
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor in row-major order, without a copy where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -288,13 +282,3 @@ def _entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
             f"spans {offsets[1] - offsets[0]} bytes, but {fields['dtype']} {shape} needs {entry.nbytes}"
         )
     return entry
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a whole safetensors file of CPU tensors, in the order and under the names given."""
-    specs = [spec_of(name, tensor) for name, tensor in tensors.items()]
-    header, _ = make_header(specs, path)
-    with open(path, "wb") as file:
-        file.write(header)
-        for tensor in tensors.values():
-            file.write(tensor_bytes(tensor))

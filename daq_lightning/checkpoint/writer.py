@@ -32,6 +32,7 @@ from typing import Any
 from torch import Tensor
 
 from daq_lightning.checkpoint.destination import alone, cannot_write, check_destination, remove_leftovers
+from daq_lightning.checkpoint.flat_bytes import tensor_bytes
 from daq_lightning.checkpoint.folder import INDEX, SINGLE
 from daq_lightning.checkpoint.locks import allocate, flush, lock
 from daq_lightning.checkpoint.schemes import DEFAULT_SHARD_BYTES
@@ -40,7 +41,6 @@ from daq_lightning.checkpoint.tensor_file import (
     TensorEntry,
     TensorSpec,
     make_header,
-    tensor_bytes,
 )
 
 _FLUSH = 64 << 20  # bytes after which data is pushed to the disk, so that the final fsync has little to do

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from daq_lightning.checkpoint.flat_bytes import flat_bytes
 from daq_lightning.model.placeholders import Placeholder, ZeroTensor, is_unit, units_state
 
 Sharded = Tensor | Placeholder
@@ -146,7 +147,7 @@ def _gather_along(local: Tensor, axis: int, length: int, mesh: Any, dim: int, th
     if shape[axis] != local.shape[axis]:  # the last shards are shorter; a gather wants them equal
         filled = local.new_zeros(shape)
         filled.narrow(axis, 0, local.shape[axis]).copy_(local)
-    data = filled.reshape(-1).view(torch.uint8)
+    data = flat_bytes(filled)
     received = [torch.empty_like(data) for _ in range(parts)] if rank == there else None
     dist.gather(data, received, dst=dist.get_global_rank(group, there), group=group)
     if received is None:

@@ -27,7 +27,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from daq_lightning.checkpoint.tensor_file import write_tensors
+from daq_lightning.checkpoint.small_file import write_tensors
 from daq_lightning.export.collected import AllCollected, Collected, InFile
 from daq_lightning.export.progress import size_text
 from daq_lightning.export.ranks import ALONE, Ranks

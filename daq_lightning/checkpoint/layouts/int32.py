@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from daq_lightning.checkpoint.flat_bytes import flat_bytes
 from daq_lightning.checkpoint.layouts.parts import CODES, SHAPE, ZERO, Codes, Part
 
 _PER_WORD, _OFFSET = 8, 8
@@ -77,8 +78,7 @@ def pack_rows(codes_MN: Tensor) -> Tensor:
 
 def unpack_rows(packed: Tensor, cols: int) -> Tensor:
     """What `pack_rows` packed: int8 (M, cols)."""
-    # by way of one dimension: a transposed (1, n) counts as contiguous, and cannot be viewed as bytes
-    bytes_ = packed.flatten().view(torch.uint8).view(packed.shape[0], packed.shape[1] * packed.itemsize)
+    bytes_ = flat_bytes(packed).view(packed.shape[0], packed.shape[1] * packed.itemsize)
     nibbles = torch.stack((bytes_ & 0xF, bytes_ >> 4), -1).flatten(-2)
     return nibbles[:, :cols].view(torch.int8) - _OFFSET
 

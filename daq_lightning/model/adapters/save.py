@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from daq_lightning.checkpoint.adapter_config import PREFIX, WEIGHTS, moves_base
-from daq_lightning.checkpoint.tensor_file import write_tensors
+from daq_lightning.checkpoint.small_file import write_tensors
 from daq_lightning.model.adapters.tree import is_a, unwrap
 from daq_lightning.model.sharded import tensor_on
 
