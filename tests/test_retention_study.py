@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,8 @@ def subject(folders):
         base=base,
         quantized=tuple(name for name in post if name.endswith("_proj.weight")),
         texts={"style": batches, "other": batches[:1]},
-        training=batches,
+        training=batches[1:],
+        whole_run=batches,
         own_text=lambda: batches,
     )
 
@@ -130,6 +132,22 @@ def test_every_rounding_beats_nearest_by_its_own_statistics_or_changes_nothing(s
     for name, weight in rounded.items():  # the same scales: at most a few steps away
         step = subject.post[name].float().abs().max() / 448 * 32
         assert (weight - nearest[name]).abs().max() <= 4 * step
+
+
+def test_statistics_are_those_of_the_last_batches_or_of_the_whole_run(subject):
+    name = "model.layers.1.mlp.down_proj.weight"
+    last = replace(s.DAMPED, scheme="NVFP4A16")
+    whole = replace(last, whole_run=True)
+    every = replace(subject, training=subject.whole_run)
+    of_last, of_whole = (Curvature(subject).factors(name, setting) for setting in (last, whole))
+    of_every = Curvature(every).factors(name, last)
+    for side in ("inputs", "outputs"):
+        last_KK, whole_KK, every_KK = (getattr(of, side).unit_upper for of in (of_last, of_whole, of_every))
+        assert torch.equal(whole_KK, every_KK)
+        assert not torch.equal(whole_KK, last_KK)
+    assert whole in {
+        replace(one, objective="absmax", low=1.0, high=1.0) for one in s.every_four_bit("NVFP4A16")
+    }
 
 
 def test_activations_are_rounded_where_a_setting_asks_for_it(subject):

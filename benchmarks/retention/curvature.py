@@ -50,7 +50,8 @@ class Curvature:
     def factors(self, name: str, setting: Setting) -> Factors:
         """What `round_with_curvature` takes for a weight."""
         source = setting.rounding
-        statistics = self._gather("self" if source == "self" else "training")
+        batches = "whole run" if setting.whole_run else "self" if source == "self" else "training"
+        statistics = self._gather(batches)
         update = self._update(name, statistics.shared[name])
         seen = (statistics.gradients if source == "gradients" else statistics.activations)[name]
         inputs, outputs = update if source == "update" else seen
@@ -77,7 +78,7 @@ class Curvature:
                 assert self._subject.own_text is not None
                 batches = self._subject.own_text()
             else:
-                batches = self._subject.training
+                batches = self._subject.whole_run if what == "whole run" else self._subject.training
             self._statistics[what] = gather(self._subject.network, self._subject.quantized, batches)
         return self._statistics[what]
 

@@ -111,11 +111,16 @@ def _goals() -> Iterator[Goal]:
         served = [replace(one, activations=True) for one in _BEST]
         yield Goal(model, base, "FP8 activations too: best / the floor", served, [_FLOOR], 1.1, False)
     for scheme in s.FOUR_BIT:
-        every, gptq = s.four_bit(scheme, "toy"), s.all_gptq(scheme)
-        ours = [one for one in every if one.rounding == "activations"]
+        every = s.every_four_bit(scheme)
         mse = [one for one in every if one.rounding == "nearest" and one.objective == "mse"]
-        for model, of_nearest, of_gptq in (("toy", 1 / 20, 0.5), ("minilm", 1 / 3, 1.0)):
+        for model, of_nearest, of_gptq, whole_run in (
+            ("toy", 1 / 20, 0.5, False),
+            ("minilm", 1 / 3, 1.0, False),
+            ("minilm", 1 / 3, 1.0, True),
+        ):
+            ours = [one for one in every if one.rounding == "activations" and one.whole_run == whole_run]
+            gptq = s.all_gptq(scheme, whole_run)
             for base in ("fp8", "bf16", "lora"):
-                name = f"{scheme}, activations /"
+                name = f"{scheme}, activations{' of the whole run' * whole_run} /"
                 yield Goal(model, base, f"{name} nearest, MSE scales", ours, mse, of_nearest, False)
                 yield Goal(model, base, f"{name} best GPTQ", ours, gptq, of_gptq, False)

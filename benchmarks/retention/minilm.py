@@ -98,6 +98,7 @@ def make_minilm(folder: Path, out: Path, base_kind: BaseKind, seed: int, quick: 
         quantized=quantized,
         texts={"style": batches(docstrings[:held_out]), "other": batches(other[:comments])},
         training=training[-LAST_STEPS:],
+        whole_run=training,
     )
 
 

@@ -36,6 +36,7 @@ class Setting:
         damping_out: Beside the outputs'.
         ordered: Whether rows and columns of the largest curvature come first.
         activations: Whether the inputs of the layers are rounded to FP8 as well, as servers do.
+        whole_run: Whether statistics are those of all steps of the training, not of its last 16.
     """
 
     kind: str = "fp8"
@@ -50,6 +51,7 @@ class Setting:
     damping_out: float = 0.0
     ordered: bool = False
     activations: bool = False
+    whole_run: bool = False
 
     @property
     def name(self) -> str:
@@ -60,6 +62,7 @@ class Setting:
         if self.rounding != "nearest":
             order = "ordered" if self.ordered else "natural"
             parts += [self.rounding, f"{self.damping_in:g}/{self.damping_out:g}", order]
+            parts += ["of the whole run"] * self.whole_run
         if self.update:
             parts.append(f"+{self.update:g} update")
         return " ".join(parts) + (" +activations" if self.activations else "")
@@ -125,11 +128,13 @@ FOUR_BIT = ("W4A16", "NVFP4A16")
 
 def four_bit(scheme: str, model: str) -> list[Setting]:
     """Nearest with plain and with searched scales; codes chosen at plain scales (the toy) and at those of the
-    least squared error."""
+    least squared error, along the last batches and (MiniLM) along those of the whole run."""
     mse = Setting(scheme=scheme, objective="mse", low=0.5, high=2.0)
     nearest = [Setting(scheme=scheme), mse, replace(HYBRID, scheme=scheme)]
     scales = [mse] if model == "minilm" else nearest[:2]
     chosen = [UPDATE, INPUTS_UPDATE, *gptq(), ACTIVATIONS, ACTIVATIONS_UPDATE, DAMPED, DAMPED_UPDATE]
+    if model == "minilm":
+        chosen += [replace(one, whole_run=True) for one in chosen if one.rounding in ("gptq", "activations")]
     return nearest + [
         replace(one, scheme=scheme, objective=of.objective, low=of.low, high=of.high)
         for of in scales
@@ -137,11 +142,17 @@ def four_bit(scheme: str, model: str) -> list[Setting]:
     ]
 
 
-def all_gptq(scheme: str) -> list[Setting]:
-    """Every GPTQ of a scheme, at whatever scales."""
+def every_four_bit(scheme: str) -> list[Setting]:
+    """Those of any model, each once."""
+    return list(dict.fromkeys(four_bit(scheme, "toy") + four_bit(scheme, "minilm")))
+
+
+def all_gptq(scheme: str, whole_run: bool = False) -> list[Setting]:
+    """Every GPTQ of a scheme on the same batches, at whatever scales."""
     if scheme not in FOUR_BIT:
         return gptq()
-    return [one for one in four_bit(scheme, "toy") if one.rounding == "gptq"]
+    every = every_four_bit(scheme)
+    return [one for one in every if one.rounding == "gptq" and one.whole_run == whole_run]
 
 
 def _searched(base_kind: BaseKind, quick: bool) -> Iterator[Setting]:

@@ -35,6 +35,7 @@ class Subject:
         quantized: The names of those that are quantized.
         texts: Held out, by name: "style" (what training taught) and "other".
         training: The batches of the last steps.
+        whole_run: Those of all steps.
         own_text: Writes batches by sampling from the model; None where it cannot.
     """
 
@@ -47,6 +48,7 @@ class Subject:
     quantized: tuple[str, ...]
     texts: Mapping[str, list[Batch]]
     training: list[Batch]
+    whole_run: list[Batch]
     own_text: Callable[[], list[Batch]] | None = None
     _logits: dict[str, Tensor] = field(default_factory=dict)
 

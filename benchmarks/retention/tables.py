@@ -124,7 +124,7 @@ def _tables() -> Iterator[tuple[str, list[tuple[str, Setting]], tuple[Column, ..
     served += [(label, replace(setting, activations=True)) for label, setting in ROUNDING]
     yield "Weights and activations in FP8", served, SERVED_COLUMNS
     for scheme in s.FOUR_BIT:
-        lines = [(_label(setting), setting) for setting in s.four_bit(scheme, "toy")]
+        lines = [(_label(setting), setting) for setting in s.every_four_bit(scheme)]
         yield f"Four bit: {scheme}, weights only", lines, ROUNDING_COLUMNS
 
 
@@ -157,7 +157,8 @@ def _label(setting: Setting) -> str:
     if setting.rounding == "nearest":
         return f"nearest, {scales}"
     labels = {(one.rounding, one.update, one.damping_in, one.ordered): label for label, one in FOUR_BIT}
-    return f"{labels[setting.rounding, setting.update, setting.damping_in, setting.ordered]}, {scales}"
+    label = labels[setting.rounding, setting.update, setting.damping_in, setting.ordered]
+    return f"{label}{', whole run' * setting.whole_run}, {scales}"
 
 
 def _table(
@@ -182,7 +183,7 @@ def _beside(rows: Rows, model: str, base: str, setting: Setting) -> list[dict[st
 
     found = rows.of(model, base, setting)
     plain = setting.scheme if setting.scheme in s.FOUR_BIT else "FP8_BLOCK"
-    gptq = s.all_gptq(plain)
+    gptq = s.all_gptq(plain, setting.whole_run)
     for row in found:
         kl, seed = row["style_kld_mean"], row["seed"]
         floor = least([Setting(kind="post", activations=True)], seed)

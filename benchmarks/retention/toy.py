@@ -37,6 +37,7 @@ def make_toy(folder: Path, base_kind: BaseKind, seed: int, quick: bool) -> Subje
     seen, unseen = "".join(passages[400:]), "".join(passages[:400])
     base = make_base(folder, base_kind, windows(seen, base_steps * BATCH, BASE_SEED))
     data = windows(in_title_case(seen), tune_steps * BATCH, seed + 1)
+    training = _batches(data, BATCH)
     post = folder / f"toy-{base_kind}-{seed}"
     if not post.exists():
         _fine_tune(load_checkpoint(base), base_kind, seed, data).save_pretrained(post)
@@ -54,7 +55,8 @@ def make_toy(folder: Path, base_kind: BaseKind, seed: int, quick: bool) -> Subje
             "style": _batches(windows(in_title_case(unseen), style, seed=1)),
             "other": _batches(windows(unseen, other, seed=1)),
         },
-        training=_batches(data, BATCH)[-4 if quick else -LAST_STEPS :],
+        training=training[-4 if quick else -LAST_STEPS :],
+        whole_run=training,
         own_text=lambda: _written_by(network, seed, 1 if quick else LAST_STEPS),
     )
 
