@@ -48,7 +48,8 @@ _CLASSES = {
 _CALLED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): lambda value: _memory_format(value),
     ("torch.serialization", "_get_layout"): lambda name: torch.serialization._get_layout(name),
-    **{("pathlib", f"{kind}{system}Path"): lambda *parts: os.path.join(*parts)
+    **{(module, f"{kind}{system}Path"): lambda *parts: os.path.join(*parts)
+       for module in ("pathlib", "pathlib._local")  # where Python 3.13 has them
        for kind in ("", "Pure") for system in ("Posix", "Windows")},
 }  # fmt: skip
 
