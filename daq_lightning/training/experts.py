@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from daq_lightning.model.live import LiveModel
 
 _ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
-_MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+_MARKS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel")
 
 
 class Place(NamedTuple):
@@ -197,7 +197,8 @@ def _is_known(module: Any) -> bool:
     """Whether a layer computes as the definition of transformers says, and all of it here."""
     if any(not hasattr(module, mark) for mark in _MARKS) or not hasattr(module, "_apply_gate"):
         return False
-    return not (module.is_transposed or module.has_post_expert_norm or module._is_expert_parallel)
+    normed = getattr(module, "has_post_expert_norm", False)  # transformers before 5.23 has no such layers
+    return not (module.is_transposed or normed or module._is_expert_parallel)
 
 
 def _module_of(model: LiveModel, key: str) -> nn.Module | None:
