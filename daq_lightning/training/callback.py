@@ -68,7 +68,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
             "gradients" of weights, without hooks; or the activations of "validation" batches at the export.
             "auto" is "activations", and "validation" for what was not seen in training.
         curvature_memory: What sums may take at a time, in bytes or as "2 GB".
-        curvature_steps: Batches that each layer is observed for.
+        curvature_steps: Batches that each layer is observed for; more if they are small.
         ignore: Modules to keep in high precision: full names, or regular expressions after `re:`.
         module: Name of the submodule to export; None finds the one `PreTrainedModel`.
         scale_format: None, or "ue8m0" for scales that are powers of two.
@@ -135,7 +135,7 @@ class DeltaAwareQuantization(PublishedExports, KeepsReference, ExportsWhenDue):
         rounding: RoundingChoice = "auto",
         curvature: Source = "auto",
         curvature_memory: str | int = "2 GB",
-        curvature_steps: int = 4,
+        curvature_steps: int = 16,
         ignore: list[str] | None = None,
         module: str | None = None,
         scale_format: Literal["ue8m0"] | None = None,

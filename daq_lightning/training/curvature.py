@@ -6,9 +6,9 @@
 | not known, or there are exports before | the first, and from then on one of every 32: the newest count |
 
 Layers are observed in parts whose sums fit `curvature_memory`, one part after the other through the depth,
-each for `curvature_steps` batches: four are as good as all, and the last ones as good as any. What does not
-fit all at once lies in a file in the folder of the exports until it is needed. Parts that no batch was
-observed for, if that is asked for, are observed in validation when an export needs them.
+each for `curvature_steps` batches; the last ones are as good as any. What does not fit all at once lies in a
+file in the folder of the exports until it is needed. Parts that no batch was observed for, if that is asked
+for, are observed in validation when an export needs them.
 
 Under DDP every rank sums its own tokens; an export adds them up on the rank that rounds the weight. A resumed
 run collects anew.
