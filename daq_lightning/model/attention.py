@@ -10,7 +10,7 @@
 | unknown | keys and values, in a way that readers of k_scale and v_scale do not know | `c_attn`, ... |
 
 Source: compressed-tensors 0.20 `is_cached_attention_module`, which decides where transformers has the scales
-of a cache; transformers 5.23, the attentions of its models.
+of a cache; transformers 5.23 and 5.24, the attentions of their models.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import nn
 if TYPE_CHECKING:
     from daq_lightning.model.outline import CacheKind
 
-CACHES = ("past_key_values", "past_key_value")
-"""What an attention calls the cache that it is given."""
+CACHES = ("past_key_values", "past_key_value", "cache")
+"""What an attention calls the cache that it is given; "cache" from transformers 5.24 on."""
 _OTHERS = ("cache_params", "layer_past")
 _LATENT = {"kv_b_proj", "kv_a_proj_with_mqa", "kv_a_proj"}
 

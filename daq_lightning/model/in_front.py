@@ -5,7 +5,7 @@
 
     with rounded(modules, scales): model(...)        attends to what a server would have cached
 
-An attention of transformers gives a key, after the rotary embedding, and a value to `past_key_values.update`,
+An attention of transformers gives a key, after the rotary embedding, and a value to `update` of its cache,
 which answers with all of the context. For as long as a block lasts, something stands in front of the cache
 that acts and passes on; where a model runs without a cache, it answers with what it was given, as is done
 where there is none.

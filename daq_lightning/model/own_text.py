@@ -9,6 +9,7 @@ Legend: B sequences, T tokens of each, V entries of the vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -47,11 +48,13 @@ def sample_text(
         tokens_BT = torch.randint(
             vocabulary, (count, 1), generator=generator, dtype=torch.int64, device="cpu"
         )
+    # "past_key_values" until transformers 5.24; without a cache all tokens are read again
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache = None
     for position in range(1, length):
         given = tokens_BT if cache is None else tokens_BT[:, -1:]
-        output = model(input_ids=given.to(device), past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        output = model(input_ids=given.to(device), use_cache=True, **{name: cache})
+        cache = getattr(output, name, None)
         sampled_B1 = _sampled(output.logits[:, -1].cpu(), generator)
         tokens_BT = torch.cat([tokens_BT, sampled_B1], 1)
         tell((position + 1) / length)

@@ -12,6 +12,7 @@ import tiny_models
 import torch
 import transformers
 from compressed_tensors.quantization import QuantizationConfig
+from installed import SEES_CACHES
 from safetensors.torch import load_file, save_file
 
 from daq_lightning import Chain, CheckpointError, ExportReport, ScaleSearch, export_checkpoint
@@ -116,6 +117,7 @@ def test_weights_are_those_of_an_export_without_a_cache(made):
         )
 
 
+@SEES_CACHES
 @tiny_models.DEQUANTIZES
 def test_transformers_loads_it_and_answers_the_same_where_it_does_not_quantize_the_cache(made):
     tokens = torch.randint(3, 28, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -138,6 +140,7 @@ def test_transformers_loads_it_and_answers_the_same_where_it_does_not_quantize_t
             assert bool(model(tokens).logits.isfinite().all())
 
 
+@SEES_CACHES
 def test_an_evaluation_rounds_keys_and_values_as_transformers_does(made, tmp_path):
     """With scales of 1 and activations in 16 bit the two forwards differ in nothing."""
     out, windows = tmp_path / "out", [list(range(3, 23))]
@@ -291,6 +294,7 @@ def test_layers_without_keys_and_layers_with_a_window_are_named(tmp_path):
         export_checkpoint(post, base, tmp_path / "no", kv_cache="fp8", scheme="FP8_BLOCK", search=QUICK)
 
 
+@SEES_CACHES
 def test_scales_have_the_names_that_the_checkpoint_has(tmp_path):
     """On disk the language model of Llava has other names than in memory; transformers finds its scales."""
     base, post = tiny_models.make_pair(tmp_path, tiny_models.llava)

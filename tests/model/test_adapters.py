@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from installed import needs_add_adapter
 from lightning import LightningModule
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
@@ -321,6 +322,7 @@ class TestFindsAdapters:
         return list(find_adapters(module).weights)
 
     def test_injected_layers_like_a_peft_model(self):
+        needs_add_adapter()
         config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"])
         expected = find_adapters(lora(llama()))
         added = llama()
@@ -558,6 +560,7 @@ class TestRefusals:
         assert find_adapters(model) is not None
 
     def test_none_active(self):
+        needs_add_adapter()
         model = llama()
         model.add_adapter(LoraConfig(target_modules=["q_proj"]), adapter_name="first")
         for _, layer in lora_layers(model):
@@ -614,6 +617,7 @@ class TestAdapterFolder:
         torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-5, atol=1e-6)
 
     def test_saved_injected_adapter_loads_in_peft(self, tmp_path):
+        needs_add_adapter()
         model = llama()
         model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
         train(model).eval()

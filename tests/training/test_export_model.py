@@ -15,6 +15,7 @@ import text_models
 import tiny_models
 import torch
 import transformers
+from installed import needs_add_adapter
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
 from live import end_process_group, folder_bytes, tiny_llama
@@ -125,6 +126,7 @@ def test_adapters_merge_as_peft_does_and_are_their_own_base(
     adapted: Any = get_peft_model(models[0], config)
     torch.manual_seed(0)
     if injected:
+        needs_add_adapter()
         models[1].add_adapter(config)
     else:
         models[1] = get_peft_model(models[1], config)
