@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 
 import pytest
@@ -36,6 +37,20 @@ def test_tensors_are_read_when_asked_for(folder, recwarn):
         assert torch.equal(read[name], tensor)
         assert read.spec(name).shape == tuple(tensor.shape)
     assert not [warning for warning in recwarn if "torch.distributed" in str(warning.message)]
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_are_read_under_the_names_of_every_python(folder, module):
+    """Python 3.13 keeps its paths in `pathlib._local`."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    stored = pickle.dumps(metadata, protocol=2)
+    found = re.findall(rb"cpathlib[._a-z]*\nPosixPath\n", stored)
+    assert found
+    for name in found:
+        stored = stored.replace(name, f"c{module}\nPosixPath\n".encode())
+    (folder / ".metadata").write_bytes(stored)
+    read = ShardedFile(folder)
+    assert all(torch.equal(read[name], tensor) for name, tensor in STATE.items())
 
 
 class Evil:
