@@ -1,8 +1,9 @@
 """Which readers load which scheme: data for plans, cards and docs.
 
 Seen: tiny Llama, Qwen2, Phi3, Qwen3-MoE and Mixtral models in every scheme, loaded by transformers 5.23 with
-compressed-tensors 0.20 on a CPU; FP8, W8A8 and W4A16 by vLLM 0.32 on a CPU. What vLLM 0.33 does on a GPU was
-read in its code (`compressed_tensors.schemes`, `get_moe_method`), and is called so. Families of models:
+compressed-tensors 0.20 on a CPU; FP8, W8A8 and W4A16 by vLLM 0.32 on a CPU. For a GPU of compute capability
+9.0 the loader of vLLM 0.33 was run without one: it chose its scheme for each layer of a Llama and of a
+Qwen3-MoE and put every tensor where it belongs, byte for byte. No kernel ran. Families of models:
 `benchmarks.families`.
 """
 
@@ -24,24 +25,34 @@ TRANSFORMERS: Mapping[str, str] = {
 }
 """Scheme -> what to know before loading a dense model in transformers; any other loads as it is."""
 
+_GPU = "vLLM 0.33 loads {0} for a GPU (its loader was run, its kernels were not)."
+_CPU = "vLLM 0.32 loads {0} on a CPU, and vLLM 0.33 for a GPU (its loader was run, its kernels were not)."
 VLLM: Mapping[str, str] = {
-    "MXFP8": "vLLM loads MXFP8 on a GPU (read in its code, not run).",
-    "W8A8": "vLLM 0.32 loads W8A8 on a CPU, and on a GPU (read in its code, not run).",
-    "W4A16": "vLLM 0.32 loads W4A16 on a CPU, and on a GPU (read in its code, not run).",
-    "W4A16_ASYM": "vLLM loads W4A16_ASYM on a GPU (read in its code, not run).",
-    "W4A16_G32": "vLLM loads W4A16 in groups of 32 on a GPU (read in its code, not run).",
-    "W4A16_ASYM_G32": "vLLM loads W4A16_ASYM in groups of 32 on a GPU (read in its code, not run).",
-    "NVFP4A16": "vLLM loads NVFP4A16 on a GPU (read in its code, not run).",
-    "MXFP4A16": "vLLM loads MXFP4A16 on a GPU (read in its code, not run).",
+    "MXFP8": _GPU.format("MXFP8"),
+    "W8A8": _CPU.format("W8A8"),
+    "W4A16": _CPU.format("W4A16"),
+    "W4A16_ASYM": _GPU.format("W4A16_ASYM"),
+    "W4A16_G32": _GPU.format("W4A16 in groups of 32"),
+    "W4A16_ASYM_G32": _GPU.format("W4A16_ASYM in groups of 32"),
+    "NVFP4A16": _GPU.format("NVFP4A16"),
+    "MXFP4A16": _GPU.format("MXFP4A16"),
 }
 """Scheme -> where vLLM loads a dense model of it."""
 
+ACTIVATIONS: Mapping[str, str] = {
+    "MXFP4A16": "vLLM 0.33 with FlashInfer on Blackwell (compute capability 10 and up) rounds activations of "
+    "MXFP4A16 to four bits as well, and loses more than the figures here say; elsewhere it keeps them in "
+    "16 bit, as it does for NVFP4A16 (read in its code, not run).",
+}
+"""Scheme -> where a reader computes with fewer bits than the scheme says."""
+
 _NOT_EXPERTS = (
-    "transformers 5.23 cannot load {0} of a mixture-of-experts model; vLLM has code for it on a GPU (not "
-    "run). FP8_BLOCK and W4A16 load in both."
+    "transformers 5.23 cannot load {0} of a mixture-of-experts model; vLLM 0.33 does for a GPU (its kernels "
+    "were not run). FP8_BLOCK and W4A16 load in both."
 )
 _EXPERTS_TOO = (
-    "{0} of a mixture-of-experts model loads in transformers; vLLM has code for it on a GPU (not run)."
+    "{0} of a mixture-of-experts model loads in transformers, and in vLLM 0.33 for a GPU (its kernels were "
+    "not run)."
 )
 EXPERTS: Mapping[str, str] = {
     "FP8_DYNAMIC": "{0} of a mixture-of-experts model loads in transformers and in vLLM on a GPU; vLLM on a "
@@ -56,8 +67,8 @@ EXPERTS: Mapping[str, str] = {
     "W4A16_G32": _EXPERTS_TOO,
     "MXFP4A16": _EXPERTS_TOO,
     "NVFP4A16": "transformers 5.23 reads the experts of NVFP4A16 without their global scale and computes "
-    "garbage, without an error: serve this model with vLLM, which has code for it on a GPU (not run). W4A16 "
-    "loads in both.",
+    "garbage, without an error: serve this model with vLLM, whose 0.33 loads it for a GPU (its kernels were "
+    "not run). W4A16 loads in both.",
 }
 """Scheme -> what to know of a mixture of experts in it."""
 _LLAMA4 = (
@@ -92,6 +103,8 @@ def notes_on_readers(scheme: str, form: str, *, experts: bool, model: str = "") 
         []
     """
     told = [EXPERTS[scheme].format(scheme)] if experts and form and scheme in EXPERTS else []
+    if form and scheme in ACTIVATIONS:
+        told.append(ACTIVATIONS[scheme])
     if scheme in TRANSFORMERS and not experts:
         told.append(TRANSFORMERS[scheme])
     if form and model in MODELS:

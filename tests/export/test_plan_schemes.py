@@ -105,8 +105,9 @@ def test_weights_that_servers_fuse_are_searched_together_where_they_share_a_glob
     ],
 )
 def test_what_readers_make_of_experts_is_noted(scheme, said):
-    [note] = plan(tiny_models.qwen3_moe, arguments={"scheme": scheme}).notes
+    note, *more = plan(tiny_models.qwen3_moe, arguments={"scheme": scheme}).notes
     assert said in note
+    assert more == [words for name, words in readers.ACTIVATIONS.items() if name == scheme]
 
 
 def test_a_dense_model_has_a_note_only_where_a_reader_needs_more():
@@ -115,6 +116,8 @@ def test_a_dense_model_has_a_note_only_where_a_reader_needs_more():
         [note] = notes.pop(scheme)
         assert f"{scheme} only dequantized" in note
         assert "CompressedTensorsConfig(dequantize=True)" in note
+    [note] = notes.pop("MXFP4A16")
+    assert "rounds activations of MXFP4A16 to four bits as well" in note
     assert set(notes.values()) == {()}
 
 
@@ -124,11 +127,11 @@ def test_a_format_that_the_installed_readers_do_not_know_is_noted(monkeypatch, t
     (tmp_path / "config" / "base.py").write_text('float_quantized = "float-quantized"')
     origin = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
     monkeypatch.setattr(readers.util, "find_spec", lambda name: origin)
-    [note] = plan(arguments={"scheme": "MXFP4A16"}).notes
+    note = plan(arguments={"scheme": "MXFP4A16"}).notes[-1]
     assert "does not know mxfp4-pack-quantized" in note
     assert plan(arguments={"scheme": "FP8_DYNAMIC"}).notes == ()
     monkeypatch.setattr(readers.util, "find_spec", lambda name: None)  # none is installed
-    assert plan(arguments={"scheme": "MXFP4A16"}).notes == ()
+    assert not any("does not know" in note for note in plan(arguments={"scheme": "MXFP4A16"}).notes)
 
 
 def test_experts_of_uneven_shape_are_refused():
