@@ -169,7 +169,7 @@ def found_scales(
         raise ValueError(
             f"Nothing entered the caches of {', '.join(unseen[:_LISTED])}{more} on {found_on}, so they have "
             "no scales. The model has to be run through its own forward, and each layer has to give keys and "
-            "values to the update of their cache; or use kv_cache='fp8', whose scales are 1."
+            "values to `update` of its cache; or use kv_cache='fp8', whose scales are 1."
         )
     values: dict[str, float] = {}
     for module, names in modules.items():

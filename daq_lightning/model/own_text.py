@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from daq_lightning.model.attention import CACHES
+
 
 @torch.no_grad()
 def sample_text(
@@ -48,8 +50,8 @@ def sample_text(
         tokens_BT = torch.randint(
             vocabulary, (count, 1), generator=generator, dtype=torch.int64, device="cpu"
         )
-    # "past_key_values" until transformers 5.24; without a cache all tokens are read again
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    parameters = inspect.signature(model.forward).parameters
+    name = next((name for name in CACHES if name in parameters), CACHES[0])  # a wrapper passes it on
     cache = None
     for position in range(1, length):
         given = tokens_BT if cache is None else tokens_BT[:, -1:]

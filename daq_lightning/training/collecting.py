@@ -44,8 +44,7 @@ class Collecting:
 
     def __post_init__(self) -> None:
         check.choice("curvature", self.source, get_args(Source))
-        check.require(self.steps is not None, "curvature_steps", self.steps, "a whole number of at least 1")
-        check.count("curvature_steps", self.steps)
+        check.count("curvature_steps", self.steps, optional=False)
 
 
 def settled(settings: RunSettings, trainer: Trainer) -> RunSettings:

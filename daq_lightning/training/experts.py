@@ -197,7 +197,7 @@ def _is_known(module: Any) -> bool:
     """Whether a layer computes as the definition of transformers says, and all of it here."""
     if any(not hasattr(module, mark) for mark in _MARKS) or not hasattr(module, "_apply_gate"):
         return False
-    normed = getattr(module, "has_post_expert_norm", False)  # transformers before 5.23 has no such layers
+    normed = getattr(module, "has_post_expert_norm", False)  # transformers 5.18 has no such layers
     return not (module.is_transposed or normed or module._is_expert_parallel)
 
 

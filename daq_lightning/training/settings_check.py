@@ -43,10 +43,12 @@ def names(name: str, value: object, expected: str) -> None:
     require(value is None or listed, name, value, expected)
 
 
-def count(name: str, value: object) -> None:
-    """Raises MisconfigurationException for what is neither None nor a whole number >= 1; True is none."""
+def count(name: str, value: object, *, optional: bool = True) -> None:
+    """Raises MisconfigurationException for what is no whole number >= 1, or None if it is optional; True is
+    none."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(value is None or whole, name, value, "a whole number of at least 1, or None")
+    expected = "a whole number of at least 1" + ", or None" * optional
+    require(whole or (optional and value is None), name, value, expected)
 
 
 def path(name: str, value: Any, expected: str) -> str:

@@ -73,8 +73,8 @@ def test_layers_with_keys_and_values_are_those_of_compressed_tensors(factory):
     with torch.device("meta"):
         model = factory()
     kinds = kinds_of(model)
-    known = [name for name, kind in kinds.items() if kind in ("full", "sliding")]
     found = [name for name, module in model.named_modules() if is_cached_attention_module(module)]
+    known = [name for name, kind in kinds.items() if kind in ("full", "sliding")]
     if set(kinds.values()) <= {"full", "sliding", "state"}:
         assert known == found
     else:  # such a model is refused as a whole

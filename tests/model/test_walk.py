@@ -207,6 +207,17 @@ def test_a_text_of_its_own_follows_the_models_probabilities_and_is_the_same_each
     assert len({row[0] for row in sample_text(model, count=600, length=2)}) > 40
 
 
+def test_a_text_is_written_from_the_cache_token_by_token():
+    model, seen = tiny_models.llama().eval(), []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    text = sample_text(model, count=2, length=6)
+    hook.remove()
+    assert seen == [1, 1, 1, 1, 1]
+    assert {len(row) for row in text} == {6}
+
+
 MEMORY = """
 import gc, sys
 import torch
